@@ -1,0 +1,38 @@
+# Two commands do everything: `make demo` and `make test`. Both set up .venv by themselves.
+PYTHON ?= python3
+BUDGET ?= default
+UV = 0.13.8
+BIN = .venv/bin
+
+.PHONY: demo test test-slow lint setup lock clean
+
+demo: setup  ## train a whole cascade from nothing, paint, measure, report (BUDGET=smoke: 5 minutes)
+	$(BIN)/cascade demo budget=$(BUDGET)
+
+test: setup  ## the tests that take minutes
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## real trainings
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+setup: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 2; }
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
+	VIRTUAL_ENV=.venv $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+lock: setup  ## choose new versions of the dependencies
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header --extra dev --upgrade pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,300 @@
+"""CLIP through open_clip: frozen and read from local files, or of any size and trained here.
+
+A CLIP trained here is a directory in open_clip's own format (`open_clip_config.json`,
+`open_clip_model.safetensors`; open_clip reads it as `local-dir:`), with open_clip's tokenizer.
+Pictures are [b, 3, h, w] in [-1, 1]; embeddings are [b, d] of unit norm.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import open_clip
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+
+from cascade.conditioning import Batch
+from cascade.encoders.sources import (
+    CLIP_CONFIG,
+    CLIP_WEIGHTS,
+    CLIPSource,
+    clip_source,
+    weights_hash,
+)
+from cascade.encoders.text import token_mask, tokenize
+from cascade.errors import UserError
+from cascade.files import write_atomically
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The size of a CLIP.
+
+    Args:
+        image_size: side of its pictures, in pixels.
+        dim: d, the size of the embeddings.
+        vision_layers: four numbers for a residual network, one for a vision transformer. At 32
+            pixels a residual network learns much faster.
+        vision_width: of either.
+        text_width, text_layers, text_heads: of the text transformer.
+        length: its context length, with start and end.
+        patch: side of the vision transformer's patches.
+    """
+
+    image_size: int
+    dim: int
+    vision_layers: int | Sequence[int]
+    vision_width: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    length: int = 77
+    patch: int = 16
+
+    def model_config(self) -> dict[str, Any]:
+        """The same in open_clip's words."""
+        vision = {
+            "image_size": self.image_size,
+            "layers": self.vision_layers,
+            "width": self.vision_width,
+            "head_width": min(64, self.vision_width),
+            "patch_size": self.patch,
+        }
+        text = {
+            "context_length": self.length,
+            "width": self.text_width,
+            "layers": self.text_layers,
+            "heads": self.text_heads,
+        }
+        return {"embed_dim": self.dim, "vision_cfg": vision, "text_cfg": text}
+
+    def build(self) -> open_clip.CLIP:
+        """An untrained model."""
+        return open_clip.CLIP(**self.model_config())
+
+
+def save_clip(architecture: Architecture, clip: open_clip.CLIP, folder: Path) -> None:
+    """Writes a CLIP trained here; each of the two files is whole or not there."""
+    half = [0.5, 0.5, 0.5]  # pictures in [-1, 1] go in as they are
+    pictures = {"mean": half, "std": half}
+    config = {"model_cfg": architecture.model_config(), "preprocess_cfg": pictures}
+    state = {k: v.detach().cpu().contiguous() for k, v in clip.state_dict().items()}
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomically(folder / CLIP_CONFIG, lambda path: path.write_text(text))
+    write_atomically(folder / CLIP_WEIGHTS, lambda path: save_file(state, path))
+
+
+class FrozenCLIP:
+    """A CLIP that is only read; loaded on first use, and no submodule of whatever holds it.
+
+    As an encoder of batches it reads `caption` and writes `clip_text`, `text` and `text_mask`.
+
+    Args:
+        path_or_name: a directory in open_clip's format, or one of open_clip's names ("ViT-L-14").
+        checkpoint: with a name: a file of weights, or one of open_clip's tags ("openai") whose
+            weights are in the local Hugging Face cache. A tag knows how its pictures are
+            normalised; for a file they are normalised as OpenAI's.
+
+    Raises (on first use):
+        UserError: files are missing or unreadable, or the text tower is another library's.
+    """
+
+    reads = frozenset({"caption"})
+    writes = frozenset({"clip_text", "text", "text_mask"})
+
+    def __init__(self, path_or_name: str, checkpoint: str | None = None):
+        self.name, self.checkpoint = path_or_name, checkpoint
+        self.device = torch.device("cpu")
+
+    @property
+    def dim(self) -> int:
+        """d, the size of the embeddings."""
+        return self._source.model["embed_dim"]
+
+    @property
+    def width(self) -> int:
+        """w, the width of the text states."""
+        return self._model.ln_final.normalized_shape[0]
+
+    @property
+    def length(self) -> int:
+        """n, the context length."""
+        return self._model.context_length
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures that it looks at, in pixels."""
+        return self._source.model["vision_cfg"]["image_size"]
+
+    @cached_property
+    def hash(self) -> str:
+        """Of the weights."""
+        return weights_hash([self._source.weights])
+
+    def to(self, device: torch.device | str) -> "FrozenCLIP":
+        """Where it computes."""
+        self.device = torch.device(device)
+        if "_model" in vars(self):
+            self._model.to(self.device)
+        return self
+
+    @torch.no_grad()
+    def image(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Embeddings of pictures of any size: anti-aliased bicubic, then its own normalisation."""
+        x, size = x.to(self.device).float(), (self.image_size, self.image_size)
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in self._source[1:3])
+        return self._model.encode_image(((x + 1) / 2 - mean) / std, normalize=True)
+
+    @torch.no_grad()
+    def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`clip_text` [b, d], `text` [b, n, w] after the last norm, its `text_mask`, `tokens`."""
+        tokens = tokenize(captions, self.length).to(self.device)
+        found = self._model.forward_intermediates(
+            text=tokens, text_indices=1, normalize_intermediates=True
+        )
+        return {
+            "clip_text": found["text_features"],
+            "text": found["text_intermediates"][-1],
+            "text_mask": token_mask(tokens),
+            "tokens": tokens,
+        }
+
+    def __call__(self, batch: Batch) -> Batch:
+        found = self.text(batch["caption"])
+        return {**batch, **{key: found[key] for key in self.writes}}
+
+    @cached_property
+    def _source(self) -> CLIPSource:
+        return clip_source(self.name, self.checkpoint)
+
+    @cached_property
+    def _model(self) -> open_clip.CLIP:
+        model, weights = open_clip.CLIP(**self._source.model), self._source.weights
+        try:
+            open_clip.load_checkpoint(model, str(weights), weights_only=True)
+        except Exception as error:  # damaged, pickled code, or of another architecture
+            raise UserError(
+                f"{weights} are not weights of {self.name} that can be read safely "
+                f"({type(error).__name__}): fetch its {CLIP_WEIGHTS} again"
+            ) from error
+        return model.eval().requires_grad_(False).to(self.device)
+
+
+def contrastive(
+    a: Float[Tensor, "m d"],
+    b: Float[Tensor, "n d"],
+    own: Int64[Tensor, " m"],
+    captions: Int64[Tensor, " n"],
+    scale: Float[Tensor, ""],
+) -> Float[Tensor, " m"]:
+    """-log softmax_j(scale a_i . b_j) at j = own_i (CLIP, figure 3), one direction.
+
+    Another sample with an equal caption is no negative: it is left out of the sum.
+
+    Args:
+        own: which row of b belongs to which row of a.
+        captions: a number for each row of b, equal where the captions are.
+    """
+    rivals = captions[own][:, None] == captions
+    rivals = rivals.scatter(1, own[:, None], False)
+    logits = (scale * a @ b.T).masked_fill(rivals, -math.inf)
+    return F.cross_entropy(logits, own, reduction="none")
+
+
+def gathered(x: Float[Tensor, "b *d"] | Int64[Tensor, "b *d"]) -> Tensor:
+    """The rows of all ranks, in the order of ranks, through which gradients flow back."""
+    return torch.cat(all_gather(x)) if dist.is_initialized() else x
+
+
+class CLIPTraining(L.LightningModule):
+    """Trains a CLIP from `image_{size}` and `caption` with the symmetric contrastive loss.
+
+    Args:
+        clip: how large.
+        optimizer: makes an optimizer of parameter groups.
+        learning_rate: factor of the learning rate after so many images (None: constant).
+        batch: global batch size, for counting images.
+    """
+
+    def __init__(
+        self,
+        clip: Architecture,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        learning_rate: Callable[[float], float] | None = None,
+        batch: int = 1,
+    ):
+        super().__init__()
+        self.architecture, self.clip = clip, clip.build()
+        self.optimizer, self.learning_rate, self.batch = optimizer, learning_rate, batch
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Int64[Tensor, "b n"]]:
+        """Picture and text embeddings, and the tokens."""
+        tokens = tokenize(batch["caption"], self.architecture.length).to(self.device)
+        image = self.clip.encode_image(batch[f"image_{self.architecture.image_size}"])
+        text = self.clip.encode_text(tokens)
+        return F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1), tokens
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        image, text, tokens = self.embed(batch)
+        images, texts, all_tokens = gathered(image), gathered(text), gathered(tokens)
+        captions = torch.unique(all_tokens, dim=0, return_inverse=True)[1]
+        own = self.global_rank * len(image) + torch.arange(len(image), device=image.device)
+        scale = self.clip.logit_scale.exp()
+        with torch.autocast(image.device.type, enabled=False):  # bfloat16 logits are too coarse
+            by_image = contrastive(image, texts, own, captions, scale)
+            by_text = contrastive(text, images, own, captions, scale)
+        loss = (by_image + by_text).mean() / 2
+        self.log("loss", loss, batch_size=len(image))
+        return loss
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
+        self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        """Logs how often the nearest caption of the batch is the picture's own, or equal to it."""
+        image, text, tokens = self.embed(batch)
+        nearest = tokens[(image @ text.T).argmax(1)]
+        self.log("recall", (nearest == tokens).all(1).float().mean(), batch_size=len(image))
+
+    def configure_optimizers(self):
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        others = [p for p in self.parameters() if p.ndim <= 1]  # CLIP: no decay of gains and biases
+        optimizer = self.optimizer([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
+        if self.learning_rate is None:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.learning_rate(step * self.batch)
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def export(self, run: Path) -> None:
+        """Writes the weights as they are now, as a directory that `FrozenCLIP` reads."""
+        save_clip(self.architecture, self.clip, run)
+
+    def restore(self, run: Path) -> None:
+        """Loads what `export` wrote.
+
+        Raises:
+            UserError: there are no weights, or they are those of another configuration.
+        """
+        if not (run / CLIP_WEIGHTS).exists():
+            raise UserError(f"{run} holds no {CLIP_WEIGHTS}: train it first")
+        try:
+            self.clip.load_state_dict(load_file(run / CLIP_WEIGHTS))
+        except RuntimeError as error:
+            raise UserError(f"{run} holds a CLIP of another size: see {CLIP_CONFIG}") from error

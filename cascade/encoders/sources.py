@@ -1,0 +1,141 @@
+"""Where the files of a pretrained model are on this machine.
+
+Nothing is ever fetched: what is missing is a `UserError` that says what to fetch and where to put
+it. A model is a directory, or a name whose files are given or lie in the local Hugging Face cache.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cascade.errors import UserError
+
+CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_CLIP_FILES = (CLIP_WEIGHTS, "open_clip_pytorch_model.bin")  # in this order
+
+
+def weights_hash(files: Iterable[Path]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of some files, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()[:16]
+
+
+class CLIPSource(NamedTuple):
+    """Arguments of `open_clip.CLIP`, mean and std of its pictures (values in [0, 1]), weights."""
+
+    model: dict[str, Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    weights: Path
+
+
+def clip_source(path_or_name: str, checkpoint: str | None) -> CLIPSource:
+    """The CLIP in a directory, or one of open_clip's by name and file or tag.
+
+    Raises:
+        UserError: files are missing, or the text tower or tokenizer is another library's.
+    """
+    import open_clip
+
+    if Path(path_or_name).is_dir():
+        model, pictures, weights = _clip_directory(Path(path_or_name))
+    elif path_or_name in open_clip.list_models():
+        model, pictures, weights = _clip_named(path_or_name, checkpoint)
+    else:
+        raise UserError(
+            f"{path_or_name} is neither a directory nor a CLIP that open_clip knows: put "
+            f"{CLIP_CONFIG} and {CLIP_WEIGHTS} there, or give a name such as ViT-L-14"
+        )
+    foreign = {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"} & model["text_cfg"].keys()
+    if model.pop("custom_text", False) or foreign:
+        raise UserError(f"{path_or_name} has a text tower of its own: choose another CLIP")
+    if "timm_model_name" in model["vision_cfg"]:
+        model["vision_cfg"]["timm_model_pretrained"] = False  # or timm would fetch weights
+    mean = pictures.get("mean", open_clip.OPENAI_DATASET_MEAN)
+    std = pictures.get("std", open_clip.OPENAI_DATASET_STD)
+    return CLIPSource(model, tuple(mean), tuple(std), weights)
+
+
+def _clip_directory(folder: Path) -> tuple[dict, dict, Path]:
+    found = [folder / name for name in _CLIP_FILES if (folder / name).is_file()]
+    if not (folder / CLIP_CONFIG).is_file() or not found:
+        raise UserError(f"{folder} is not a CLIP: put its {CLIP_CONFIG} and {CLIP_WEIGHTS} there")
+    config = json.loads((folder / CLIP_CONFIG).read_text())
+    return config["model_cfg"], config.get("preprocess_cfg", {}), found[0]
+
+
+def _clip_named(name: str, checkpoint: str | None) -> tuple[dict, dict, Path]:
+    import open_clip
+
+    model = open_clip.get_model_config(name)
+    if checkpoint and Path(checkpoint).is_file():
+        return model, {}, Path(checkpoint)
+    pretrained = open_clip.get_pretrained_cfg(name, checkpoint) if checkpoint else {}
+    if not pretrained.get("hf_hub"):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise UserError(
+            f"{name}: no file or tag checkpoint={checkpoint}; give the file of its weights, or a "
+            f"tag whose weights are in the local Hugging Face cache ({tags})"
+        )
+    model["quick_gelu"] = pretrained.get("quick_gelu", False)
+    return model, pretrained, _cached_clip(pretrained["hf_hub"])
+
+
+def _cached_clip(address: str) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, file = address.rpartition("/")
+    for name in [file] if file else _CLIP_FILES:
+        path = try_to_load_from_cache(repository, name)
+        if isinstance(path, str):
+            return Path(path)
+    raise UserError(
+        f"the weights are not in the local Hugging Face cache: fetch {file or CLIP_WEIGHTS} of "
+        f"{repository}, and give that file as checkpoint"
+    )
+
+
+class T5Source(NamedTuple):
+    """A directory in the format of transformers, and the weights in it."""
+
+    directory: Path
+    weights: list[Path]
+
+
+def t5_source(path_or_name: str) -> T5Source:
+    """The T5 in a directory, or in the local Hugging Face cache by name.
+
+    Raises:
+        UserError: files are missing.
+    """
+    folder = Path(path_or_name)
+    if not folder.is_dir():
+        folder = _cached_directory(path_or_name)
+    weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    tokenizer = (folder / "spiece.model").exists() or (folder / "tokenizer.json").exists()
+    present = {
+        "config.json": (folder / "config.json").exists(),
+        "spiece.model or tokenizer.json": tokenizer,
+        "model.safetensors": bool(weights),
+    }
+    if missing := [name for name, there in present.items() if not there]:
+        raise UserError(f"{folder} is not a whole T5: put its {', '.join(missing)} there")
+    return T5Source(folder, weights)
+
+
+def _cached_directory(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise UserError(
+            f"{name} is neither a directory nor in the local Hugging Face cache: fetch its "
+            "config.json, tokenizer and weights into a directory, and give that"
+        ) from None

@@ -1,0 +1,174 @@
+"""Text encoders behind one call: a batch with `caption` in, a batch with what they make of it out.
+
+Nothing here is fetched: a model is a local directory, or a name that is in the local cache. Frozen
+encoders are plain objects, so that no state dict, optimizer or average ever holds them, and they
+load on first use. Tokens are those of open_clip, [b, n], zero-padded after the end-of-text token.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from cascade.conditioning import Batch
+from cascade.encoders.sources import T5Source, t5_source, weights_hash
+from cascade.nets.prior import CausalBlock
+
+# The longest entry of CLIP's vocabulary: n tokens cannot cover more characters than n times this.
+_LONGEST_TOKEN = 32
+
+
+def tokenize(captions: Sequence[str], length: int) -> Int64[Tensor, "b {length}"]:
+    """CLIP's byte-pair tokens: start of text, the caption, end of text, zeros.
+
+    A caption that is too long is cut, and its last token is still end-of-text. An empty caption is
+    two tokens. (Merging a word takes time quadratic in its length, so what cannot matter goes
+    first; open_clip is slow to import, so that waits for the first caption.)
+    """
+    import open_clip
+
+    short = [" ".join(caption.split())[: _LONGEST_TOKEN * length] for caption in captions]
+    return open_clip.tokenize(short, length)
+
+
+def token_mask(tokens: Int64[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
+    """True up to and including end-of-text, which has the greatest number of all tokens.
+
+    Zero does not tell: it is padding, and also the first entry of the vocabulary ("!").
+    """
+    return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(1, keepdim=True)
+
+
+class Tokens:
+    """The encoder of a stage that trains its own text transformer: writes `tokens`.
+
+    Args:
+        length: context length, with start and end.
+    """
+
+    reads = frozenset({"caption"})
+    writes = frozenset({"tokens"})
+
+    name, hash = "CLIP's tokens", ""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> "Tokens":
+        """Where the tokens will be."""
+        self.device = torch.device(device)
+        return self
+
+    def __call__(self, batch: Batch) -> Batch:
+        return {**batch, "tokens": tokenize(batch["caption"], self.length).to(self.device)}
+
+
+class TextTransformer(nn.Module):
+    """A transformer over the caption's tokens, trained with its stage (GLIDE, section 2.1).
+
+    Every token attends to every other, but not to padding. The state of the last token of the
+    mask, end-of-text, serves as the caption's vector.
+
+    Args:
+        width, layers, heads: of the transformer.
+        length: context length, with start and end.
+        vocabulary: number of tokens; CLIP's.
+    """
+
+    def __init__(self, width: int, layers: int, heads: int, length: int, vocabulary: int = 49408):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.blocks = nn.ModuleList(CausalBlock(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(
+        self, tokens: Int64[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
+        """The states and their mask."""
+        mask = token_mask(tokens)
+        x = self.embed(tokens) + self.positions[: tokens.shape[1]]
+        allowed = mask[:, None, None].expand(-1, 1, tokens.shape[1], -1)
+        for block in self.blocks:
+            x = block(x, allowed)
+        return self.norm(x), mask
+
+
+class FrozenT5:
+    """The encoder half of a T5 (Imagen, section 2.1): writes `text` and `text_mask`.
+
+    Args:
+        path_or_name: a directory with config.json, the tokenizer and the weights, or the name of a
+            model that is in the local Hugging Face cache, such as "google/t5-v1_1-xxl".
+        length: context length; longer captions are cut and keep their end-of-text token.
+        bf16: compute in bfloat16, for the large ones.
+
+    Raises (on first use):
+        UserError: the directory lacks a file, or the cache lacks the model.
+    """
+
+    reads = frozenset({"caption"})
+    writes = frozenset({"text", "text_mask"})
+
+    def __init__(self, path_or_name: str, length: int = 256, bf16: bool = False):
+        self.name, self.length = path_or_name, length
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.device = torch.device("cpu")
+
+    @property
+    def width(self) -> int:
+        """w, the width of the states."""
+        return self._model.config.d_model
+
+    @cached_property
+    def hash(self) -> str:
+        """Of the weights."""
+        return weights_hash(self._source.weights)
+
+    def to(self, device: torch.device | str) -> "FrozenT5":
+        """Where it computes."""
+        self.device = torch.device(device)
+        if "_model" in vars(self):
+            self._model.to(self.device)
+        return self
+
+    def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`text` [b, n, w] and `text_mask` [b, n], padded to the longest caption."""
+        found = self._tokenizer(
+            list(captions),
+            max_length=self.length,
+            truncation=True,
+            padding=True,
+            return_tensors="pt",
+        ).to(self.device)
+        mask = found["attention_mask"]
+        with torch.no_grad():
+            states = self._model(found["input_ids"], attention_mask=mask).last_hidden_state
+        return {"text": states, "text_mask": mask.bool()}
+
+    def __call__(self, batch: Batch) -> Batch:
+        return {**batch, **self.text(batch["caption"])}
+
+    @cached_property
+    def _source(self) -> T5Source:
+        return t5_source(self.name)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._source.directory, local_files_only=True)
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        from transformers import T5EncoderModel
+
+        model = T5EncoderModel.from_pretrained(
+            self._source.directory, local_files_only=True, weights_only=True, dtype=self.dtype
+        )
+        return model.eval().requires_grad_(False).to(self.device)

@@ -1,0 +1,69 @@
+"""Pieces that several networks share. Pictures are [b, c, h, w], sequences [b, n, w]."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from cascade.conditioning import Fourier
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """The same module with all parameters zero: a residual branch that starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class NoiseLevel(nn.Sequential):
+    """The embedding of logsnr that each block is told: Fourier features, then two layers."""
+
+    def __init__(self, dim: int):
+        super().__init__(Fourier(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation, at least 8 channels a group and at most 32 groups."""
+
+    def __init__(self, channels: int):
+        super().__init__(math.gcd(min(32, max(1, channels // 8)), channels), channels)
+
+
+class Attention(nn.Module):
+    """Self-attention, to which the condition's tokens are joined as further keys and values.
+
+    GLIDE (section 2.1) and Imagen (appendix B): one softmax over the sequence and the text.
+
+    Args:
+        channels: width of the sequence.
+        head_channels: channels per head.
+        width: width of the condition's tokens; None if there are none.
+    """
+
+    def __init__(self, channels: int, head_channels: int, width: int | None = None):
+        super().__init__()
+        self.heads = channels // head_channels
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.kv = nn.Linear(width, 2 * channels) if width else None
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        tokens: Float[Tensor, "b m w"] | None = None,
+        mask: Bool[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        q, k, v = self._split(self.qkv(x), 3)
+        if self.kv is not None and tokens is not None:
+            more_k, more_v = self._split(self.kv(tokens), 2)
+            k, v = torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)
+            mask = F.pad(mask, (x.shape[1], 0), value=True)[:, None, None]
+        else:
+            mask = None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
+        return x.unflatten(2, (n, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

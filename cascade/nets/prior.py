@@ -1,0 +1,79 @@
+"""The diffusion prior's network (unCLIP, section 2.2): a decoder-only causal transformer.
+
+The sequence is: the condition's tokens (encoded text, CLIP text embedding), the noise level, the
+noised CLIP image embedding, and a learned query, at which the answer is read. Dropping the text
+leaves the noised embedding in the sequence, so the unconditional branch sees x_t.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from cascade.conditioning import Cond
+from cascade.nets.layers import NoiseLevel, zero
+
+
+class CausalBlock(nn.Module):
+    """Pre-norm transformer block; a position attends to those before it that the mask allows."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = zero(nn.Linear(width, width))
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), zero(nn.Linear(4 * width, width))
+        )
+
+    def forward(
+        self, x: Float[Tensor, "b n w"], allowed: Bool[Tensor, "b 1 n n"]
+    ) -> Float[Tensor, "b n w"]:
+        qkv = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm_mlp(x))
+
+
+def causal_mask(mask: Bool[Tensor, "b n"]) -> Bool[Tensor, "b 1 n n"]:
+    """Which position may attend to which: itself, and earlier ones where `mask` is true."""
+    n = mask.shape[1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
+    itself = torch.eye(n, dtype=torch.bool, device=mask.device)
+    return ((causal & mask[:, None]) | itself)[:, None]
+
+
+class PriorTransformer(nn.Module):
+    """F(x, logsnr, cond) for an embedding x [b, d].
+
+    Args:
+        size: d, the size of the embedding.
+        width, layers, heads: of the transformer; `cond.tokens` have the same width.
+        context: the greatest length of the text; the CLIP text embedding is one token more.
+    """
+
+    def __init__(self, size: int, width: int, layers: int, heads: int, context: int):
+        super().__init__()
+        self.noise_level = NoiseLevel(width)
+        self.embed_in = nn.Linear(size, width)
+        self.query = nn.Parameter(torch.randn(width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(context + 4, width) * 0.02)
+        self.blocks = nn.ModuleList(CausalBlock(width, heads) for _ in range(layers))
+        self.norm_out = nn.LayerNorm(width)
+        self.embed_out = zero(nn.Linear(width, size))
+
+    def forward(
+        self, x: Float[Tensor, "b d"], logsnr: Float[Tensor, " b"], cond: Cond
+    ) -> Float[Tensor, "b d"]:
+        b, n, _ = cond.tokens.shape
+        own = [self.noise_level(logsnr), self.embed_in(x), self.query.expand(b, -1)]
+        h = torch.cat([cond.tokens, torch.stack(own, 1).to(cond.tokens.dtype)], 1)
+        # The last three positions are the same whatever the length of the text.
+        h = h + torch.cat([self.positions[:n], self.positions[-3:]])
+        allowed = causal_mask(F.pad(cond.mask, (0, 3), value=True))
+        for block in self.blocks:
+            h = block(h, allowed)
+        return self.embed_out(self.norm_out(h[:, -1]))

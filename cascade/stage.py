@@ -1,0 +1,201 @@
+"""A stage: a conditional generative model of x, given what earlier stages wrote.
+
+All stages are this one class; they differ in the objects that they are made of.
+"""
+
+import json
+import math
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cascade.conditioning import Batch, Conditioner
+from cascade.data.degradations import Corruption
+from cascade.diffusion.gaussian import Process
+from cascade.diffusion.sampling import DiffusionSampler
+from cascade.draws import Draws
+from cascade.errors import UserError
+from cascade.files import write_atomically
+
+
+WEIGHTS = "weights.safetensors"
+
+
+def warmup_cosine(images: float, warmup: float, total: float) -> float:
+    """Learning-rate factor after `images`: linear warm-up, then half a cosine to zero."""
+    rise = min(1.0, (images + 1) / max(1.0, warmup))
+    return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, images / total)))
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Adds keys to a batch: a frozen text encoder, a tokenizer. Not a module of its stage."""
+
+    name: str
+    hash: str  # of the weights
+    reads: frozenset[str]
+    writes: frozenset[str]
+
+    def to(self, device: torch.device) -> "Encoder": ...
+
+    def __call__(self, batch: Batch) -> Batch: ...
+
+
+class Stage(L.LightningModule):
+    """One generative stage of a cascade.
+
+    Args:
+        codec: what x is, and the batch key that it is written to.
+        conditioner: what is read.
+        net: F(x, logsnr, cond).
+        process: its loss and its denoiser.
+        sampler: every decision of sampling.
+        optimizer: makes an optimizer of the parameters.
+        learning_rate: factor of the learning rate after so many images (None: constant).
+        batch: global batch size, for counting images.
+        corruption: of the low-resolution input, if there is one.
+        encoders: frozen, or tokenizers: what they make of the caption, the stage reads.
+        seed: of all draws of training.
+    """
+
+    def __init__(
+        self,
+        codec: nn.Module,
+        conditioner: Conditioner,
+        net: nn.Module,
+        process: Process,
+        sampler: DiffusionSampler,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        learning_rate: Callable[[float], float] | None = None,
+        batch: int = 1,
+        corruption: Corruption | None = None,
+        encoders: Sequence[Encoder] = (),
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.codec, self.conditioner, self.net = codec, conditioner, net
+        self.process, self.sampler, self.corruption = process, sampler, corruption
+        self.optimizer, self.learning_rate = optimizer, learning_rate
+        self.batch, self.seed, self.encoders = batch, seed, tuple(encoders)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The batch keys that sampling needs."""
+        made = frozenset().union(*(encoder.writes for encoder in self.encoders))
+        needed = frozenset().union(*(encoder.reads for encoder in self.encoders))
+        return (self.conditioner.reads - made) | needed
+
+    @property
+    def writes(self) -> str:
+        """The batch key that sampling gives."""
+        return self.codec.writes
+
+    def completed(self, batch: Batch) -> Batch:
+        """The batch with what the encoders make of it."""
+        for encoder in self.encoders:
+            batch = encoder.to(self.device)(batch)
+        return batch
+
+    def on_after_batch_transfer(self, batch: Batch, _: int) -> Batch:
+        return self.completed(batch)
+
+    def loss(self, batch: Batch) -> Float[Tensor, " b"]:
+        """The loss of each sample; its draws depend on (seed, sample number) alone."""
+        x0 = self.codec.encode(batch)
+        if self.corruption:
+            batch = self.corruption(batch, self._draws("corruption", batch), training=True)
+        cond = self.conditioner(batch, self._draws("drop", batch))
+        return self.process.loss(self.net, x0, cond, self._draws("noise", batch))
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        loss = self.loss(batch).mean()
+        return loss
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch: Batch,
+        seed: int,
+        purpose: str = "",
+        progress: Callable[[int, int], None] | None = None,
+        without: Collection[str] = (),
+    ) -> Tensor:
+        """What this stage writes, for each sample of the batch.
+
+        A sample's draws depend on (seed, stage, purpose, `sample`) alone.
+
+        Args:
+            batch: holds `sample` and all that the stage reads.
+            purpose: tells several draws of one sample apart (`BestOf`).
+            progress: called with (steps done, steps in all).
+            without: sources ("caption", "clip_image") that the stage is not told.
+        """
+        name, batch = f"{self.writes}/{purpose}", self.completed(batch)
+        if self.corruption:
+            noise = Draws(seed, f"{name}/corruption", batch["sample"], self.device)
+            batch = self.corruption(batch, noise, training=False)
+        noise = Draws(seed, f"{name}/noise", batch["sample"], self.device)
+        shape = (len(batch["sample"]), *self.codec.shape(batch))
+        guided = self.sampler.scale != 1
+        x0 = self.sampler(
+            self.process,
+            self.net,
+            shape,
+            self.conditioner(batch, without=without),
+            self.conditioner.null(batch) if guided else None,
+            noise,
+            progress,
+        )
+        return self.codec.decode(x0)
+
+    def export(self, run: Path) -> None:
+        """Writes the weights as they are now to `weights.safetensors`."""
+        state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+        about = {"encoders": json.dumps([encoder.hash for encoder in self.encoders])}
+        write_atomically(run / WEIGHTS, lambda path: save_file(state, path, about))
+
+    def restore(self, run: Path) -> None:
+        """Loads what `export` wrote.
+
+        Raises:
+            UserError: there are no weights, or they are those of another configuration.
+        """
+        path = run / WEIGHTS
+        if not path.exists():
+            raise UserError(f"{run} holds no {WEIGHTS}: train it first")
+        with safe_open(path, framework="pt") as file:
+            theirs = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            hashes = json.loads(file.metadata()["encoders"])
+        own = {key: value.shape for key, value in self.state_dict().items()}
+        shapes = {key: value.shape for key, value in theirs.items()}
+        if wrong := sorted(k for k in {*shapes, *own} if shapes.get(k) != own.get(k)):
+            raise UserError(
+                f"{path} is of another configuration: {wrong[0]} and {len(wrong) - 1} more tensors "
+                "differ; use the config.yaml that lies beside it"
+            )
+        for encoder, expected in zip(self.encoders, hashes):
+            if encoder.hash != expected:
+                raise UserError(
+                    f"{run} was trained with another encoder than {encoder.name} now holds: "
+                    "train it again, or put the old encoder back"
+                )
+        self.load_state_dict(theirs)
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.learning_rate is None:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.learning_rate(step * self.batch)
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def _draws(self, purpose: str, batch: Batch) -> Draws:
+        return Draws(self.seed, f"{self.writes}/{purpose}", batch["sample"], self.device)

@@ -1,0 +1,70 @@
+"""`cascade demo`: a whole cascade, from no data at all to a report.
+
+It is the sequence of commands that anybody would give, `cascade data`, `cascade train` for each
+stage, `cascade evaluate`, in one process; conf/demo.yaml and its experiment say which. What is
+finished is passed over, what was interrupted goes on.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from cascade.files import write_atomically
+from cascade.verbs.configuration import composed
+from cascade.verbs.data import embed, make_scenes
+from cascade.verbs.evaluate import evaluate
+from cascade.verbs.train import run
+
+
+def main(args: argparse.Namespace) -> None:
+    begin = time.monotonic()
+    config = composed("demo", args.overrides)
+    folder, data = Path(config.run), Path(config.data)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.scenes:
+        counts = OmegaConf.to_container(config.scenes.counts)
+        make_scenes(data, config.scenes.level, counts, config.scenes.size, config.seed)
+    for name in config.stages:
+        train_stage(config, name, folder, data)
+    write_cascade(config, folder)
+    evaluate(
+        folder,
+        data,
+        judge=folder / "judge",
+        counts=OmegaConf.to_container(config.evaluate.counts),
+        guidance=list(config.evaluate.guidance),
+        seed=config.seed,
+        targets=OmegaConf.to_container(config.evaluate.targets),
+    )
+    minutes = (time.monotonic() - begin) / 60
+    print(
+        f"\n{minutes:.1f} minutes. Look at {folder}/report.html; then paint your own caption:\n\n"
+        f'  {_command()} sample --model {folder} "{config.caption}" --n 4 --seed 0 --out out.png\n'
+    )
+
+
+def train_stage(config: DictConfig, name: str, folder: Path, data: Path) -> None:
+    """Trains one stage; behind the CLIP that conditions come its embeddings of all shards."""
+    overrides = [f"run={folder / name}", f"data.path={data}", f"clip.path={folder / 'clip'}"]
+    overrides += [*config.stages[name], *config.budgets.get(name, []), *config.each]
+    if any(choice in ("stage=prior", "stage=decoder") for choice in overrides):
+        overrides.append(f"embeddings={folder / 'embeddings'}")
+    run(composed("train", overrides))
+    if name == "clip":
+        embed(data, str(folder / "clip"), folder / "embeddings")
+
+
+def write_cascade(config: DictConfig, folder: Path) -> None:
+    """Writes what `cascade sample --model` reads, if it is not there."""
+    path = folder / "cascade.yaml"
+    if not path.exists():
+        text = OmegaConf.to_yaml({"stages": config.cascade})
+        write_atomically(path, lambda beside: beside.write_text(text))
+
+
+def _command() -> str:
+    venv = Path(".venv/bin/cascade")
+    return str(venv) if venv.exists() and os.environ.get("MAKELEVEL") else "cascade"

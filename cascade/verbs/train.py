@@ -1,0 +1,160 @@
+"""`cascade train`: one stage, from a composed configuration to a run directory.
+
+A run directory is the run's identity: the same command again goes on where it was, or says that
+it is finished. It holds config.yaml, status.json, metrics.csv, tensorboard/, samples/,
+checkpoints/ and the average's weights.
+"""
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from cascade.conditioning import Batch
+from cascade.data.shards import Shards, loader
+from cascade.errors import UserError
+from cascade.training.callbacks import History, SampleGrids
+from cascade.training.checkpoint import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    finished,
+    newest_checkpoint,
+)
+from cascade.training.ema import EMA
+from cascade.verbs.configuration import built, composed, differences, loaded, saved
+
+# What may change between two starts of the same run.
+FREE = ("images", "run", "trainer", "workers", "grids", "micro_batch")
+
+
+class ShardData(L.LightningDataModule):
+    """Training batches from sample number `start` on."""
+
+    def __init__(self, shards: Shards, batch: int, start: int, workers: int):
+        super().__init__()
+        self.shards, self.batch, self.start, self.workers = shards, batch, start, workers
+
+    def train_dataloader(self):
+        return loader(
+            self.shards,
+            self.batch,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            start=self.start,
+            workers=self.workers,
+        )
+
+
+def main(args: argparse.Namespace) -> None:
+    config = composed("train", args.overrides)
+    if args.show:
+        print(OmegaConf.to_yaml(config))
+    else:
+        run(config)
+
+
+
+
+def run(config: DictConfig) -> Path:
+    """Trains what `config` describes, or goes on with it. Returns the run directory."""
+    folder = Path(config.run)
+    _check_identity(config, folder)
+    if finished(folder) and loaded(folder / "config.yaml").images >= config.images:
+        print(f"{config.name}: finished before ({folder})")
+        return folder
+    _quiet()
+    torch.manual_seed(config.seed)
+    shards = built(config.data)
+    module = built(config.stage)
+    checkpoint = newest_checkpoint(folder)
+    if not checkpoint and hasattr(module, "codec"):
+        module.codec.fit(_first_batches(shards, config.fit_images))
+    saved(config, folder / "config.yaml")
+    ema = EMA(config.ema)
+    callbacks = [ema, Checkpoints(folder, ema, config.images, config.save_seconds)]
+    callbacks.append(History(folder, config.name, config.images))
+    if config.grids and hasattr(module, "sampler") and module.writes.startswith("image"):
+        marks = [config.images * (i + 1) // config.grids for i in range(config.grids)]
+        callbacks.append(SampleGrids(folder, ema, _held_out(config), marks))
+    trainer = _trainer(config, callbacks)
+    step = checkpoint[1] if checkpoint else 0
+    data = ShardData(shards, _micro_batch(config, trainer), step * config.batch, config.workers)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    module.to(memory_format=torch.channels_last)
+    trainer.fit(module, data, ckpt_path=checkpoint and str(checkpoint[0]), weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return folder
+
+
+def _trainer(config: DictConfig, callbacks: list[L.Callback]) -> L.Trainer:
+    cuda = torch.cuda.is_available()
+    return L.Trainer(
+        accelerator="cuda" if cuda else "cpu",
+        precision="bf16-mixed" if cuda else "32-true",
+        max_steps=-(-config.images // config.batch),
+        max_epochs=-1,
+        accumulate_grad_batches=config.batch // (config.micro_batch or config.batch),
+        gradient_clip_val=config.gradient_clip,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **config.trainer,
+    )
+
+
+def _micro_batch(config: DictConfig, trainer: L.Trainer) -> int:
+    share, rest = divmod(config.batch, trainer.world_size * trainer.accumulate_grad_batches)
+    if rest:
+        raise UserError(
+            f"batch={config.batch} is not ranks ({trainer.world_size}) x micro_batch x a whole "
+            "number: change batch or micro_batch"
+        )
+    return share
+
+
+def _check_identity(config: DictConfig, folder: Path) -> None:
+    if not (folder / "config.yaml").exists():
+        return
+    old = loaded(folder / "config.yaml")
+    changed = [d for d in differences(old, config) if d.split(":")[0].split(".")[0] not in FREE]
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"{folder} was trained with another configuration: {changed[0]}{more}; "
+            "choose another run=..., or remove that folder"
+        )
+
+
+def _first_batches(shards: Shards, images: int) -> list[Batch]:
+    batches = loader(shards, 256, batches=-(-min(images, len(shards)) // 256))
+    return list(batches)
+
+
+def _held_out(config: DictConfig, count: int = 16) -> Batch:
+    shards = built({**config.data, "split": config.grid_split, "shuffle": False})
+    return next(iter(loader(shards, min(count, len(shards)), batches=1)))
+
+
+def _quiet() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def load(folder: Path) -> Any:
+    """The module that a run trained, with the average's weights, in `eval()` mode."""
+    config = loaded(folder / "config.yaml")
+    module = built(config.stage)
+    module.restore(folder)
+    return module.eval()

@@ -1,0 +1,289 @@
+"""One HTML file that shows a run: targets, tables, curves and labelled sample grids.
+
+Pictures are inside as PNG, styles are inline, nothing is loaded and nothing runs: the file can be
+mailed, and reads on a phone and in the dark. All text that comes from outside is escaped.
+"""
+
+import base64
+import csv
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from cascade.errors import UserError
+
+Value = str | int | float | None
+
+_GREY = "#80868f"  # of lines and letters in plots: legible on the white page and on the dark one
+_BLUE = "#3d83e6"
+_GAP, _LINE = 8, 15  # of sample grids, pixels: between cells, and from one line of text to the next
+_STYLE = """
+:root { color-scheme: light dark; --page: #fff; --text: #1c2128; --soft: #626a75; --line: #dfe3e8;
+  --stripe: #f6f8fa; --accent: #2265c7; --good: #157a3a; --bad: #c02626; }
+@media (prefers-color-scheme: dark) { :root { --page: #14171c; --text: #e4e7eb; --soft: #9aa3ae;
+  --line: #303741; --stripe: #1b2027; --accent: #79aefc; --good: #57c97c; --bad: #ff7b72; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; background: var(--page);
+  color: var(--text); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.8rem; line-height: 1.2; margin: .5rem 0 1rem; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: 1rem;
+  border-top: 1px solid var(--line); }
+p { max-width: 46rem; margin: .6rem 0; }
+nav { display: flex; flex-wrap: wrap; gap: .4rem; }
+nav a { color: var(--accent); text-decoration: none; border: 1px solid var(--line);
+  border-radius: 1rem; padding: .1rem .7rem; font-size: .9rem; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .8rem; text-align: left; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+tbody tr:nth-child(even) { background: var(--stripe); }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
+.reached { color: var(--good); font-weight: 600; }
+.missed { color: var(--bad); font-weight: 600; }
+figure { margin: 1.2rem 0; }
+img { display: block; max-width: 100%; height: auto; border-radius: .4rem; }
+figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; max-width: 46rem; }
+"""
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<nav>{links}</nav>
+{body}
+</body>
+</html>
+"""
+
+
+class Report:
+    """A page filled from top to bottom by its methods, and written by `save`."""
+
+    def __init__(self, title: str):
+        self._title = title
+        self._headings: list[str] = []
+        self._body: list[str] = []
+
+    def heading(self, text: str) -> None:
+        """Opens a section; the page's head links to it."""
+        self._headings.append(text)
+        self._body.append(f'<h2 id="s{len(self._headings)}">{escape(text)}</h2>')
+
+    def paragraph(self, text: str) -> None:
+        self._body.append(f"<p>{escape(text)}</p>")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> None:
+        """Floats get four significant digits, None a dash; ValueError where a row's length is off.
+
+        A column of numbers (and dashes) is set flush right.
+        """
+        if any(len(row) != len(columns) for row in rows):
+            raise ValueError(f"every row of this table needs {len(columns)} cells")
+        kinds = [
+            ' class="number"' if all(not isinstance(row[i], str) for row in rows) else ""
+            for i in range(len(columns))
+        ]
+        head = "".join(f"<th{k}>{escape(c)}</th>" for k, c in zip(kinds, columns))
+        body = [
+            "".join(f"<td{k}>{escape(_text(v))}</td>" for k, v in zip(kinds, row)) for row in rows
+        ]
+        self._table(head, body)
+
+    def targets(self, rows: Sequence[tuple[str, Value, Value, bool]]) -> None:
+        """What was asked and what was measured: rows of (what, asked, measured, reached or not)."""
+        head = (
+            '<th>target</th><th class="number">asked</th><th class="number">measured</th><th></th>'
+        )
+        body = []
+        for what, asked, measured, reached in rows:
+            verdict = "reached" if reached else "missed"
+            body.append(
+                f"<td>{escape(what)}</td>"
+                f'<td class="number">{escape(_text(asked))}</td>'
+                f'<td class="number">{escape(_text(measured))}</td>'
+                f'<td class="{verdict}">{verdict}</td>'
+            )
+        self._table(head, body)
+
+    def picture(self, picture: Image.Image | UInt8[np.ndarray, "h w 3"], caption: str) -> None:
+        image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+        file = io.BytesIO()
+        image.save(file, "PNG", optimize=True)
+        self._image(file.getvalue(), image.width, caption)
+
+    def figure(self, figure: Figure, caption: str) -> None:
+        """A matplotlib figure, 160 dots per inch; a transparent ground takes the page's colour."""
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=160, facecolor=figure.get_facecolor())
+        self._image(file.getvalue(), round(figure.get_figwidth() * 100), caption)
+
+    def curve(
+        self,
+        x: Sequence[float],
+        y: Sequence[float],
+        labels: Sequence[str],
+        xlabel: str,
+        ylabel: str,
+        caption: str,
+    ) -> None:
+        """One curve through labelled points, such as distance against CLIP score over guidance."""
+        figure, axes = _plot(xlabel, ylabel)
+        axes.plot(x, y, "-o", color=_BLUE, linewidth=1.8, markersize=5)
+        for *point, label in zip(x, y, labels):  # below: on the outer side of a convex curve
+            axes.annotate(
+                label,
+                point,
+                (0, -8),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                color=_GREY,
+            )
+        axes.margins(0.12)
+        self.figure(figure, caption)
+
+    def losses(self, path: str | Path, caption: str) -> None:
+        """Every column of a Lightning metrics.csv with "loss" in its name, against the step.
+
+        Raises UserError where the file is missing or has no loss in it.
+        """
+        figure, axes = _plot("step", "loss")
+        for name, steps, values in _loss_columns(Path(path)):
+            axes.plot(steps, values, linewidth=1.2, label=name)
+        axes.set_yscale("log")
+        axes.legend(frameon=False, labelcolor=_GREY)
+        self.figure(figure, caption)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the page to `path` at once: a reader sees the old file or the new one."""
+        links = "".join(
+            f'<a href="#s{i}">{escape(text)}</a>' for i, text in enumerate(self._headings, start=1)
+        )
+        page = _PAGE.format(
+            title=escape(self._title), style=_STYLE, links=links, body="\n".join(self._body)
+        )
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(path)
+
+    def _table(self, head: str, rows: list[str]) -> None:
+        body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+        self._body.append(
+            f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
+            f"<tbody>\n{body}\n</tbody></table></div>"
+        )
+
+    def _image(self, png: bytes, width: int, caption: str) -> None:
+        data = base64.b64encode(png).decode("ascii")
+        self._body.append(
+            f'<figure><img width="{width}" alt="{escape(caption)}" '
+            f'src="data:image/png;base64,{data}">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+        )
+
+
+def to_uint8(pictures: Float[Tensor, "n 3 h w"]) -> UInt8[np.ndarray, "n h w 3"]:
+    """Pictures in [-1, 1] as bytes, channels last."""
+    scaled = (pictures.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def grid(
+    pictures: UInt8[np.ndarray, "n h w 3"],
+    columns: int,
+    captions: Sequence[str] | None = None,
+    scale: int = 1,
+) -> Image.Image:
+    """Pictures in rows of `columns`, each enlarged `scale` times, its caption wrapped under it.
+
+    Cells are `scale * w` wide with a gutter of 8 pixels all around; enlargement repeats pixels.
+    ValueError where there are not as many captions as pictures.
+    """
+    n, h, w, _ = pictures.shape
+    if captions is not None and len(captions) != n:
+        raise ValueError(f"{len(captions)} captions for {n} pictures")
+    h, w = h * scale, w * scale
+    font = ImageFont.load_default(12)
+    texts = [_wrap(caption, font, w) for caption in captions or []]
+    text_height = max((len(lines) for lines in texts), default=0) * _LINE
+    rows = -(-n // columns)
+    size = columns * (w + _GAP) + _GAP, rows * (h + text_height + _GAP) + _GAP
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, picture in enumerate(pictures):
+        row, column = divmod(i, columns)
+        left, top = _GAP + column * (w + _GAP), _GAP + row * (h + text_height + _GAP)
+        enlarged = picture.repeat(scale, axis=0).repeat(scale, axis=1)
+        canvas.paste(Image.fromarray(enlarged), (left, top))
+        for j, line in enumerate(texts[i] if texts else []):
+            draw.text((left, top + h + 2 + j * _LINE), line, fill="#333a44", font=font)
+    return canvas
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels; a word that is wider is broken."""
+    lines = [""]
+    for word in re.findall(r"\S+", text):
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+def _text(value: Value) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plot(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4), facecolor="none", layout="constrained")
+    axes = figure.add_subplot(facecolor="none")
+    axes.set_xlabel(xlabel, color=_GREY)
+    axes.set_ylabel(ylabel, color=_GREY)
+    axes.tick_params(which="both", colors=_GREY)
+    axes.grid(color=_GREY, alpha=0.2, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
+    return figure, axes
+
+
+def _loss_columns(path: Path) -> list[tuple[str, list[int], list[float]]]:
+    """(name, steps, values) of every loss; a row holds only what was logged at its step."""
+    if not path.is_file():
+        raise UserError(f"no losses at {path}: name the metrics.csv of a training run")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = []
+    for name in [name for name in (rows[0] if rows else []) if "loss" in name]:
+        logged = [(int(row["images"]), float(row[name])) for row in rows if row[name]]
+        columns.append((name, *map(list, zip(*logged))))
+    if not columns:
+        raise UserError(f"{path} has no column with a loss: name the metrics.csv of a training run")
+    return columns

@@ -1,0 +1,71 @@
+"""Every configuration composes, and builds without memory; defaults have one owner."""
+
+import inspect
+from pathlib import Path
+
+import cascade.conf
+import pytest
+import torch
+from cascade.verbs.configuration import built, composed
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+CONF = Path(next(iter(cascade.conf.__path__)))
+
+
+def choices(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def on_meta(overrides):
+    config = composed("train", ["data.path=none", *overrides])
+    with torch.device("meta"):
+        return config, built(config.stage)
+
+
+@pytest.mark.parametrize("stage", choices("stage"))
+def test_every_stage_builds(stage):
+    config, module = on_meta([f"stage={stage}"])
+    assert sum(p.numel() for p in module.parameters()) > 0
+    assert module.batch == config.batch
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+@pytest.mark.parametrize("budget", choices("budget"))
+def test_every_stage_of_every_whole_experiment_builds(experiment, budget):
+    config = composed("demo", [f"experiment={experiment}", f"budget={budget}"])
+    for name, overrides in config.stages.items():
+        on_meta([*overrides, *config.budgets.get(name, []), *config.each])
+    assert set(config.cascade) <= set(config.stages)
+
+
+@pytest.mark.parametrize("group", ["net", "text", "process", "sampler", "clip"])
+def test_every_choice_composes(group):
+    for choice in choices(group):
+        composed("train", ["data.path=none", "stage=decoder", f"{group}={choice}"])
+
+
+def targets(node, where=""):
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield where, node
+        for key, value in node.items():
+            yield from targets(value, f"{where}.{key}")
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from targets(value, f"{where}.{i}")
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_no_file_repeats_a_default_of_a_signature(path):
+    """A default lives in one place. torch's are not ours: their values may be stated."""
+    for where, node in targets(OmegaConf.to_container(OmegaConf.load(path))):
+        if not node["_target_"].startswith("cascade"):
+            continue
+        signature = inspect.signature(get_object(node["_target_"]))
+        for key, value in node.items():
+            if key.startswith("_"):
+                continue
+            assert key in signature.parameters, f"{where}: no parameter {key}"
+            default = signature.parameters[key].default
+            assert default is inspect.Parameter.empty or default != value, f"{where}.{key}={value}"

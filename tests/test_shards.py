@@ -1,0 +1,330 @@
+"""Claims about the reader: one global order, right pairs whatever is damaged, losses counted."""
+
+import io
+import json
+import pickle
+import struct
+import tarfile
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+
+from cascade.data import shards as module
+from cascade.data.shards import Embeddings, SampleNumbers, Shards, collate, loader, write_embeddings
+from cascade.data.transforms import Pictures
+from cascade.errors import UserError
+
+SMALL = Pictures((8,))
+
+
+def picture(i, form="JPEG", mode="RGB"):
+    """A picture that says which sample it belongs to."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (10 * i, 255 - 10 * i, 0)).convert(mode).save(file, form, quality=95)
+    return file.getvalue()
+
+
+def number(x):
+    return round(float((x[0].mean() + 1) * 12.75))
+
+
+def sample(key, i):
+    fields = {"key": key, "long_caption": f"long {i}", "scene": {"objects": [i]}}
+    return [
+        (f"{key}.jpg", picture(i)),
+        (f"{key}.txt", str(i).encode()),
+        (f"{key}.json", json.dumps(fields).encode()),
+    ]
+
+
+def write(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def keys(shards, numbers):
+    return [shards[n]["key"] for n in numbers]
+
+
+def assert_paired(shards):
+    """Every item of an epoch has its own picture."""
+    for n in range(len(shards)):
+        item = shards[n]
+        assert number(item["image_8"]) == int(item["caption"]), item["key"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two shards of twelve samples."""
+    for s in range(2):
+        members = [m for i in range(12) for m in sample(f"{s:05d}{i:04d}", 12 * s + i)]
+        write(tmp_path / f"train-{s:05d}.tar", members)
+    return tmp_path
+
+
+def test_each_sample_comes_once_an_epoch_in_an_order_of_the_seed(folder):
+    shards = Shards(folder, SMALL, seed=1)
+    first, second = keys(shards, range(24)), keys(shards, range(24, 48))
+    assert len(set(first)) == 24
+    assert set(first) == set(second)
+    assert first != second
+    assert first == keys(Shards(folder, SMALL, seed=1), range(24))
+    assert first != keys(Shards(folder, SMALL, seed=2), range(24))
+    assert keys(Shards(folder, SMALL, shuffle=False), range(48)) == 2 * sorted(first)
+    assert_paired(shards)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_global_order_is_the_same_for_any_world_size(world):
+    ranks = [iter(SampleNumbers(8 // world, r, world, start=16)) for r in range(world)]
+    blocks = [[n for rank in ranks for n in next(rank)] for _ in range(5)]
+    assert blocks == [list(range(n, n + 8)) for n in range(16, 56, 8)]
+
+
+def test_a_sample_does_not_depend_on_batch_start_or_workers(folder):
+    captions = {"txt": 0.5, "long_caption": 0.5}
+    shards = Shards(folder, Pictures((16, 8), crop=8), captions=captions, json_fields=("scene",))
+    for batch, start, workers in ((3, 0, 0), (8, 10, 0), (5, 20, 2)):
+        for got in loader(shards, batch, start=start, batches=3, workers=workers):
+            want = collate([shards[n] for n in got["sample"].tolist()])
+            assert got.keys() == want.keys()
+            for key, value in want.items():
+                same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+                assert same(got[key], value), key
+    assert got["image_16"].shape == (5, 3, 8, 8)
+    assert got["image_8"].shape == (5, 3, 4, 4)
+    assert got["scene"][0] == {"objects": [int(got["caption"][0].split()[-1])]}
+
+
+def test_each_epoch_crops_anew(tmp_path):
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((16, 16)).rotate(30).save(file, "PNG")
+    write(tmp_path / "0.tar", [("a.png", file.getvalue()), ("a.txt", b"a gradient")])
+    shards = Shards(tmp_path, Pictures((16,), crop=8))
+    assert len({shards[n]["image_16"].numpy().tobytes() for n in range(200)}) > 60  # of 81
+
+
+def test_caption_fields_are_drawn_at_their_rates_and_stand_in_for_each_other(folder):
+    shards = Shards(folder, Pictures(()), captions={"txt": 1.0, "long_caption": 3.0})
+    long = sum(shards[n]["caption"].startswith("long") for n in range(960))
+    assert abs(long / 960 - 0.75) < 4 * (0.75 * 0.25 / 960) ** 0.5
+    only = Shards(folder, Pictures(()), captions={"txt": 1.0, "absent": 99.0})
+    assert all(only[n]["caption"].isdigit() for n in range(24))
+    with pytest.raises(UserError, match="24 no caption"):
+        Shards(folder, SMALL, captions={"absent": 1.0})[0]
+
+
+def test_of_a_cut_tar_the_whole_samples_stay(tmp_path, caplog):
+    members = [m for i in range(6) for m in sample(f"{i:04d}", i)]
+    data = write(tmp_path / "whole.tar", members).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        infos = tar.getmembers()
+    jpg, txt, fields = infos[12:15]  # of the fifth sample
+    end = infos[-1].offset_data + 512  # of the last member
+    for cut, whole in (
+        (jpg.offset_data + 7, 4),
+        (txt.offset + 100, 4),
+        (txt.offset_data, 4),
+        (fields.offset_data + 3, 4),
+        (fields.offset_data + 512, 4),  # at a boundary: whole, but nobody can know
+        (jpg.offset, 3),
+        (end, 5),
+        (infos[1].offset_data, 0),
+        (100, 0),
+        (0, 0),
+    ):
+        (tmp_path / "cut").mkdir(exist_ok=True)
+        (tmp_path / "cut" / "a.tar").write_bytes(data[:cut])
+        caplog.clear()
+        if not whole:
+            with pytest.raises(UserError, match=r"no usable sample \(1 cut short\)"):
+                Shards(tmp_path / "cut", SMALL)
+            continue
+        shards = Shards(tmp_path / "cut", SMALL)
+        assert len(shards) == whole, cut
+        assert shards.skipped == {"cut short": 1}
+        assert f"cut short after {whole} samples" in caplog.text
+        assert_paired(shards)
+    (tmp_path / "cut" / "a.tar").write_bytes(data[: end + 512])
+    assert Shards(tmp_path / "cut", SMALL).skipped == {}
+
+
+def test_a_tar_with_a_damaged_header_counts_as_cut(tmp_path):
+    path = write(tmp_path / "a.tar", [m for i in range(6) for m in sample(f"{i:04d}", i)])
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[10].offset  # txt of the fourth sample
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 512] = b"?" * 512
+    path.write_bytes(data)
+    shards = Shards(tmp_path, SMALL)
+    assert len(shards) == 3
+    assert shards.skipped == {"cut short": 1}
+    assert_paired(shards)
+
+
+def huge():
+    body = b"IHDR" + struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)
+    chunk = b"\0\0\0\r" + body + struct.pack(">I", zlib.crc32(body))
+    return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\1IDAT"
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was loaded",)
+
+
+DOT = io.BytesIO()
+Image.new("RGB", (1, 1)).save(DOT, "PNG")
+
+
+def test_a_damaged_corpus_loses_exactly_its_bad_samples(tmp_path):
+    members = [
+        *sample("a0", 0),
+        ("a1.jpg", b"<html>404</html>"),
+        ("a1.txt", b"1"),
+        ("a2.jpg", picture(2, mode="CMYK")),  # good
+        ("a2.txt", b"2"),
+        ("a3.png", DOT.getvalue()),
+        ("a3.txt", b"3"),
+        ("a4.png", huge()),
+        ("a4.txt", b"4"),
+        ("a5.jpg", picture(5)),  # no caption
+        ("a6.jpg", picture(6)),
+        ("a6.txt", b""),
+        ("a7.jpg", picture(7)),
+        ("a7.txt", b" \n"),
+        ("a8.txt", b"8"),  # no picture
+        ("a8.pyd", pickle.dumps(Bomb())),
+        ("a0.jpg", picture(9)),  # a0 again
+        ("a0.txt", b"9"),
+        ("a9.jpg", picture(10)),  # twice in a row: which caption is whose?
+        ("a9.jpg", picture(11)),
+        ("a9.txt", b"11"),
+        ("._b0.jpg", b"left by a Mac"),
+        *sample("b0", 12),
+    ]
+    write(tmp_path / "00000.tar", members)
+    shards = Shards(tmp_path, SMALL, seed=3)
+    assert shards.skipped == {"no caption": 3, "no picture": 1, "duplicate key": 1}
+    assert [e.key for e in shards.entries] == ["a0", "a1", "a2", "a3", "a4", "a7", "a9", "b0"]
+    assert_paired(shards)
+    items = [shards[n] for n in range(8)]
+    assert {i["key"] for i in items} == {f"00000/{k}" for k in ("a0", "a2", "a9", "b0")}
+    # Each bad sample is met at its own place, and by every item that it pushes to the next.
+    order = [shards.entries[i].key for i in shards._permutation(0)]
+    bad = {"a1": "broken picture", "a3": "picture too small", "a4": "huge picture"}
+    bad["a7"] = "no caption"
+    for n, item in enumerate(items):
+        ring = order[n:] + order[:n]
+        until = ring.index(item["key"].split("/")[1])
+        assert item["skipped"] == [bad[key] for key in ring[:until]]
+        assert item["sample"] == n
+    counted = Counter(reason for item in items for reason in item["skipped"])
+    assert collate(items)["skipped"] == counted
+    assert set(counted) == set(bad.values())
+
+
+def test_png_webp_capitals_folders_and_what_webdataset_writes(tmp_path):
+    with wds.TarWriter(str(tmp_path / "00000.tar")) as tar:
+        for i, form in enumerate(("png", "webp", "jpeg")):
+            coded = picture(i, form)
+            tar.write({"__key__": f"x/{i}", form: coded, "txt": str(i), "json": {"scene": None}})
+    write(tmp_path / "00001.tar", [("B.JPG", picture(3)), ("B.Txt", b"3"), ("C.png", b"")])
+    shards = Shards(tmp_path, SMALL, shuffle=False, json_fields=("scene", "absent"))
+    assert keys(shards, range(4)) == ["00000/x/0", "00000/x/1", "00000/x/2", "00001/B"]
+    assert shards[0]["scene"] is shards[3]["absent"] is None
+    assert_paired(shards)
+
+
+def test_a_split_is_chosen_by_name(folder):
+    write(folder / "val-00000.tar", sample("v", 3))
+    assert len(Shards(folder, SMALL)) == 24
+    assert len(Shards(folder, SMALL, split="val")) == 1
+    assert len(Shards(str(folder / "train-*1.tar"), SMALL)) == 12
+    assert len(Shards([folder / "val-00000.tar"], SMALL)) == 1
+    with pytest.raises(UserError, match=r"no test-\*.tar: choose a split of \['train', 'val'\]"):
+        Shards(folder, SMALL, split="test")
+
+
+def test_folders_without_data_are_refused_in_one_line(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "missing", str(tmp_path / "*.zip"), []):
+        with pytest.raises(UserError, match=r"no \.tar is there"):
+            Shards(path, SMALL)
+    with pytest.raises(UserError, match=r"cannot read .*gone\.tar: No such file"):
+        Shards([tmp_path / "gone.tar"], SMALL)
+    other = write(tmp_path / "empty" / "train-00000.tar", sample("x", 1))
+    with pytest.raises(UserError, match="two shards are called train-00000"):
+        Shards([folder / "train-00000.tar", other], SMALL)
+
+
+def embedded(folder, out, lacking=()):
+    for tar in folder.glob("*.tar"):
+        entries = Shards([tar], SMALL).entries
+        names = [e.key for e in entries if e.key not in lacking]
+        np.random.default_rng(0).shuffle(names)
+        rows = torch.tensor([[float(k[:5]), float(k[5:])] for k in names])
+        half = {"clip_image": rows, "text": rows[:, None].half()}
+        write_embeddings(out, tar.stem, names, half, {"encoder": "test"})
+    return Embeddings(out)
+
+
+def test_embeddings_are_joined_by_key_whatever_their_order(folder, tmp_path):
+    shards = Shards(folder, SMALL, embeddings={"clip": embedded(folder, tmp_path / "clip")})
+    for workers in (0, 2):
+        (batch,) = loader(shards, 24, batches=1, workers=workers)
+        want = [[float(k[-9:-4]), float(k[-4:])] for k in batch["key"]]
+        assert batch["clip_image"].tolist() == want
+        assert batch["text"].shape == (24, 1, 2)
+        assert batch["text"].dtype == torch.float16
+    assert len(list((tmp_path / "clip").iterdir())) == 2  # no temporary file stays
+
+
+def test_a_single_sample_without_embedding_is_left_out_and_counted(folder, tmp_path):
+    store = embedded(folder, tmp_path / "clip", lacking=["000010003"])
+    shards = Shards(folder, SMALL, embeddings={"clip": store})
+    assert len(shards) == 23
+    assert shards.skipped == {"no embedding": 1}
+    (batch,) = loader(shards, 23, batches=1)
+    assert "train-00001/000010003" not in batch["key"]
+
+
+def test_missing_or_unsafe_embeddings_name_the_command(folder, tmp_path):
+    command = "`cascade data precompute`"
+    with pytest.raises(UserError, match=command):
+        Embeddings(tmp_path / "missing")
+    store = embedded(folder, tmp_path / "clip", lacking=["000010003", "000010004"])
+    with pytest.raises(UserError, match=f"lacks train-00001/000010003: run {command}"):
+        Shards(folder, SMALL, embeddings={"clip": store})
+    path = tmp_path / "clip" / "train-00000.safetensors"
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match=f"missing or broken: run {command}"):
+        Embeddings(tmp_path / "clip").row("train-00000", "000000000")
+    with pytest.raises(ValueError, match="one for each row"):
+        write_embeddings(tmp_path, "x", ["a", "b"], {"clip_image": torch.zeros(3, 2)}, {})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_cache_decodes_once_for_all_workers(folder, workers, monkeypatch):
+    plain = [Shards(folder, SMALL)[n] for n in range(48)]
+    shards = Shards(folder, SMALL, cache=True)
+    list(loader(shards, 12, batches=2, workers=workers))
+    monkeypatch.setattr(module, "decode", lambda *_: pytest.fail("decoded again"))
+    for n in range(48):
+        assert torch.equal(shards[n]["image_8"], plain[n]["image_8"])
+        assert shards[n]["key"] == plain[n]["key"]
+
+
+def test_a_set_too_large_for_the_cache_is_read_as_before(folder, monkeypatch, caplog):
+    monkeypatch.setattr(module, "CACHE_BYTES", 1000)
+    assert_paired(Shards(folder, SMALL, cache=True))
+    assert "24 pictures of 8 px" in caplog.text

@@ -1,0 +1,184 @@
+import hashlib
+import json
+import random
+import socket
+import time
+
+import lightning as L
+import open_clip
+import pytest
+import sentencepiece
+import torch
+from transformers import T5Config, T5EncoderModel
+
+from cascade.encoders.text import FrozenT5, TextTransformer, Tokens, token_mask, tokenize
+from cascade.errors import UserError
+
+START, END = 49406, 49407
+WORDS = [
+    "a",
+    "small",
+    "large",
+    "red",
+    "green",
+    "blue",
+    "square",
+    "circle",
+    "left",
+    "of",
+    "on",
+    "grey",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_tokens_are_those_of_open_clip():
+    captions = ["", "A  red\nSQUARE, on grey!", "naïve &amp; 漢字 🙂", "red " * 100]
+    assert torch.equal(tokenize(captions, 77), open_clip.tokenize(captions))
+
+
+@pytest.mark.parametrize("length", [4, 77])
+def test_a_long_caption_keeps_its_end(length):
+    tokens = tokenize(["red square " * 200, ""], length)
+    assert tokens[0, 0] == START
+    assert tokens[0, -1] == END
+    assert (tokens[0] == END).sum() == 1
+    assert tokens[1].tolist() == [START, END] + [0] * (length - 2)
+
+
+def test_a_caption_of_one_endless_word_is_no_burden():
+    word = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=10_000))
+    start = time.perf_counter()
+    tokens = tokenize([word, "   " * 10_000 + "red"], 32)
+    assert time.perf_counter() - start < 1
+    assert tokens[0, -1] == END
+    assert torch.equal(tokens[1:], tokenize(["red"], 32))
+
+
+def test_the_mask_ends_with_end_of_text():
+    tokens = tokenize(["a !; b", "", "red " * 20], 8)
+    assert tokens[0, 2] == 0  # the token "!", not padding
+    mask = token_mask(tokens)
+    ends = (tokens == END).int().argmax(1)
+    assert mask.sum(1).tolist() == (ends + 1).tolist()
+    assert mask[2].all()
+
+
+def test_the_tokenizer_completes_a_batch():
+    batch = Tokens(8)({"caption": ["red"]})
+    assert batch["tokens"].tolist() == tokenize(["red"], 8).tolist()
+
+
+def transformer():
+    torch.manual_seed(0)
+    encoder = TextTransformer(width=32, layers=2, heads=4, length=12)
+    for parameter in encoder.parameters():  # some weights start at zero
+        torch.nn.init.normal_(parameter, std=0.3)
+    return encoder
+
+
+def test_padding_changes_nothing():
+    encoder, captions = transformer(), ["a red square", "circle"]
+    states, mask = encoder(tokenize(captions, 12))
+    shorter, short_mask = encoder(tokenize(captions, 5))
+    assert mask.sum(1).tolist() == short_mask.sum(1).tolist() == [5, 3]
+    torch.testing.assert_close(states[mask], shorter[short_mask])
+
+
+def test_every_token_sees_every_other_but_no_padding():
+    encoder, tokens = transformer(), tokenize(["a red square"], 12)
+    seen = []
+    encoder.embed.register_forward_hook(lambda m, i, out: seen.append(out) or out.retain_grad())
+    for position in range(5):
+        states, _ = encoder(tokens)
+        states[0, position].square().sum().backward()
+        influence = seen[-1].grad[0].abs().sum(1) > 0
+        assert influence.tolist() == [True] * 5 + [False] * 7
+
+
+def write_t5(folder, seed=0):
+    rng = random.Random(0)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(rng.sample(WORDS, 6)) for _ in range(300)),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=30,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    about = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    torch.manual_seed(seed)
+    config = T5Config(vocab_size=200, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    return write_t5(tmp_path_factory.mktemp("t5"))
+
+
+def test_t5_equals_transformers_and_ignores_padding(t5):
+    frozen = FrozenT5(str(t5))
+    captions = ["a red square", "", "a small blue circle left of a large red square"]
+    found = frozen.text(captions)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(t5 / "spiece.model"))
+    theirs = T5EncoderModel.from_pretrained(t5).eval()
+    for i, caption in enumerate(captions):
+        ids = torch.tensor([[*pieces.encode(caption), pieces.eos_id()]])
+        assert found["text_mask"][i].sum() == ids.shape[1]
+        expected = theirs(ids).last_hidden_state[0].detach()
+        torch.testing.assert_close(found["text"][i, : ids.shape[1]], expected, atol=1e-5, rtol=1e-4)
+    assert frozen.width == 16
+    assert frozen({"caption": captions}).keys() == {"caption"} | frozen.writes
+
+
+def test_t5_keeps_its_end_of_text(t5):
+    frozen = FrozenT5(str(t5), length=6)
+    seen = []
+    frozen._model.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    assert frozen.text(["red square " * 900, "red"])["text"].shape == (2, 6, 16)
+    assert seen[0][0, -1] == 1
+    assert seen[0][1].tolist().count(1) == 1
+
+
+def test_t5_in_bfloat16(t5):
+    assert FrozenT5(str(t5), bf16=True).text(["red"])["text"].dtype == torch.bfloat16
+
+
+def test_a_module_that_holds_a_t5_does_not_own_it(t5):
+    module = L.LightningModule()
+    module.t5 = FrozenT5(str(t5))
+    assert not module.t5.text(["red"])["text"].requires_grad
+    assert not module.state_dict()
+    assert not list(module.parameters())
+
+
+def test_the_hash_is_that_of_the_weights(t5, tmp_path):
+    weights = (t5 / "model.safetensors").read_bytes()
+    assert FrozenT5(str(t5)).hash == hashlib.sha256(weights).hexdigest()[:16]
+    assert FrozenT5(str(write_t5(tmp_path, seed=1))).hash != FrozenT5(str(t5)).hash
+
+
+def test_what_a_t5_lacks_is_said_in_one_line(t5, tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text((t5 / "config.json").read_text())
+    for path, words in (
+        (tmp_path / "half", "put its spiece.model or tokenizer.json, model.safetensors there"),
+        (tmp_path / "nowhere", "nor in the local Hugging Face cache"),
+        ("google/t5-v1_1-xxl", "fetch its config.json, tokenizer and weights"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            FrozenT5(str(path)).text(["red"])
+        assert "\n" not in str(caught.value)

@@ -3,15 +3,15 @@
 A batch is a dictionary; a stage reads some of its keys and writes one. This is the table of them
 (b: batch, d: CLIP embedding, n: context length, w: width of the text states).
 
-| key              | value                                                         | written by             |
-|------------------|---------------------------------------------------------------|------------------------|
-| `sample`         | int64 [b], the number that every random draw of a sample uses | data, or the caller    |
-| `key`            | list of str, "shard/key" of each sample                       | data                   |
-| `caption`        | list of str                                                   | data, or the caller    |
-| `image_{size}`   | float [b, 3, h, w] in [-1, 1]                                 | data, or a stage       |
-| `clip_image`     | float [b, d], unit norm                                       | CLIP, or a prior       |
-| `clip_text`      | float [b, d], unit norm                                       | CLIP                   |
-| `text`           | float [b, n, w], states of a frozen text encoder              | that encoder           |
-| `text_mask`      | bool [b, n], true where `text` is a token                     | that encoder           |
-| `tokens`         | int64 [b, n], zero-padded, for a text encoder trained here    | the tokenizer          |
+| key              | value                                                         | written by   |
+|------------------|---------------------------------------------------------------|--------------|
+| `sample`         | int64 [b], the number that every random draw of a sample uses | data, caller |
+| `key`            | list of str, "shard/key" of each sample                       | data         |
+| `caption`        | list of str                                                   | data, caller |
+| `image_{size}`   | float [b, 3, h, w] in [-1, 1]                                 | data, a stage |
+| `clip_image`     | float [b, d], unit norm                                       | CLIP, a prior |
+| `clip_text`      | float [b, d], unit norm                                       | CLIP         |
+| `text`           | float [b, n, w], states of a frozen text encoder              | that encoder |
+| `text_mask`      | bool [b, n], true where `text` is a token                     | that encoder |
+| `tokens`         | int64 [b, n], zero-padded, for a text encoder trained here    | tokenizer    |
 """

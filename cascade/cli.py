@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("data", help="folder of shards")
     embed.add_argument("--clip", required=True, help="a CLIP: directory, file or open_clip name")
     embed.add_argument("--checkpoint", help="weights file, for an open_clip name")
-    embed.add_argument("--out", required=True, help="folder for the embeddings")
+    embed.add_argument("--out", help="folder to write to (default: DATA/embeddings)")
 
     describe = verb("describe", "Print a network's parameters by part, without allocating it.")
     describe.add_argument("overrides", nargs="*", metavar="override", help="such as net=unet_tiny")

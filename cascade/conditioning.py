@@ -159,9 +159,7 @@ class Conditioner(nn.Module):
         drop: for each source ("caption", "clip_image"), the share of training samples without it.
     """
 
-    def __init__(
-        self, embedders: Mapping[str, nn.Module], drop: Mapping[str, float] | None = None
-    ):
+    def __init__(self, embedders: Mapping[str, nn.Module], drop: Mapping[str, float] | None = None):
         super().__init__()
         self.embedders = nn.ModuleDict(embedders)
         self.drop = dict(drop or {})

@@ -2,13 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from cascade.conditioning import Batch
-from cascade.stage import Stage
 
 Progress = Callable[[str, int, int], None]  # (what is written, steps done, steps in all)
+
+
+@runtime_checkable
+class Link(Protocol):
+    """What a cascade is made of: it has `reads` and `writes`, and samples the key it writes."""
+
+    def completed(self, batch: Batch) -> Batch: ...
+
+    def sample(self, batch: Batch, seed: int, **choices: Any) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,7 @@ class BestOf:
     with the text embedding.
     """
 
-    stage: Stage
+    stage: Link
     n: int = 2
     by: str = "clip_text"
 
@@ -48,7 +57,7 @@ class BestOf:
 class Cascade:
     """Stages in order; every key that one reads is given, or written by an earlier one."""
 
-    stages: Sequence[Stage | BestOf]
+    stages: Sequence[Link]
 
     def __call__(self, batch: Batch, seed: int, progress: Progress | None = None) -> Batch:
         """The batch with the key that each stage writes.

@@ -24,24 +24,21 @@ from cascade.draws import Draws
 from cascade.errors import UserError
 from cascade.files import write_atomically
 
-
 WEIGHTS = "weights.safetensors"
 
 
-def warmup_cosine(images: float, warmup: float, total: float) -> float:
+def warmup_cosine(images: int, warmup: int, total: int) -> float:
     """Learning-rate factor after `images`: linear warm-up, then half a cosine to zero."""
-    rise = min(1.0, (images + 1) / max(1.0, warmup))
+    rise = min(1.0, (images + 1) / max(1, warmup))
     return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, images / total)))
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Adds keys to a batch: a frozen text encoder, a tokenizer. Not a module of its stage."""
+    """Adds keys to a batch: a frozen text encoder, a tokenizer. Not a module of its stage.
 
-    name: str
-    hash: str  # of the weights
-    reads: frozenset[str]
-    writes: frozenset[str]
+    It has a `name`, the `hash` of its weights, and the batch keys that it `reads` and `writes`.
+    """
 
     def to(self, device: torch.device) -> "Encoder": ...
 
@@ -73,7 +70,7 @@ class Stage(L.LightningModule):
         process: Process,
         sampler: DiffusionSampler,
         optimizer: Callable[..., torch.optim.Optimizer],
-        learning_rate: Callable[[float], float] | None = None,
+        learning_rate: Callable[[int], float] | None = None,
         batch: int = 1,
         corruption: Corruption | None = None,
         encoders: Sequence[Encoder] = (),

@@ -6,7 +6,7 @@ Inception network with which the FID is defined, down to the hash of its weights
 
 import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ _FILE = "pt_inception-2015-12-05-6726825d.pth"
 FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
+@runtime_checkable
 class Features(Protocol):
     """A feature space: `name` says which, `dim` how wide, and the call gives float32 rows."""
 
@@ -29,6 +30,7 @@ class Features(Protocol):
     def __call__(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]: ...
 
 
+@runtime_checkable
 class CLIP(Protocol):
     """What `CLIPFeatures` needs of a CLIP; `hash` identifies its weights."""
 

@@ -5,7 +5,7 @@ feature space of a judge that neither conditions nor reranks. Each stage is also
 with the truth, so that a loss of quality can be laid at its door.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from cascade.conditioning import Batch, enlarge
 from cascade.data.scenes import Scene
 from cascade.eval.features import Features
 from cascade.eval.metrics import CLIPScore, FrechetDistance, retrieval_at_1
-from cascade.eval.report import to_uint8
 from cascade.eval.scene_accuracy import SceneAccuracy
-from cascade.pipeline import BestOf, Cascade
+from cascade.grids import to_uint8
+from cascade.pipeline import Cascade
 
 Metrics = dict[str, Any]
 JUDGED = (64, 256, 1024)  # sides at which the scene reader judges
@@ -75,7 +75,9 @@ def accuracy(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene]) -> Met
     return metric.compute()
 
 
-def picture_metrics(painted: Batch, data: HeldOut, real: Batch, features: Features, clip) -> Metrics:
+def picture_metrics(
+    painted: Batch, data: HeldOut, real: Batch, features: Features, clip
+) -> Metrics:
     """Of each size that was painted: distance, CLIP score, and accuracy by kind of caption.
 
     Args:
@@ -84,7 +86,9 @@ def picture_metrics(painted: Batch, data: HeldOut, real: Batch, features: Featur
         clip: the judge, for the CLIP score of pictures of at least 64 px.
     """
     out: Metrics = {}
-    texts = torch.cat([clip.text(data.captions[i : i + 64])["clip_text"] for i in range(0, len(data), 64)])
+    texts = torch.cat(
+        [clip.text(data.captions[i : i + 64])["clip_text"] for i in range(0, len(data), 64)]
+    )
     for key in sorted((k for k in painted if k.startswith("image_")), key=_side):
         enough = len(painted[key]) >= 4 * features.dim
         row: Metrics = {"frechet": distance(features, painted[key], real[key]) if enough else None}
@@ -160,7 +164,9 @@ def superresolution_metrics(
     """Super-resolution from true small pictures, beside bicubic enlargement."""
     keys = [stage.writes for stage in cascade.stages if stage.writes.startswith("image_")]
     small, large = keys[0], keys[-1]
-    done = paint(cascade, data.captions, {small: data.truth[small], **_embedding(data)}, "true input")
+    done = paint(
+        cascade, data.captions, {small: data.truth[small], **_embedding(data)}, "true input"
+    )
     bicubic = enlarge(data.truth[small], _side(large) // _side(small)).clamp(-1, 1)
     out: Metrics = {"count": len(data), "from": small, "to": large}
     for name, pictures in (("frechet", done[large]), ("frechet_bicubic", bicubic)):

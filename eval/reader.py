@@ -2,7 +2,8 @@
 
 Each region that stands out from the background is matched with every shape, and with the mean of
 every two; then what was found is painted again, and a picture that differs from it is refused.
-Everything happens at 64 px, to which a larger picture is averaged: lengths are in those pixels.
+Everything happens at 64 px, to which a larger picture is averaged: lengths are in those pixels, and
+of finer grain it knows nothing.
 """
 
 from collections import Counter
@@ -22,8 +23,8 @@ from cascade.data.scenes import SIZES
 
 SIDE = 64
 AREA = 12  # of the smallest region that may be an object
-COLOR_RADIUS = 38  # in RGB; colours are 116 apart, and 58 from every mixture
-GROUND_RADIUS = 35  # captions do not name the background, and one between two will do
+COLOR_RADIUS = 38.0  # in RGB; colours are 116 apart, and 58 from every mixture
+GROUND_RADIUS = 35.0  # captions do not name the background, and one between two will do
 SIZE_MARGIN = 0.012  # how far from its range a size may be, as a fraction of the side
 DIAMETERS = (0.19, 0.42)  # of an object at all
 MISFIT = 0.025  # squared error of a shape's coverage, over its area
@@ -82,7 +83,7 @@ class Match(NamedTuple):
 def _template(name: str | None, shape: Shape) -> Template:
     grid = (np.arange(240, dtype=np.float32) + 0.5) / 200 - 0.6
     y, x = np.nonzero(shape(grid[None], grid[:, None]) < 0)
-    return Template(name, shape, len(x) / 200**2, grid[x].mean(), grid[y].mean())
+    return Template(name, shape, len(x) / 200**2, float(grid[x].mean()), float(grid[y].mean()))
 
 
 def _mean(one: Shape, other: Shape) -> Shape:

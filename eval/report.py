@@ -7,17 +7,15 @@ mailed, and reads on a phone and in the dark. All text that comes from outside i
 import base64
 import csv
 import io
-import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image
 
 from cascade.errors import UserError
 
@@ -25,7 +23,6 @@ Value = str | int | float | None
 
 _GREY = "#80868f"  # of lines and letters in plots: legible on the white page and on the dark one
 _BLUE = "#3d83e6"
-_GAP, _LINE = 8, 15  # of sample grids, pixels: between cells, and from one line of text to the next
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #1c2128; --soft: #626a75; --line: #dfe3e8;
   --stripe: #f6f8fa; --accent: #2265c7; --good: #157a3a; --bad: #c02626; }
@@ -160,11 +157,11 @@ class Report:
         self.figure(figure, caption)
 
     def losses(self, path: str | Path, caption: str) -> None:
-        """Every column of a Lightning metrics.csv with "loss" in its name, against the step.
+        """Every column of a run's metrics.csv with "loss" in its name, against images seen.
 
         Raises UserError where the file is missing or has no loss in it.
         """
-        figure, axes = _plot("step", "loss")
+        figure, axes = _plot("images", "loss")
         for name, steps, values in _loss_columns(Path(path)):
             axes.plot(steps, values, linewidth=1.2, label=name)
         axes.set_yscale("log")
@@ -201,61 +198,6 @@ class Report:
         )
 
 
-def to_uint8(pictures: Float[Tensor, "n 3 h w"]) -> UInt8[np.ndarray, "n h w 3"]:
-    """Pictures in [-1, 1] as bytes, channels last."""
-    scaled = (pictures.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def grid(
-    pictures: UInt8[np.ndarray, "n h w 3"],
-    columns: int,
-    captions: Sequence[str] | None = None,
-    scale: int = 1,
-) -> Image.Image:
-    """Pictures in rows of `columns`, each enlarged `scale` times, its caption wrapped under it.
-
-    Cells are `scale * w` wide with a gutter of 8 pixels all around; enlargement repeats pixels.
-    ValueError where there are not as many captions as pictures.
-    """
-    n, h, w, _ = pictures.shape
-    if captions is not None and len(captions) != n:
-        raise ValueError(f"{len(captions)} captions for {n} pictures")
-    h, w = h * scale, w * scale
-    font = ImageFont.load_default(12)
-    texts = [_wrap(caption, font, w) for caption in captions or []]
-    text_height = max((len(lines) for lines in texts), default=0) * _LINE
-    rows = -(-n // columns)
-    size = columns * (w + _GAP) + _GAP, rows * (h + text_height + _GAP) + _GAP
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, picture in enumerate(pictures):
-        row, column = divmod(i, columns)
-        left, top = _GAP + column * (w + _GAP), _GAP + row * (h + text_height + _GAP)
-        enlarged = picture.repeat(scale, axis=0).repeat(scale, axis=1)
-        canvas.paste(Image.fromarray(enlarged), (left, top))
-        for j, line in enumerate(texts[i] if texts else []):
-            draw.text((left, top + h + 2 + j * _LINE), line, fill="#333a44", font=font)
-    return canvas
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a word that is wider is broken."""
-    lines = [""]
-    for word in re.findall(r"\S+", text):
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines
-
-
 def _text(value: Value) -> str:
     if value is None:
         return "–"
@@ -275,7 +217,7 @@ def _plot(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def _loss_columns(path: Path) -> list[tuple[str, list[int], list[float]]]:
-    """(name, steps, values) of every loss; a row holds only what was logged at its step."""
+    """(name, images, values) of every loss; a row holds only what was logged then."""
     if not path.is_file():
         raise UserError(f"no losses at {path}: name the metrics.csv of a training run")
     with open(path, newline="") as file:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from cascade.conditioning import Batch
 from cascade.eval.protocol import Metrics
-from cascade.eval.report import Report, grid, to_uint8
+from cascade.eval.report import Report
+from cascade.grids import grid, to_uint8
 
 RATES = ("whole", "objects", "binding", "counts", "relations")
 
@@ -27,10 +28,15 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     if "targets" in metrics:
         report.heading("What was asked for")
         report.targets(
-            [(row["what"], row["asked"], row["measured"], row["reached"]) for row in metrics["targets"]]
+            [
+                (row["what"], row["asked"], row["measured"], row["reached"])
+                for row in metrics["targets"]
+            ]
         )
     for split, batch in shown.items():
-        title = "The true pictures of the same captions" if split == "truth" else f"Painted: {split}"
+        title = (
+            "The true pictures of the same captions" if split == "truth" else f"Painted: {split}"
+        )
         report.heading(title)
         _pictures(report, batch)
     report.heading("Measures by size")
@@ -54,7 +60,10 @@ def _pictures(report: Report, batch: Batch, count: int = 24) -> None:
     rows = list(range(0, len(batch["caption"]), max(1, len(batch["caption"]) // count)))[:count]
     captions = [batch["caption"][i] for i in rows]
     pictures = to_uint8(batch[largest][rows])
-    report.picture(grid(pictures[:, ::2, ::2], columns=6, captions=captions), f"{largest}, halved")
+    side = pictures.shape[1]
+    shown = pictures[:, :: max(1, side // 128), :: max(1, side // 128)]
+    sheet = grid(shown, columns=6, captions=captions, scale=max(1, 128 // side))
+    report.picture(sheet, f"{largest}, shown at {shown.shape[1] * max(1, 128 // side)} px")
 
 
 def _by_size(report: Report, split: str, measures: Metrics, halves: Metrics) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from cascade.conditioning import Cond, Conditioner, LowRes, Sequence, Vector
 from cascade.draws import Draws
 

@@ -3,12 +3,13 @@
 import inspect
 from pathlib import Path
 
-import cascade.conf
 import pytest
 import torch
-from cascade.verbs.configuration import built, composed
 from hydra.utils import get_object
 from omegaconf import OmegaConf
+
+import cascade.conf
+from cascade.verbs.configuration import built, composed
 
 CONF = Path(next(iter(cascade.conf.__path__)))
 
@@ -33,16 +34,22 @@ def test_every_stage_builds(stage):
 @pytest.mark.parametrize("experiment", choices("experiment"))
 @pytest.mark.parametrize("budget", choices("budget"))
 def test_every_stage_of_every_whole_experiment_builds(experiment, budget):
-    config = composed("demo", [f"experiment={experiment}", f"budget={budget}"])
+    config = composed("demo", [f"experiment={experiment}", f"budget={budget}", "shards=none"])
     for name, overrides in config.stages.items():
         on_meta([*overrides, *config.budgets.get(name, []), *config.each])
     assert set(config.cascade) <= set(config.stages)
 
 
-@pytest.mark.parametrize("group", ["net", "text", "process", "sampler", "clip"])
+@pytest.mark.parametrize("net", choices("net"))
+def test_every_network_builds_in_a_stage(net):
+    stage = "prior" if net.startswith("prior") else "sr256" if "_sr_" in net else "decoder"
+    on_meta([f"stage={stage}", f"net={net}"])
+
+
+@pytest.mark.parametrize("group", ["text", "process", "sampler", "clip"])
 def test_every_choice_composes(group):
     for choice in choices(group):
-        composed("train", ["data.path=none", "stage=decoder", f"{group}={choice}"])
+        composed("train", ["data.path=none", "stage=decoder_text", f"{group}={choice}"])
 
 
 def targets(node, where=""):
@@ -56,7 +63,9 @@ def targets(node, where=""):
             yield from targets(value, f"{where}.{i}")
 
 
-@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize(
+    "path", sorted(CONF.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
 def test_no_file_repeats_a_default_of_a_signature(path):
     """A default lives in one place. torch's are not ours: their values may be stated."""
     for where, node in targets(OmegaConf.to_container(OmegaConf.load(path))):

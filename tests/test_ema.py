@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cascade.training.ema import EMA
 from torch import nn
+
+from cascade.training.ema import EMA
 
 
 def after(decay, values):
@@ -60,11 +61,16 @@ def test_micro_batches_that_only_accumulate_do_not_count():
 def test_applied_swaps_and_restores_even_after_an_error():
     ema, module = after(0.5, [0.0, 1.0])
     module.train()
-    with pytest.raises(KeyError), ema.applied(module):
-        assert module.weight.item() == ema.average["weight"].item() != 1.0
-        assert not module.training
-        with pytest.raises(RuntimeError, match="swapped"):
-            ema.on_save_checkpoint(None, module, {})
-        raise KeyError
+
+    def fails_within():
+        with ema.applied(module):
+            assert module.weight.item() == ema.average["weight"].item() != 1.0
+            assert not module.training
+            with pytest.raises(RuntimeError, match="swapped"):
+                ema.on_save_checkpoint(None, module, {})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails_within()
     assert module.weight.item() == 1.0
     assert module.training

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from cascade.conditioning import Cond
 from cascade.nets.layers import Attention
 from cascade.nets.prior import PriorTransformer
@@ -85,7 +86,9 @@ def test_unet_reads_every_port():
     x, logsnr = torch.randn(2, 3, 8, 8).double(), torch.zeros(2).double()
     out = net(x, logsnr, Cond(**base, mask=mask))
     for name, value in base.items():
-        changed = net(x, logsnr, Cond(**{**base, name: value + 0.5 * torch.randn_like(value)}, mask=mask))
+        changed = net(
+            x, logsnr, Cond(**{**base, name: value + 0.5 * torch.randn_like(value)}, mask=mask)
+        )
         assert (out - changed).abs().amax((1, 2, 3)).min() > 1e-6, name
     hidden = base["tokens"].clone()
     hidden[0, 3:] += 10

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from cascade.errors import UserError
-from cascade.eval.report import Report, grid
+from cascade.eval.report import Report
+from cascade.grids import grid
 
 
 def pictures(n, h=4, w=4):
@@ -19,7 +20,7 @@ def pictures(n, h=4, w=4):
 @pytest.fixture
 def losses(tmp_path):
     path = tmp_path / "metrics.csv"
-    path.write_text("epoch,lr,step,train/loss,val/loss\n0,,0,1.5,\n0,,0,,1.4\n0,0.1,9,0.5,\n")
+    path.write_text("epoch,lr,images,train/loss,val/loss\n0,,0,1.5,\n0,,0,,1.4\n0,0.1,9,0.5,\n")
     return path
 
 
@@ -78,7 +79,7 @@ def test_rows_that_do_not_fit_the_columns_are_refused():
 def test_losses_need_a_file_with_losses(tmp_path, losses):
     with pytest.raises(UserError, match="no losses at"):
         Report("run").losses(tmp_path / "absent.csv", "")
-    losses.write_text("step,lr\n0,0.1\n")
+    losses.write_text("images,lr\n0,0.1\n")
     with pytest.raises(UserError, match="no column with a loss"):
         Report("run").losses(losses, "")
 

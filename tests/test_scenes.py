@@ -26,7 +26,7 @@ from cascade.errors import UserError
 @pytest.fixture(scope="module")
 def scenes():
     return {
-        (level, split): [sample_scene(level, split, generator(0, split, i)) for i in range(1500)]
+        (level, split): [sample_scene(level, split, generator(0, split, i)) for i in range(1000)]
         for level in LEVELS
         for split in SPLITS
     }

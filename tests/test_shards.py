@@ -301,7 +301,7 @@ def test_a_single_sample_without_embedding_is_left_out_and_counted(folder, tmp_p
 def test_missing_or_unsafe_embeddings_name_the_command(folder, tmp_path):
     command = "`cascade data precompute`"
     with pytest.raises(UserError, match=command):
-        Embeddings(tmp_path / "missing")
+        Shards(folder, SMALL, embeddings={"clip": Embeddings(tmp_path / "missing")})
     store = embedded(folder, tmp_path / "clip", lacking=["000010003", "000010004"])
     with pytest.raises(UserError, match=f"lacks train-00001/000010003: run {command}"):
         Shards(folder, SMALL, embeddings={"clip": store})

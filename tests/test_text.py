@@ -73,8 +73,11 @@ def test_the_mask_ends_with_end_of_text():
 
 
 def test_the_tokenizer_completes_a_batch():
-    batch = Tokens(8)({"caption": ["red"]})
-    assert batch["tokens"].tolist() == tokenize(["red"], 8).tolist()
+    """To the length of its longest caption: what lies behind is padding in every row."""
+    batch = Tokens(8)({"caption": ["red", "a red circle"]})
+    whole = tokenize(["red", "a red circle"], 8)
+    assert batch["tokens"].tolist() == whole[:, :5].tolist()
+    assert whole[:, 5:].max() == 0
 
 
 def transformer():

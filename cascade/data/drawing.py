@@ -89,7 +89,7 @@ def blank(background: str, size: int) -> UInt8[np.ndarray, "s s 3"]:
 def paint(
     picture: UInt8[np.ndarray, "s s 3"],
     shape: Shape,
-    color: tuple[float, float, float],
+    color: tuple[int, int, int],
     x: float,
     y: float,
     diameter: float,

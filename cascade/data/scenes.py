@@ -60,7 +60,7 @@ class Level:
 
 
 LEVELS: Mapping[str, Level] = {
-    "plain": Level(list(SHAPES)[:4], list(BACKGROUNDS)[:2], (0.35, 0.65, 0), (0.5, 0.5, 0)),
+    "plain": Level(list(SHAPES)[:4], list(BACKGROUNDS)[:2], (0.35, 0.65, 0.0), (0.5, 0.5, 0.0)),
     "full": Level(list(SHAPES), list(BACKGROUNDS), (0.3, 0.45, 0.25), (0.5, 0.3, 0.2)),
 }
 
@@ -96,7 +96,7 @@ def sample_scene(level: str, split: str, rng: np.random.Generator) -> Scene:
         raise UserError(f"no scenes {level}/{split}: choose of {list(LEVELS)} and {SPLITS}")
     choice = LEVELS[level]
     shares = choice.train if split == "train" else choice.held_out
-    group = rng.choice(3, p=shares)  # before the split is looked at, which so cannot change it
+    group = int(rng.choice(3, p=shares))  # before the split is looked at, which so cannot change it
     pairs, relation, phrasing = _content(choice, group, rng)
     while split_of(pairs, relation, phrasing) != split:
         pairs, relation, phrasing = _content(choice, group, rng)

@@ -39,16 +39,11 @@ class Embeddings:
     """Precomputed rows, joined to samples by key: a folder with one `{shard}.safetensors` per tar.
 
     A file holds tensors [rows, ...] named by batch key (`clip_image`, `text`, ...); its metadata
-    holds the rows' keys, as JSON.
-
-    Raises:
-        UserError: the folder is missing.
+    holds the rows' keys, as JSON. Nothing is opened before it is asked for.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"{folder} does not exist: write it with `cascade data precompute`")
         self._files: dict[str, tuple[Any, dict[str, int]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:

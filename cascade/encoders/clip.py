@@ -31,7 +31,7 @@ from cascade.encoders.sources import (
     clip_source,
     weights_hash,
 )
-from cascade.encoders.text import token_mask, tokenize
+from cascade.encoders.text import token_mask, tokenize, trimmed
 from cascade.errors import UserError
 from cascade.files import write_atomically
 
@@ -161,16 +161,20 @@ class FrozenCLIP:
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`clip_text` [b, d], `text` [b, n, w] after the last norm, its `text_mask`, `tokens`."""
+        """`clip_text` [b, d], `text` [b, n, w] after the last norm, its `text_mask`, `tokens`.
+
+        n is the length of the longest caption.
+        """
         tokens = tokenize(captions, self.length).to(self.device)
         found = self._model.forward_intermediates(
             text=tokens, text_indices=1, normalize_intermediates=True
         )
+        kept = trimmed(tokens)
         return {
             "clip_text": found["text_features"],
-            "text": found["text_intermediates"][-1],
-            "text_mask": token_mask(tokens),
-            "tokens": tokens,
+            "text": found["text_intermediates"][-1][:, : kept.shape[1]],
+            "text_mask": token_mask(kept),
+            "tokens": kept,
         }
 
     def __call__(self, batch: Batch) -> Batch:
@@ -234,7 +238,7 @@ class CLIPTraining(L.LightningModule):
         self,
         clip: Architecture,
         optimizer: Callable[..., torch.optim.Optimizer],
-        learning_rate: Callable[[float], float] | None = None,
+        learning_rate: Callable[[int], float] | None = None,
         batch: int = 1,
     ):
         super().__init__()

@@ -42,6 +42,11 @@ def token_mask(tokens: Int64[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
     return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(1, keepdim=True)
 
 
+def trimmed(tokens: Int64[Tensor, "b n"]) -> Int64[Tensor, "b m"]:
+    """Without the columns that are padding in every row: what is masked need not be computed."""
+    return tokens[:, : int(token_mask(tokens).sum(1).max())]
+
+
 class Tokens:
     """The encoder of a stage that trains its own text transformer: writes `tokens`.
 
@@ -64,7 +69,7 @@ class Tokens:
         return self
 
     def __call__(self, batch: Batch) -> Batch:
-        return {**batch, "tokens": tokenize(batch["caption"], self.length).to(self.device)}
+        return {**batch, "tokens": trimmed(tokenize(batch["caption"], self.length)).to(self.device)}
 
 
 class TextTransformer(nn.Module):

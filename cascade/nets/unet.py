@@ -95,7 +95,9 @@ class UNet(nn.Module):
         self.patch, self.divisor = patch, patch * 2 ** (len(multipliers) - 1)
         self.noise_level = NoiseLevel(embed)
 
-        def block(c_in: int, c: int, level: int, resample: float = 1.0, attend: bool = True) -> Block:
+        def block(
+            c_in: int, c: int, level: int, resample: float = 1.0, attend: bool = True
+        ) -> Block:
             attend = attend and level in attention
             attention_ = Attention(c, min(head_channels, c), width) if attend else None
             return Block(c_in, c, embed, dropout, resample, attention_)

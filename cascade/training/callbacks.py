@@ -4,7 +4,9 @@ Progress is counted in images seen, so that runs with different batch sizes comp
 """
 
 import csv
+import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import lightning as L
@@ -14,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from cascade.conditioning import Batch
+from cascade.grids import grid, to_uint8
 from cascade.training.ema import EMA
 
 
@@ -47,6 +50,7 @@ class History(L.Callback):
         self.run, self.name, self.total, self.every = run, name, total, every
         self.losses: list[torch.Tensor] = []
         self.step, self.seconds = 0, 0.0
+        self.skipped: Counter[str] = Counter()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.step, self.mark = trainer.global_step, time.monotonic()
@@ -70,6 +74,7 @@ class History(L.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.losses.append(outputs["loss"].detach())
+        self.skipped.update(batch.get("skipped", {}))
         steps = trainer.global_step - self.step
         last = trainer.global_step == trainer.max_steps
         if steps == 0 or (steps % self.every and not last):
@@ -94,6 +99,16 @@ class History(L.Callback):
             self.bar.stop()
             self.board.close()
             self.file.close()
+            if self.skipped:
+                counts = ", ".join(f"{n} {reason}" for reason, n in self.skipped.most_common())
+                print(f"{self.name}: bad samples, replaced by the next good ones: {counts}")
+                (self.run / "skipped.json").write_text(json.dumps(self.skipped) + "\n")
+
+    def state_dict(self) -> dict[str, dict[str, int]]:
+        return {"skipped": dict(self.skipped)}
+
+    def load_state_dict(self, state: dict[str, dict[str, int]]) -> None:
+        self.skipped = Counter(state["skipped"])
 
 
 class SampleGrids(L.Callback):
@@ -126,10 +141,8 @@ class SampleGrids(L.Callback):
                 self._save(module.sample(here, seed=0), f"{seen:010d}")
 
     def _save(self, pictures: torch.Tensor, name: str) -> None:
-        from cascade.eval.report import grid, to_uint8
-
         folder = self.run / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        grid(to_uint8(pictures), columns=8, captions=self.batch["caption"]).save(
-            folder / f"{name}.png"
-        )
+        scale = max(1, 128 // pictures.shape[-1])  # a caption needs some width
+        sheet = grid(to_uint8(pictures), 8, captions=self.batch["caption"], scale=scale)
+        sheet.save(folder / f"{name}.png")

@@ -55,7 +55,10 @@ class Checkpoints(L.Callback):
         self.saved_at, self.saved_step = time.monotonic(), -1
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        due = time.monotonic() - self.saved_at > self.seconds and trainer.global_step > self.saved_step
+        due = (
+            time.monotonic() - self.saved_at > self.seconds
+            and trainer.global_step > self.saved_step
+        )
         if trainer.strategy.broadcast(due):
             self.save(trainer, module)
 

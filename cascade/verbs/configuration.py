@@ -42,12 +42,13 @@ def composed(name: str, overrides: Sequence[str]) -> DictConfig:
         initialize_config_dir(str(Path(cascade.conf.__path__[0]).resolve()), version_base="1.3"),
     ):
         config = compose(name, list(overrides))
-        if missing := sorted(OmegaConf.missing_keys(config)):
-            raise UserError(f"{missing[0]} is not given: add {missing[0]}=...")
         try:
+            missing = sorted(OmegaConf.missing_keys(config))
             OmegaConf.resolve(config)
         except InterpolationToMissingValueError as error:
-            raise UserError(f"configuration: {str(error).splitlines()[0]}") from error
+            missing = [str(error).splitlines()[0].rsplit(": ", 1)[-1]]
+        if missing:
+            raise UserError(f"{missing[0]} is not given: add {missing[0]}=...")
         return config
 
 

@@ -7,6 +7,8 @@ from cascade.data.scenes import write_scenes
 from cascade.errors import UserError
 from cascade.training.callbacks import bar
 
+EMBEDDINGS = "embeddings"  # the folder beside the shards, as conf/stage has it
+
 
 def main(args: argparse.Namespace) -> None:
     if args.kind == "scenes":
@@ -15,7 +17,8 @@ def main(args: argparse.Namespace) -> None:
         counts = {"train": args.train, "val": args.val, "unseen": args.unseen}
         make_scenes(Path(args.out), args.level, counts, args.size, args.seed)
     else:
-        embed(Path(args.data), args.clip, Path(args.out), args.checkpoint)
+        out = Path(args.out) if args.out else Path(args.data) / EMBEDDINGS
+        embed(Path(args.data), args.clip, out, args.checkpoint)
 
 
 def make_scenes(out: Path, level: str, counts: dict[str, int], size: int, seed: int) -> None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cascade.files import write_atomically
 from cascade.verbs.configuration import composed
-from cascade.verbs.data import embed, make_scenes
+from cascade.verbs.data import EMBEDDINGS, embed, make_scenes
 from cascade.verbs.evaluate import evaluate
 from cascade.verbs.train import run
 
@@ -22,7 +22,7 @@ from cascade.verbs.train import run
 def main(args: argparse.Namespace) -> None:
     begin = time.monotonic()
     config = composed("demo", args.overrides)
-    folder, data = Path(config.run), Path(config.data)
+    folder, data = Path(config.run), Path(config.shards)
     folder.mkdir(parents=True, exist_ok=True)
     if config.scenes:
         counts = OmegaConf.to_container(config.scenes.counts)
@@ -50,11 +50,9 @@ def train_stage(config: DictConfig, name: str, folder: Path, data: Path) -> None
     """Trains one stage; behind the CLIP that conditions come its embeddings of all shards."""
     overrides = [f"run={folder / name}", f"data.path={data}", f"clip.path={folder / 'clip'}"]
     overrides += [*config.stages[name], *config.budgets.get(name, []), *config.each]
-    if any(choice in ("stage=prior", "stage=decoder") for choice in overrides):
-        overrides.append(f"embeddings={folder / 'embeddings'}")
     run(composed("train", overrides))
     if name == "clip":
-        embed(data, str(folder / "clip"), folder / "embeddings")
+        embed(data, str(folder / "clip"), data / EMBEDDINGS)
 
 
 def write_cascade(config: DictConfig, folder: Path) -> None:

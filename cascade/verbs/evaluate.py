@@ -30,7 +30,9 @@ from cascade.eval.protocol import (
 from cascade.eval.summary import write_report
 from cascade.files import write_atomically
 from cascade.pipeline import Cascade
+from cascade.verbs.data import EMBEDDINGS
 from cascade.verbs.sample import device, load_cascade, paint
+
 
 def main(args: argparse.Namespace) -> None:
     try:
@@ -78,7 +80,7 @@ def evaluate(
     metrics: Metrics = {"features": features.name, "captions": dict(counts), "seed": seed}
     shown: dict[str, Batch] = {}
     for split, count in counts.items():
-        held_out = held_out_split(data, split, count, cascade, model / "embeddings")
+        held_out = held_out_split(data, split, count, cascade, data / EMBEDDINGS)
         painted = paint(cascade, held_out.captions, seed, what=split)
         shown[split] = {**painted, "caption": held_out.captions}
         metrics[split] = picture_metrics(painted, held_out, held_out.truth, features, clip)
@@ -101,8 +103,10 @@ def evaluate(
 def held_out_split(
     data: Path, split: str, count: int, cascade: Cascade, embeddings: Path
 ) -> HeldOut:
-    """`count` captions of each kind (of any, if there are no scenes), the first ones of the split."""
-    sizes = [int(s.writes.removeprefix("image_")) for s in cascade.stages if "image" in s.writes[:5]]
+    """The first `count` captions of each kind (of any kind, if there are no scenes)."""
+    sizes = [
+        int(s.writes.removeprefix("image_")) for s in cascade.stages if "image" in s.writes[:5]
+    ]
     stores = {"clip": Embeddings(embeddings)} if embeddings.is_dir() else None
     shards = Shards(
         data,
@@ -131,19 +135,29 @@ def _stage_by_stage(
         return paint(cascade, captions, seed, given=given, what=what)
 
     out: Metrics = {}
-    half = data.where(range(min(len(data), 5 * features.dim)))
-    out["superresolution"] = superresolution_metrics(cascade, half, features, repaint)
+    some = data.where(range(min(len(data), 5 * features.dim)))
+    if sum(stage.writes.startswith("image_") for stage in cascade.stages) > 1:
+        out["superresolution"] = superresolution_metrics(cascade, some, features, repaint)
     if "clip_image" in painted:
         true = data.truth["clip_image"]
         prior = next(stage for stage in cascade.stages if stage.writes == "clip_image")
-        text = torch.cat([prior.completed({"caption": data.captions[i : i + 64]})["clip_text"].cpu()
-                          for i in range(0, len(data), 64)])
+        text = torch.cat(
+            [
+                prior.completed({"caption": data.captions[i : i + 64]})["clip_text"].cpu()
+                for i in range(0, len(data), 64)
+            ]
+        )
         out["prior"] = prior_metrics(painted["clip_image"], text, true)
         rows = data.kind("one") or list(range(len(data)))
         some = data.where(rows)
         small = cascade_to(cascade, 64)
-        for name, z in (("prior", painted["clip_image"][rows]), ("truth", some.truth["clip_image"])):
-            done = repaint(without_text(small), some.captions, {"clip_image": z}, f"no text, {name}")
+        for name, z in (
+            ("prior", painted["clip_image"][rows]),
+            ("truth", some.truth["clip_image"]),
+        ):
+            done = repaint(
+                without_text(small), some.captions, {"clip_image": z}, f"no text, {name}"
+            )
             clip = features.clip
             out[f"no_text_{name}"] = picture_metrics(done, some, some.truth, features, clip)
     return out
@@ -183,7 +197,9 @@ def _sweep(
     given = {k: painted[k][rows] for k in ("clip_image",) if k in painted}
     out = []
     for scale in guidance:
-        done = paint(guided(cascade, scale), some.captions, seed, given=given, what=f"guidance {scale:g}")
+        done = paint(
+            guided(cascade, scale), some.captions, seed, given=given, what=f"guidance {scale:g}"
+        )
         row = picture_metrics(done, some, data.truth, features, clip)
         out.append({"scale": scale, "count": len(some), **row})
     return out

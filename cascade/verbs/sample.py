@@ -14,7 +14,7 @@ from PIL import Image
 
 from cascade.conditioning import Batch
 from cascade.errors import UserError
-from cascade.eval.report import grid, to_uint8
+from cascade.grids import grid, to_uint8
 from cascade.pipeline import BestOf, Cascade
 from cascade.stage import Stage
 from cascade.training.callbacks import bar
@@ -76,9 +76,11 @@ def load_cascade(folder: Path, choices: Sequence[str] = ()) -> Cascade:
     """The cascade that `folder/cascade.yaml` describes.
 
     Args:
+        folder: or such a file; the runs lie beside it.
         choices: sampling choices that take the place of the file's, as "stage.option=value".
     """
-    config = loaded(folder / "cascade.yaml")
+    file = folder if folder.suffix == ".yaml" else folder / "cascade.yaml"
+    config, folder = loaded(file), file.parent
     for choice in choices:
         path, _, value = choice.partition("=")
         name, _, option = path.partition(".")
@@ -121,8 +123,9 @@ def paint(
         given: further keys, of as many rows as captions, which the cascade need not write.
     """
     parts: list[Batch] = []
-    with bar(what, "pictures") as progress, torch.autocast(
-        "cuda", torch.bfloat16, enabled=torch.cuda.is_available()
+    with (
+        bar(what, "pictures") as progress,
+        torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()),
     ):
         task = progress.add_task("", total=len(captions), rate=0, note="")
         for start in range(0, len(captions), size):
@@ -135,7 +138,9 @@ def paint(
                 progress.update(task, note=f"{key} {i}/{n}")
 
             done = cascade(batch, seed, report)
-            parts.append({stage.writes: done[stage.writes].float().cpu() for stage in cascade.stages})
+            parts.append(
+                {stage.writes: done[stage.writes].float().cpu() for stage in cascade.stages}
+            )
             seconds = progress.tasks[0].elapsed or 1
             count = start + len(batch["caption"])
             progress.update(task, completed=count, rate=count / seconds)

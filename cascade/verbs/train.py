@@ -58,11 +58,11 @@ def main(args: argparse.Namespace) -> None:
         run(config)
 
 
-
-
 def run(config: DictConfig) -> Path:
     """Trains what `config` describes, or goes on with it. Returns the run directory."""
     folder = Path(config.run)
+    if min(config.batch, config.images) < 1:
+        raise UserError(f"batch={config.batch} images={config.images}: both are at least 1")
     _check_identity(config, folder)
     if finished(folder) and loaded(folder / "config.yaml").images >= config.images:
         print(f"{config.name}: finished before ({folder})")
@@ -142,7 +142,7 @@ def _first_batches(shards: Shards, images: int) -> list[Batch]:
 
 
 def _held_out(config: DictConfig, count: int = 16) -> Batch:
-    shards = built({**config.data, "split": config.grid_split, "shuffle": False})
+    shards = built({**config.data, "cache": False, "split": config.grid_split, "shuffle": False})
     return next(iter(loader(shards, min(count, len(shards)), batches=1)))
 
 

@@ -1,0 +1,186 @@
+"""Trainings on real shards: resumption, invariances, what a run leaves behind, refusals."""
+
+import copy
+import csv
+import json
+
+import pytest
+import torch
+
+from cascade.data.scenes import write_scenes
+from cascade.data.shards import loader
+from cascade.errors import UserError
+from cascade.verbs import train
+from cascade.verbs.configuration import built, composed
+
+SMALL = [
+    "stage=sr256",
+    "size=16",
+    "low=8",
+    "crop=null",
+    "batch=4",
+    "warmup=8",
+    "grids=0",
+    "net.net.channels=8",
+    "net.net.patch=2",
+    "net.net.embed=16",
+    "ema=0.9",
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    for split, count in (("train", 20), ("val", 8)):
+        write_scenes(folder, "plain", split, count, 32, seed=0, shard_size=10)
+    return folder
+
+
+@pytest.fixture
+def config(shards, tmp_path):
+    def make(*overrides, run="run"):
+        return composed(
+            "train", [*SMALL, f"data.path={shards}", f"run={tmp_path / run}", *overrides]
+        )
+
+    return make
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "weights.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupted_after(monkeypatch, step):
+    """The next run saves at `step` and dies at the one after."""
+    save = train.Checkpoints.on_train_batch_end
+
+    def die(self, trainer, module, *args):
+        if trainer.global_step == step:
+            self.save(trainer, module)
+        if trainer.global_step == step + 1:
+            raise Stop
+        save(self, trainer, module, *args)
+
+    monkeypatch.setattr(train.Checkpoints, "on_train_batch_end", die)
+
+
+def test_a_killed_run_equals_an_unkilled_one(config, monkeypatch):
+    whole = train.run(config("images=48", run="whole"))
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 5)
+        with pytest.raises(Stop):
+            train.run(config("images=48", run="killed"))
+    killed = train.run(config("images=48", run="killed"))
+    assert equal(weights(whole), weights(killed))
+    rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (whole, killed)]
+    assert rows[0][-1]["images"] == rows[1][-1]["images"] == "48"
+
+
+def test_the_loss_falls_and_a_run_is_complete(config):
+    folder = train.run(config("images=400", "optim.lr=3e-3", "grids=2"))
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert float(rows[-1]["loss"]) < 0.9 * float(rows[0]["loss"])
+    assert json.loads((folder / "status.json").read_text()) == {"images": 400, "total": 400}
+    assert len(list((folder / "checkpoints").iterdir())) <= 2
+    assert len(list((folder / "samples").glob("0*.png"))) == 2
+    for name in ("config.yaml", "tensorboard", "samples/truth.png"):
+        assert (folder / name).exists(), name
+    loaded = train.load(folder)
+    assert not loaded.training
+    assert equal(dict(loaded.state_dict()), weights(folder))
+
+
+def test_a_finished_run_is_passed_over_and_another_configuration_refused(config):
+    folder = train.run(config("images=8"))
+    before = (folder / "weights.safetensors").stat().st_mtime_ns
+    train.run(config("images=8"))
+    assert (folder / "weights.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"net\.net\.channels: 8 -> 16"):
+        train.run(config("images=8", "net.net.channels=16"))
+    with pytest.raises(UserError, match=r"optim\.lr"):
+        train.run(config("images=16", "optim.lr=1"))
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 2)
+        with pytest.raises(Stop):
+            train.run(config("images=32"))
+    folder = train.Path(config("images=32").run)
+    good = next((folder / "checkpoints").iterdir())
+    bad = good.with_name("step-00000009.ckpt")
+    bad.write_bytes(good.read_bytes()[:-2000])
+    assert train.newest_checkpoint(folder) == (good, 2)
+    assert "cannot be read" in capsys.readouterr().out
+
+
+def test_accumulation_changes_nothing(config):
+    a = weights(train.run(config("images=16", run="a")))
+    b = weights(train.run(config("images=16", "micro_batch=2", run="b")))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=2e-5, rtol=1e-3)
+
+
+def test_weights_of_another_configuration_are_refused(config):
+    folder = train.run(config("images=8"))
+    other = built(config("net.net.channels=16").stage)
+    with pytest.raises(UserError, match="another configuration"):
+        other.restore(folder)
+    with pytest.raises(UserError, match="train it first"):
+        other.restore(folder / "nowhere")
+
+
+def stage_and_batch(config, count=6):
+    options = config()
+    stage = built(options.stage)
+    for p in stage.net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    batch = next(iter(loader(built(options.data), count, batches=1)))
+    return stage.eval(), batch
+
+
+def rows(batch, index):
+    return {
+        k: v[index] if isinstance(v, torch.Tensor) else [v[i] for i in index]
+        for k, v in batch.items()
+        if k != "skipped"
+    }
+
+
+def test_a_sample_is_the_same_whatever_the_batch(config):
+    stage, batch = stage_and_batch(config)
+    together = stage.sample(batch, seed=3)
+    for i in range(6):
+        alone = stage.sample(rows(batch, [i]), seed=3)
+        torch.testing.assert_close(alone[0], together[i], atol=1e-3, rtol=0)
+    assert (stage.sample(batch, seed=4) - together).abs().max() > 1e-2
+
+
+def test_the_loss_of_a_sample_is_the_same_whatever_the_batch(config):
+    stage, batch = stage_and_batch(config)
+    together = stage.loss(batch)
+    picked = [4, 1]
+    torch.testing.assert_close(stage.loss(rows(batch, picked)), together[picked])
+
+
+def test_super_resolution_enlarges_pictures_larger_than_its_crops(config):
+    stage, batch = stage_and_batch(config)
+    big = {**batch, "image_8": torch.randn(6, 3, 16, 24)}
+    assert stage.sample(big, seed=0).shape == (6, 3, 32, 48)
+
+
+def test_training_leaves_the_batch_as_it_is(config):
+    stage, batch = stage_and_batch(config)
+    before = copy.deepcopy(batch)
+    stage.loss(batch)
+    assert all(torch.equal(before[k], batch[k]) for k in ("image_8", "image_16"))

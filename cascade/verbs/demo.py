@@ -30,15 +30,18 @@ def main(args: argparse.Namespace) -> None:
     for name in config.stages:
         train_stage(config, name, folder, data)
     write_cascade(config, folder)
-    evaluate(
-        folder,
-        data,
-        judge=folder / "judge",
-        counts=OmegaConf.to_container(config.evaluate.counts),
-        guidance=list(config.evaluate.guidance),
-        seed=config.seed,
-        targets=OmegaConf.to_container(config.evaluate.targets),
-    )
+    if measured(folder):
+        print(f"measured before ({folder / 'metrics.json'})")
+    else:
+        evaluate(
+            folder,
+            data,
+            judge=folder / "judge",
+            counts=OmegaConf.to_container(config.evaluate.counts),
+            guidance=list(config.evaluate.guidance),
+            seed=config.seed,
+            targets=OmegaConf.to_container(config.evaluate.targets),
+        )
     minutes = (time.monotonic() - begin) / 60
     print(
         f"\n{minutes:.1f} minutes. Look at {folder}/report.html; then paint your own caption:\n\n"
@@ -53,6 +56,13 @@ def train_stage(config: DictConfig, name: str, folder: Path, data: Path) -> None
     run(composed("train", overrides))
     if name == "clip":
         embed(data, str(folder / "clip"), data / EMBEDDINGS)
+
+
+def measured(folder: Path) -> bool:
+    """Whether the report is newer than all that it is of."""
+    report = folder / "report.html"
+    parts = [folder / "cascade.yaml", *folder.glob("*/status.json")]
+    return report.exists() and all(p.stat().st_mtime < report.stat().st_mtime for p in parts)
 
 
 def write_cascade(config: DictConfig, folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from cascade.conditioning import Batch
 from cascade.data.scenes import Scene
-from cascade.data.shards import Embeddings, Shards, loader
+from cascade.data.shards import Embeddings, Shards, collate
 from cascade.data.transforms import Pictures
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
@@ -30,6 +30,7 @@ from cascade.eval.protocol import (
 from cascade.eval.summary import write_report
 from cascade.files import write_atomically
 from cascade.pipeline import Cascade
+from cascade.stage import Stage
 from cascade.verbs.data import EMBEDDINGS
 from cascade.verbs.sample import device, load_cascade, paint
 
@@ -108,24 +109,26 @@ def held_out_split(
         int(s.writes.removeprefix("image_")) for s in cascade.stages if "image" in s.writes[:5]
     ]
     stores = {"clip": Embeddings(embeddings)} if embeddings.is_dir() else None
-    shards = Shards(
-        data,
-        Pictures(tuple(sizes)),
-        split=split,
-        shuffle=False,
-        embeddings=stores,
-        json_fields=("scene",),
-    )
-    batches = list(loader(shards, 64, batches=-(-len(shards) // 64)))
-    captions = [c for batch in batches for c in batch["caption"]][: len(shards)]
-    scenes = [s for batch in batches for s in batch["scene"]][: len(shards)]
-    keys = [k for k, v in batches[0].items() if isinstance(v, torch.Tensor) and k != "sample"]
-    truth = {k: torch.cat([batch[k] for batch in batches])[: len(shards)] for k in keys}
-    if any(scene is None for scene in scenes):
-        return HeldOut(captions, truth).where(range(min(count, len(captions))))
-    everything = HeldOut(captions, truth, [Scene.from_json(scene) for scene in scenes])
-    rows = [i for kind in ("one", "two") for i in everything.kind(kind)[:count]]
-    return everything.where(sorted(rows))
+
+    def shards(sizes: Sequence[int]) -> Shards:
+        pictures = Pictures(tuple(sizes))
+        return Shards(data, pictures, split, None, 0, False, stores, json_fields=("scene",))
+
+    # What is asked for is chosen before pictures are decoded: they would not fit in memory.
+    bare = shards([])
+    light = collate([bare[i] for i in range(len(bare))])
+    rows = list(range(min(count, len(light["caption"]))))
+    scenes = None
+    if all(light["scene"]):
+        found = [Scene.from_json(scene) for scene in light["scene"]]
+        kinds = [[i for i, s in enumerate(found) if s.kind == kind] for kind in ("one", "two")]
+        rows = sorted(kinds[0][:count] + kinds[1][:count])
+        scenes = [found[i] for i in rows]
+    whole = shards(sizes)
+    parts = [collate([whole[i] for i in rows[j : j + 64]]) for j in range(0, len(rows), 64)]
+    keys = [k for k, v in parts[0].items() if isinstance(v, torch.Tensor) and k != "sample"]
+    truth = {k: torch.cat([part.pop(k) for part in parts]) for k in keys}
+    return HeldOut([light["caption"][i] for i in rows], truth, scenes)
 
 
 def _stage_by_stage(
@@ -197,18 +200,24 @@ def _sweep(
     given = {k: painted[k][rows] for k in ("clip_image",) if k in painted}
     out = []
     for scale in guidance:
-        done = paint(
-            guided(cascade, scale), some.captions, seed, given=given, what=f"guidance {scale:g}"
-        )
+        if scale == _painting(cascade).sampler.scale:
+            done = {key: value[rows] for key, value in painted.items()}
+        else:
+            altered = guided(cascade, scale)
+            done = paint(altered, some.captions, seed, given=given, what=f"guidance {scale:g}")
         row = picture_metrics(done, some, data.truth, features, clip)
         out.append({"scale": scale, "count": len(some), **row})
     return out
 
 
+def _painting(cascade: Cascade) -> Stage:
+    return next(stage for stage in cascade.stages if stage.writes.startswith("image_"))
+
+
 def guided(cascade: Cascade, scale: float) -> Cascade:
     """The cascade with another guidance scale in its first painting stage."""
     stages = list(cascade.stages)
-    i = next(i for i, stage in enumerate(stages) if stage.writes.startswith("image_"))
+    i = stages.index(_painting(cascade))
     stages[i] = copy.copy(stages[i])
     stages[i].sampler = replace(stages[i].sampler, scale=scale)
     return replace(cascade, stages=stages)

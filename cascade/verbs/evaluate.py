@@ -112,23 +112,26 @@ def held_out_split(
 
     def shards(sizes: Sequence[int]) -> Shards:
         pictures = Pictures(tuple(sizes))
-        return Shards(data, pictures, split, None, 0, False, stores, json_fields=("scene",))
+        return Shards(
+            data, pictures, split, shuffle=False, embeddings=stores, json_fields=("scene",)
+        )
 
     # What is asked for is chosen before pictures are decoded: they would not fit in memory.
     bare = shards([])
     light = collate([bare[i] for i in range(len(bare))])
     rows = list(range(min(count, len(light["caption"]))))
-    scenes = None
     if all(light["scene"]):
         found = [Scene.from_json(scene) for scene in light["scene"]]
         kinds = [[i for i, s in enumerate(found) if s.kind == kind] for kind in ("one", "two")]
         rows = sorted(kinds[0][:count] + kinds[1][:count])
-        scenes = [found[i] for i in rows]
     whole = shards(sizes)
     parts = [collate([whole[i] for i in rows[j : j + 64]]) for j in range(0, len(rows), 64)]
     keys = [k for k, v in parts[0].items() if isinstance(v, torch.Tensor) and k != "sample"]
     truth = {k: torch.cat([part.pop(k) for part in parts]) for k in keys}
-    return HeldOut([light["caption"][i] for i in rows], truth, scenes)
+    # A bad picture is replaced by another sample: caption and scene come with the picture.
+    captions = [caption for part in parts for caption in part["caption"]]
+    scenes = [scene for part in parts for scene in part["scene"]]
+    return HeldOut(captions, truth, [Scene.from_json(s) for s in scenes] if all(scenes) else None)
 
 
 def _stage_by_stage(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cascade.conditioning import Cond
-from cascade.nets.layers import Attention
+from cascade.nets.layers import Attention, Positions
 from cascade.nets.prior import PriorTransformer
 from cascade.nets.unet import Residual, UNet
 
@@ -95,6 +95,14 @@ def test_unet_reads_every_port():
     again = net(x, logsnr, Cond(**{**base, "tokens": hidden}, mask=mask))
     torch.testing.assert_close(out, again)
     assert (out - net(x, logsnr + 1, Cond(**base, mask=mask))).abs().max() > 1e-6
+
+
+def test_positions_mean_the_same_at_every_size_and_tell_all_places_apart():
+    positions = Positions(32)
+    coarse, fine = positions(4, 6), positions(12, 18)
+    torch.testing.assert_close(fine[:, 1::3, 1::3], coarse)  # the centres of the same cells
+    flat = fine.flatten(1).T
+    assert torch.pdist(flat).min() > 1e-2
 
 
 def test_unet_refuses_sides_that_do_not_divide():

@@ -9,7 +9,7 @@ import torch
 
 from cascade.diffusion import noise, prediction
 from cascade.diffusion.noise import alpha_sigma
-from cascade.diffusion.weighting import min_snr
+from cascade.diffusion.weighting import clipped_v, min_snr
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 PREDICTIONS = [prediction.eps, prediction.x0, prediction.v, prediction.flow]
@@ -143,3 +143,9 @@ def test_min_snr_under_each_prediction():
         on_f = min_snr(logsnr) * predict(logsnr).c_out ** 2
         close(on_f, expected[f"{predict.__name__}_pred"])
     assert min_snr(f64([-math.inf, math.inf])).tolist() == [0, 5]
+
+
+def test_clipped_v_is_the_weight_of_v_where_it_is_small():
+    logsnr = f64([-math.inf, -20, 0, 1, math.log(4), 5, math.inf])
+    v_weight = 1 / prediction.v(logsnr).c_out ** 2
+    close(clipped_v(logsnr), [min(w, 5.0) for w in v_weight.tolist()])

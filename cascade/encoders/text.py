@@ -81,13 +81,26 @@ class TextTransformer(nn.Module):
     Args:
         width, layers, heads: of the transformer.
         length: context length, with start and end.
+        embed: size of the tokens' embeddings, which are then projected (ALBERT, 1909.11942): in a
+            small stage a table of the vocabulary times `width` would be most of all parameters.
+            None: `width`.
         vocabulary: number of tokens; CLIP's.
     """
 
-    def __init__(self, width: int, layers: int, heads: int, length: int, vocabulary: int = 49408):
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        length: int,
+        embed: int | None = None,
+        vocabulary: int = 49408,
+    ):
         super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        # Of unit variance: Adam's steps are as large as the learning rate whatever the gradient,
+        # and words of the usual deviation of 0.02 lose their identity to its noise within minutes.
+        self.embed = nn.Embedding(vocabulary, embed or width)
+        self.project = nn.Linear(embed, width, bias=False) if embed else nn.Identity()
         self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
         self.blocks = nn.ModuleList(CausalBlock(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
@@ -97,7 +110,7 @@ class TextTransformer(nn.Module):
     ) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         """The states and their mask."""
         mask = token_mask(tokens)
-        x = self.embed(tokens) + self.positions[: tokens.shape[1]]
+        x = self.project(self.embed(tokens)) + self.positions[: tokens.shape[1]]
         allowed = mask[:, None, None].expand(-1, 1, tokens.shape[1], -1)
         for block in self.blocks:
             x = block(x, allowed)

@@ -67,3 +67,29 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
         return x.unflatten(2, (n, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Positions(nn.Module):
+    """A learned function of the place in a picture, of the sines and cosines of its coordinates.
+
+    Coordinates run from -1 to 1 whatever the size of the picture, so that "on the left" means the
+    same at every size.
+
+    Args:
+        channels: of the result.
+        octaves: periods of 4, 2, 1... in each of the two directions.
+    """
+
+    def __init__(self, channels: int, octaves: int = 4):
+        super().__init__()
+        self.octaves = octaves
+        self.project = nn.Linear(4 * octaves, channels)
+
+    def forward(self, height: int, width: int) -> Float[Tensor, "c {height} {width}"]:
+        device = self.project.weight.device
+        sides = [(2 * torch.arange(n, device=device) + 1) / n - 1 for n in (height, width)]
+        places = torch.stack(torch.meshgrid(*sides, indexing="ij"), -1)
+        frequencies = 0.5 * math.pi * 2.0 ** torch.arange(self.octaves, device=device)
+        angles = (places[..., None] * frequencies).flatten(2)
+        features = torch.cat([angles.cos(), angles.sin()], 2)
+        return self.project(features.to(self.project.weight.dtype)).permute(2, 0, 1)

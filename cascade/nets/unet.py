@@ -2,8 +2,9 @@
 
 Residual blocks whose second normalisation is scaled and shifted by the noise-level embedding, up-
 and downsampling inside residual blocks, attention at the coarser levels with the condition's
-tokens joined in. Without attention it is fully convolutional: trained on crops, applied to whole
-pictures. `patch` folds p x p pixels into channels first, which saves work at high resolution.
+tokens joined in. With attention it is also told places, which a caption may speak of; without, it
+is fully convolutional: trained on crops, applied to whole pictures. `patch` folds p x p pixels
+into channels first, which saves work at high resolution.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cascade.conditioning import Cond
-from cascade.nets.layers import Attention, GroupNorm, NoiseLevel, zero
+from cascade.nets.layers import Attention, GroupNorm, NoiseLevel, Positions, zero
 
 
 class Block(nn.Module):
@@ -103,6 +104,7 @@ class UNet(nn.Module):
             return Block(c_in, c, embed, dropout, resample, attention_)
 
         levels = [channels * m for m in multipliers]
+        self.positions = Positions(levels[0]) if attention else None
         self.conv_in = nn.Conv2d((pixels + image_channels) * patch**2, levels[0], 3, padding=1)
         self.down, skips, c = nn.ModuleList(), [levels[0]], levels[0]
         for level, c_level in enumerate(levels):
@@ -134,6 +136,8 @@ class UNet(nn.Module):
         emb = F.silu(emb if cond.vector is None else emb + cond.vector)
         h = x if cond.image is None else torch.cat([x, cond.image], 1)
         h = self.conv_in(F.pixel_unshuffle(h, self.patch))
+        if self.positions:
+            h = h + self.positions(*h.shape[2:])
         skips = [h]
         for block in self.down:
             h = block(h, emb, cond)

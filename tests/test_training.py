@@ -9,9 +9,10 @@ import torch
 
 from cascade.data.scenes import write_scenes
 from cascade.data.shards import loader
+from cascade.encoders.clip import save_clip
 from cascade.errors import UserError
 from cascade.verbs import train
-from cascade.verbs.configuration import built, composed
+from cascade.verbs.configuration import built, composed, saved
 
 SMALL = [
     "stage=sr256",
@@ -184,3 +185,18 @@ def test_training_leaves_the_batch_as_it_is(config):
     before = copy.deepcopy(batch)
     stage.loss(batch)
     assert all(torch.equal(before[k], batch[k]) for k in ("image_8", "image_16"))
+
+
+def test_a_model_can_be_moved_but_not_given_another_clip(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    prior = composed("train", ["stage=prior", "data.path=none", f"clip.path={old / 'clip'}"])
+    clip = built(prior.clip.model)
+    save_clip(clip, clip.build(), old / "clip")
+    built(prior.stage).export(old / "prior")
+    saved(prior, old / "prior" / "config.yaml")
+    old.rename(new)
+    moved = train.load(new / "prior")
+    assert moved.completed({"caption": ["a red circle"]})["clip_text"].shape == (1, clip.dim)
+    save_clip(clip, clip.build(), new / "clip")
+    with pytest.raises(UserError, match="another encoder"):
+        train.load(new / "prior")

@@ -153,8 +153,23 @@ def _quiet() -> None:
 
 
 def load(folder: Path) -> Any:
-    """The module that a run trained, with the average's weights, in `eval()` mode."""
+    """The module that a run trained, with the average's weights, in `eval()` mode.
+
+    Where the run was moved, its CLIP is looked for beside it (`restore` compares the weights).
+    """
     config = loaded(folder / "config.yaml")
-    module = built(config.stage)
+    stage, clip = OmegaConf.to_container(config.stage), Path(config.clip.path)
+    beside = folder.parent / clip.name
+    if not clip.exists() and beside.is_dir():
+        stage = _replaced(stage, str(clip), str(beside))
+    module = built(stage)
     module.restore(folder)
     return module.eval()
+
+
+def _replaced(node: Any, old: Any, new: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _replaced(value, old, new) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_replaced(value, old, new) for value in node]
+    return new if node == old else node

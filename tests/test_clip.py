@@ -234,8 +234,7 @@ def test_two_ranks_train_as_one():
 
 
 def test_training_learns_the_pairs_and_exports_them(tmp_path):
-    module, batch, logged = training(), some_batch(), {}
-    module.log = lambda name, value, **_: logged.update({name: float(value)})
+    module, batch = training(), some_batch()
     optimizer = module.configure_optimizers()
     losses = []
     for _ in range(40):
@@ -244,11 +243,11 @@ def test_training_learns_the_pairs_and_exports_them(tmp_path):
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.2 < 1.0 < losses[0]
-    module.eval().validation_step(batch, 0)
-    assert logged["recall"] == 1.0
-
+    module.eval()
     module.export(tmp_path)
     image, text, _ = module.embed(batch)
+    nearest = [batch["caption"][i] for i in (image @ text.T).argmax(1)]
+    assert nearest == batch["caption"]
     frozen = FrozenCLIP(str(tmp_path))
     torch.testing.assert_close(frozen.image(batch["image_32"]), image.detach())
     torch.testing.assert_close(frozen.text(batch["caption"])["clip_text"], text.detach())
@@ -260,13 +259,6 @@ def test_training_learns_the_pairs_and_exports_them(tmp_path):
         training(RESNET).restore(tmp_path)
     with pytest.raises(UserError, match="train it first"):
         other.restore(tmp_path / "nowhere")
-
-
-def test_recall_counts_an_equal_caption_as_right():
-    module, logged = training(), {}
-    module.log = lambda name, value, **_: logged.update({name: float(value)})
-    module.validation_step({"image_32": pictures(5), "caption": ["the same"] * 5}, 0)
-    assert logged["recall"] == 1.0
 
 
 def test_the_scale_stays_below_a_hundred():

@@ -76,15 +76,17 @@ def interrupted_after(monkeypatch, step):
 
 
 def test_a_killed_run_equals_an_unkilled_one(config, monkeypatch):
-    whole = train.run(config("images=48", run="whole"))
+    whole = train.run(config("images=48", "grids=3", run="whole"))
     with monkeypatch.context() as patch:
         interrupted_after(patch, 5)
         with pytest.raises(Stop):
-            train.run(config("images=48", run="killed"))
-    killed = train.run(config("images=48", run="killed"))
+            train.run(config("images=48", "grids=3", run="killed"))
+    killed = train.run(config("images=48", "grids=3", run="killed"))
     assert equal(weights(whole), weights(killed))
     rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (whole, killed)]
     assert rows[0][-1]["images"] == rows[1][-1]["images"] == "48"
+    grids = [sorted(path.name for path in (run / "samples").iterdir()) for run in (whole, killed)]
+    assert grids[0] == grids[1]
 
 
 def test_the_loss_falls_and_a_run_is_complete(config):

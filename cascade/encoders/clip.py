@@ -269,12 +269,6 @@ class CLIPTraining(L.LightningModule):
     def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
         self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
-    def validation_step(self, batch: Batch, _: int) -> None:
-        """Logs how often the nearest caption of the batch is the picture's own, or equal to it."""
-        image, text, tokens = self.embed(batch)
-        nearest = tokens[(image @ text.T).argmax(1)]
-        self.log("recall", (nearest == tokens).all(1).float().mean(), batch_size=len(image))
-
     def configure_optimizers(self):
         matrices = [p for p in self.parameters() if p.ndim > 1]
         others = [p for p in self.parameters() if p.ndim <= 1]  # CLIP: no decay of gains and biases

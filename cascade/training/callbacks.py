@@ -128,17 +128,19 @@ class SampleGrids(L.Callback):
         if trainer.is_global_zero:
             self._save(self.batch[module.writes], "truth")
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        seen = trainer.global_step * module.batch  # before a resumption, and painted then
+        self.images = [n for n in self.images if n > seen]
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         seen = trainer.global_step * module.batch
         due = [n for n in self.images if n <= seen]
         if not due or not trainer.is_global_zero:
             return
         self.images = [n for n in self.images if n > seen]
-        path = self.run / "samples" / f"{seen:010d}.png"
-        if not path.exists():
-            here = module.transfer_batch_to_device(self.batch, module.device, 0)
-            with self.ema.applied(module):
-                self._save(module.sample(here, seed=0), f"{seen:010d}")
+        here = module.transfer_batch_to_device(self.batch, module.device, 0)
+        with self.ema.applied(module):
+            self._save(module.sample(here, seed=0), f"{seen:010d}")
 
     def _save(self, pictures: torch.Tensor, name: str) -> None:
         folder = self.run / "samples"

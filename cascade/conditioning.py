@@ -8,7 +8,7 @@ parameter gets a gradient on every rank. The low-resolution picture is never dro
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Cond:
     tokens: Float[Tensor, "b n w"] | None = None  # attended to
     mask: Bool[Tensor, "b n"] | None = None  # true where `tokens` may be attended to
     image: Float[Tensor, "b c height width"] | None = None  # concatenated to x_t
+    sketch: Float[Tensor, "b p height width"] | None = None  # of x0; the first part of `image`
 
     def cat(self, other: "Cond") -> "Cond":
         """Both conditions in one batch: this one's samples, then the other's."""
@@ -157,11 +158,17 @@ class Conditioner(nn.Module):
     Args:
         embedders: by any name; each reads one batch key.
         drop: for each source ("caption", "clip_image"), the share of training samples without it.
+        sketch: makes a further image of the joined tokens and their mask.
     """
 
-    def __init__(self, embedders: Mapping[str, nn.Module], drop: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        embedders: Mapping[str, nn.Module],
+        drop: Mapping[str, float] | None = None,
+        sketch: nn.Module | None = None,
+    ):
         super().__init__()
-        self.embedders = nn.ModuleDict(embedders)
+        self.embedders, self.sketch = nn.ModuleDict(embedders), sketch
         self.drop = dict(drop or {})
         sources = {SOURCE.get(e.key, e.key) for e in self.embedders.values()}
         if unknown := set(self.drop) - sources:
@@ -203,9 +210,15 @@ class Conditioner(nn.Module):
         tokens = [p.tokens for p in parts if p.tokens is not None]
         masks = [p.mask for p in parts if p.mask is not None]
         images = [p.image for p in parts if p.image is not None]
-        return Cond(
+        cond = Cond(
             vector=sum(vectors) if vectors else None,
             tokens=torch.cat(tokens, 1) if tokens else None,
             mask=torch.cat(masks, 1) if masks else None,
             image=torch.cat(images, 1) if images else None,
         )
+        return cond if self.sketch is None else self._sketched(cond)
+
+    def _sketched(self, cond: Cond) -> Cond:
+        sketch = self.sketch(cond.tokens, cond.mask)
+        images = [sketch] if cond.image is None else [sketch, cond.image]
+        return replace(cond, image=torch.cat(images, 1), sketch=sketch)

@@ -104,12 +104,18 @@ class Stage(L.LightningModule):
         return self.completed(batch)
 
     def loss(self, batch: Batch) -> Float[Tensor, " b"]:
-        """The loss of each sample; its draws depend on (seed, sample number) alone."""
+        """The loss of each sample; its draws depend on (seed, sample number) alone.
+
+        A sketch of x0 in the condition adds its own mean squared error.
+        """
         x0 = self.codec.encode(batch)
         if self.corruption:
             batch = self.corruption(batch, self._draws("corruption", batch), training=True)
         cond = self.conditioner(batch, self._draws("drop", batch))
-        return self.process.loss(self.net, x0, cond, self._draws("noise", batch))
+        loss = self.process.loss(self.net, x0, cond, self._draws("noise", batch))
+        if cond.sketch is None:
+            return loss
+        return loss + (cond.sketch - x0).square().flatten(1).mean(1)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         loss = self.loss(batch).mean()

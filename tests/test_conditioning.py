@@ -5,6 +5,7 @@ import torch
 
 from cascade.conditioning import Cond, Conditioner, LowRes, Sequence, Vector
 from cascade.draws import Draws
+from cascade.nets.sketch import Sketch
 
 
 def batch(n=512):
@@ -74,6 +75,19 @@ def test_without_drops_one_source_everywhere(conditioner):
     cond, null = conditioner(data, without=["caption"]), conditioner.null(data)
     assert torch.equal(cond.tokens[:, 4:], null.tokens[:, 4:])
     assert not torch.equal(cond.tokens[:, :4], null.tokens[:, :4])
+
+
+def test_a_sketch_is_one_more_picture_that_falls_with_the_tokens(conditioner):
+    conditioner.sketch = Sketch(width=12, size=16, patch=2, head_channels=4)
+    for p in conditioner.sketch.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    data = batch(2)
+    cond, null = conditioner(data), conditioner.null(data)
+    assert cond.image.shape == (2, 6, 16, 16)
+    assert torch.equal(cond.image[:, :3], conditioner.sketch(cond.tokens, cond.mask))
+    assert torch.equal(cond.image[:, 3:], null.image[:, 3:])
+    assert (cond.sketch[0] - cond.sketch[1]).abs().max() > 1e-3
+    assert torch.equal(null.sketch[0], null.sketch[1])
 
 
 @pytest.mark.parametrize("drop", [0.0, 1.0])

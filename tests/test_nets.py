@@ -6,6 +6,7 @@ import torch
 from cascade.conditioning import Cond
 from cascade.nets.layers import Attention, Positions
 from cascade.nets.prior import PriorTransformer
+from cascade.nets.sketch import Sketch
 from cascade.nets.unet import Residual, UNet
 
 
@@ -103,6 +104,17 @@ def test_positions_mean_the_same_at_every_size_and_tell_all_places_apart():
     torch.testing.assert_close(fine[:, 1::3, 1::3], coarse)  # the centres of the same cells
     flat = fine.flatten(1).T
     assert torch.pdist(flat).min() > 1e-2
+
+
+def test_a_sketch_tells_each_place_something_else_of_the_tokens():
+    sketch = randomised(Sketch(width=8, size=8, patch=2, head_channels=4))
+    tokens = torch.randn(2, 4, 8).double()
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    picture = sketch(tokens, mask)
+    assert picture.shape == (2, 3, 8, 8)
+    assert torch.pdist(picture[1].flatten(1).T).min() > 1e-3
+    alone = sketch(tokens[:1, :2], mask[:1, :2])  # what is masked might as well be absent
+    torch.testing.assert_close(picture[:1], alone)
 
 
 def test_unet_refuses_sides_that_do_not_divide():

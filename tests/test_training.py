@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,6 +175,18 @@ def test_the_loss_of_a_sample_is_the_same_whatever_the_batch(config):
     together = stage.loss(batch)
     picked = [4, 1]
     torch.testing.assert_close(stage.loss(rows(batch, picked)), together[picked])
+
+
+def test_a_sketch_is_trained_on_the_picture_itself(config):
+    """To the least squares, that is to the mean picture, whatever the noise."""
+    stage, batch = stage_and_batch(config)
+    plain = stage.loss(batch)
+    sketch = torch.randn(6, 3, 16, 16, requires_grad=True)
+    conditioner = stage.conditioner.forward
+    stage.conditioner.forward = lambda *args: replace(conditioner(*args), sketch=sketch)
+    loss = stage.loss(batch)
+    x0 = stage.codec.encode(batch)
+    torch.testing.assert_close(loss - plain, (sketch - x0).square().mean((1, 2, 3)))
 
 
 def test_super_resolution_enlarges_pictures_larger_than_its_crops(config):

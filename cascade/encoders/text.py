@@ -97,8 +97,8 @@ class TextTransformer(nn.Module):
         vocabulary: int = 49408,
     ):
         super().__init__()
-        # Words and positions of about unit variance, both: with the usual deviation of 0.02 what
-        # depends on the order of words ("above") is not learned at all in minutes.
+        # Positions half as large as words: with the usual deviation of 0.02 what depends on the
+        # order of words ("above") is not learned at all in minutes.
         self.embed = nn.Embedding(vocabulary, embed or width)
         self.project = nn.Linear(embed, width, bias=False) if embed else nn.Identity()
         self.positions = nn.Parameter(torch.randn(length, width) * 0.5)

@@ -16,7 +16,7 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     Args:
         model: directory of the cascade, whose stages' loss curves are drawn.
         metrics: as `cascade evaluate` stores them.
-        shown: painted pictures and their captions by split, and "truth".
+        shown: some painted pictures and their captions by split, and "truth".
     """
     report = Report("Cascade: from captions to pictures")
     space = metrics["features"]
@@ -53,16 +53,13 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     report.save(path)
 
 
-def _pictures(report: Report, batch: Batch, count: int = 24) -> None:
+def _pictures(report: Report, batch: Batch) -> None:
     keys = [k for k in batch if k.startswith("image_")]
     largest = max(keys, key=lambda key: batch[key].shape[-1])
-    # The first captions of each kind lie in the order of the shards: take them evenly.
-    rows = list(range(0, len(batch["caption"]), max(1, len(batch["caption"]) // count)))[:count]
-    captions = [batch["caption"][i] for i in rows]
-    pictures = to_uint8(batch[largest][rows])
+    pictures = to_uint8(batch[largest])
     side = pictures.shape[1]
     shown = pictures[:, :: max(1, side // 128), :: max(1, side // 128)]
-    sheet = grid(shown, columns=6, captions=captions, scale=max(1, 128 // side))
+    sheet = grid(shown, columns=6, captions=batch["caption"], scale=max(1, 128 // side))
     report.picture(sheet, f"{largest}, shown at {shown.shape[1] * max(1, 128 // side)} px")
 
 

@@ -83,14 +83,15 @@ def evaluate(
     for split, count in counts.items():
         held_out = held_out_split(data, split, count, cascade, data / EMBEDDINGS)
         painted = paint(cascade, held_out.captions, seed, what=split)
-        shown[split] = {**painted, "caption": held_out.captions}
+        shown[split] = _evenly(painted, held_out.captions)
         metrics[split] = picture_metrics(painted, held_out, held_out.truth, features, clip)
         metrics[split]["count"] = len(held_out)
         if split == main_split:
             metrics |= _stage_by_stage(cascade, held_out, painted, features, seed)
             metrics["real_halves"] = _halves(held_out.truth, features)
             metrics["guidance"] = _sweep(cascade, held_out, painted, guidance, features, clip, seed)
-            shown["truth"] = {**held_out.truth, "caption": held_out.captions}
+            shown["truth"] = _evenly(held_out.truth, held_out.captions)
+        del held_out, painted  # pictures by the hundred, before as many more are decoded
     metrics["seconds"] = round(time.monotonic() - begin, 1)
     if targets:
         metrics["targets"] = _against(targets, metrics)
@@ -99,6 +100,13 @@ def evaluate(
     write_atomically(out / "metrics.json", lambda path: path.write_text(text))
     write_report(out / "report.html", model, metrics, shown)
     return out
+
+
+def _evenly(pictures: Batch, captions: Sequence[str], count: int = 24) -> Batch:
+    """Some of the pictures with their captions: the first of each kind lie one behind the other."""
+    rows = list(range(0, len(captions), max(1, len(captions) // count)))[:count]
+    images = {key: value[rows] for key, value in pictures.items() if key.startswith("image_")}
+    return {**images, "caption": [captions[i] for i in rows]}
 
 
 def held_out_split(

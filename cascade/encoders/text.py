@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cascade.conditioning import Batch
 from cascade.encoders.sources import T5Source, t5_source, weights_hash
-from cascade.nets.prior import CausalBlock
+from cascade.nets.layers import TransformerBlock
 
 # The longest entry of CLIP's vocabulary: n tokens cannot cover more characters than n times this.
 _LONGEST_TOKEN = 32
@@ -102,7 +102,7 @@ class TextTransformer(nn.Module):
         self.embed = nn.Embedding(vocabulary, embed or width)
         self.project = nn.Linear(embed, width, bias=False) if embed else nn.Identity()
         self.positions = nn.Parameter(torch.randn(length, width) * 0.5)
-        self.blocks = nn.ModuleList(CausalBlock(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(
@@ -111,7 +111,7 @@ class TextTransformer(nn.Module):
         """The states and their mask."""
         mask = token_mask(tokens)
         x = self.project(self.embed(tokens)) + self.positions[: tokens.shape[1]]
-        allowed = mask[:, None, None].expand(-1, 1, tokens.shape[1], -1)
+        allowed = mask[:, None, None]
         for block in self.blocks:
             x = block(x, allowed)
         return self.norm(x), mask

@@ -69,6 +69,54 @@ class Attention(nn.Module):
         return x.unflatten(2, (n, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block over a sequence, which attends to itself or to a context.
+
+    Args:
+        width: of the sequence, and of the context.
+        heads: of the attention.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = zero(nn.Linear(width, width))
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), zero(nn.Linear(4 * width, width))
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n w"],
+        allowed: Bool[Tensor, "b 1 #n m"],
+        context: Float[Tensor, "b m w"] | None = None,
+    ) -> Float[Tensor, "b n w"]:
+        """The sequence, transformed.
+
+        Args:
+            allowed: true where a position may attend to another.
+            context: what is attended to, already normalised; None: x itself.
+        """
+        normed = self.norm_attention(x)
+        if context is None:
+            q, k, v = self._split(self.qkv(normed), 3)
+        else:
+            (w_q, w_kv), (b_q, b_kv) = (
+                p.split([x.shape[2], 2 * x.shape[2]]) for p in (self.qkv.weight, self.qkv.bias)
+            )
+            (q,) = self._split(F.linear(normed, w_q, b_q), 1)
+            k, v = self._split(F.linear(context, w_kv, b_kv), 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm_mlp(x))
+
+    def _split(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
+        return x.unflatten(2, (n, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
 class Positions(nn.Module):
     """A learned function of the place in a picture, of the sines and cosines of its coordinates.
 

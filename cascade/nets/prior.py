@@ -11,31 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cascade.conditioning import Cond
-from cascade.nets.layers import NoiseLevel, zero
-
-
-class CausalBlock(nn.Module):
-    """Pre-norm transformer block; a position attends to those before it that the mask allows."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm_attention = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = zero(nn.Linear(width, width))
-        self.norm_mlp = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), zero(nn.Linear(4 * width, width))
-        )
-
-    def forward(
-        self, x: Float[Tensor, "b n w"], allowed: Bool[Tensor, "b 1 n n"]
-    ) -> Float[Tensor, "b n w"]:
-        qkv = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        x = x + self.out(y.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm_mlp(x))
+from cascade.nets.layers import NoiseLevel, TransformerBlock, zero
 
 
 def causal_mask(mask: Bool[Tensor, "b n"]) -> Bool[Tensor, "b 1 n n"]:
@@ -61,7 +37,7 @@ class PriorTransformer(nn.Module):
         self.embed_in = nn.Linear(size, width)
         self.query = nn.Parameter(torch.randn(width) * 0.02)
         self.positions = nn.Parameter(torch.randn(context + 4, width) * 0.02)
-        self.blocks = nn.ModuleList(CausalBlock(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(layers))
         self.norm_out = nn.LayerNorm(width)
         self.embed_out = zero(nn.Linear(width, size))
         self.skip = zero(nn.Linear(width, size))

@@ -4,33 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cascade.nets.layers import Positions, zero
-
-
-class CrossBlock(nn.Module):
-    """Pre-norm transformer block whose sequence attends to others' tokens."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm_attention = nn.LayerNorm(width)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.out = zero(nn.Linear(width, width))
-        self.norm_mlp = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), zero(nn.Linear(4 * width, width))
-        )
-
-    def forward(
-        self, x: Float[Tensor, "b n w"], tokens: Float[Tensor, "b m w"], mask: Bool[Tensor, "b m"]
-    ) -> Float[Tensor, "b n w"]:
-        q = self.q(self.norm_attention(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        kv = self.kv(tokens).unflatten(2, (2, self.heads, -1))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-        x = x + self.out(y.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm_mlp(x))
+from cascade.nets.layers import Positions, TransformerBlock
 
 
 class Sketch(nn.Module):
@@ -70,7 +44,7 @@ class Sketch(nn.Module):
         self.places = Positions(width)
         self.norm_tokens = nn.LayerNorm(width)
         self.layers = nn.ModuleList(
-            CrossBlock(width, width // head_channels) for _ in range(layers)
+            TransformerBlock(width, width // head_channels) for _ in range(layers)
         )
         self.out = nn.Linear(width, channels * patch**2)
 
@@ -80,6 +54,6 @@ class Sketch(nn.Module):
         x = self.places(self.side, self.side).flatten(1).T.expand(len(tokens), -1, -1)
         tokens = self.norm_tokens(tokens)
         for layer in self.layers:
-            x = layer(x, tokens, mask)
+            x = layer(x, mask[:, None, None], tokens)
         x = self.out(x).transpose(1, 2).unflatten(2, (self.side, self.side))
         return F.pixel_shuffle(x, self.patch)

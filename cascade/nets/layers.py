@@ -31,6 +31,11 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(math.gcd(min(32, max(1, channels // 8)), channels), channels)
 
 
+def split_heads(x: Float[Tensor, "b n w"], parts: int, heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys or values that were projected in one: `parts` of [b, heads, n, ...]."""
+    return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
 class Attention(nn.Module):
     """Self-attention, to which the condition's tokens are joined as further keys and values.
 
@@ -55,18 +60,15 @@ class Attention(nn.Module):
         tokens: Float[Tensor, "b m w"] | None = None,
         mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n c"]:
-        q, k, v = self._split(self.qkv(x), 3)
+        q, k, v = split_heads(self.qkv(x), 3, self.heads)
         if self.kv is not None and tokens is not None:
-            more_k, more_v = self._split(self.kv(tokens), 2)
+            more_k, more_v = split_heads(self.kv(tokens), 2, self.heads)
             k, v = torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)
             mask = F.pad(mask, (x.shape[1], 0), value=True)[:, None, None]
         else:
             mask = None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
-
-    def _split(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
-        return x.unflatten(2, (n, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class TransformerBlock(nn.Module):
@@ -81,7 +83,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm_attention = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
         self.out = zero(nn.Linear(width, width))
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
@@ -101,20 +104,11 @@ class TransformerBlock(nn.Module):
             context: what is attended to, already normalised; None: x itself.
         """
         normed = self.norm_attention(x)
-        if context is None:
-            q, k, v = self._split(self.qkv(normed), 3)
-        else:
-            (w_q, w_kv), (b_q, b_kv) = (
-                p.split([x.shape[2], 2 * x.shape[2]]) for p in (self.qkv.weight, self.qkv.bias)
-            )
-            (q,) = self._split(F.linear(normed, w_q, b_q), 1)
-            k, v = self._split(F.linear(context, w_kv, b_kv), 2)
+        (q,) = split_heads(self.q(normed), 1, self.heads)
+        k, v = split_heads(self.kv(normed if context is None else context), 2, self.heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_mlp(x))
-
-    def _split(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
-        return x.unflatten(2, (n, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Positions(nn.Module):

@@ -66,7 +66,13 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--checkpoint", help="weights file, for an open_clip name")
     embed.add_argument("--out", help="folder to write to (default: DATA/embeddings)")
 
-    describe = verb("describe", "Print a network's parameters by part, without allocating it.")
+    describe = verb(
+        "describe",
+        "Print a network's parameters, and FLOPs and memory of its training, without allocating.",
+        "beside overrides (net=imagen_2b, experiment=unclip_decoder, batch=256, micro_batch=16) it "
+        "takes gpu_memory=GIB (80) and gpus=NUMBER (8); without stage=... or experiment=... the "
+        "network is put into the first stage that it fits",
+    )
     describe.add_argument("overrides", nargs="*", metavar="override", help="such as net=unet_tiny")
 
     demo = verb(

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from cascade.conditioning import Batch
+from cascade.errors import UserError
 
 
 class Pixels(nn.Module):
@@ -45,24 +46,40 @@ class Pixels(nn.Module):
 
 
 class Embedding(nn.Module):
-    """CLIP embeddings of unit norm, scaled to zero mean and unit variance in each dimension.
+    """CLIP embeddings of unit norm, scaled for diffusion. Decoding normalises.
 
-    The mean and deviation are those of the training embeddings (Karlo does the same; unCLIP
-    multiplies by 17.2 instead, appendix C) and belong to the checkpoint. Decoding normalises.
+    By default each dimension gets zero mean and unit variance: the mean and deviation are those
+    of the training embeddings (Karlo does the same) and belong to the checkpoint. With a given
+    `deviation` all of x0 is multiplied by the one number that gives an embedding of unit norm
+    that deviation.
 
     Args:
         size: d, the size of the embedding.
         key: the batch key that is read in training and written in sampling.
+        deviation: of each of the d numbers. unCLIP's is 0.5375, that of pictures in [-1, 1]: times
+            17.2 at d = 1024 (appendix C), 14.9 at 768. 1 is DALLE2-pytorch's: times root d.
     """
 
-    def __init__(self, size: int, key: str = "clip_image"):
+    def __init__(self, size: int, key: str = "clip_image", deviation: float | None = None):
         super().__init__()
-        self.size, self.writes = size, key
+        self.size, self.writes, self.fitted = size, key, deviation is None
         self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("std", torch.full((size,), size**-0.5))
+        self.register_buffer("std", torch.full((size,), size**-0.5 / (deviation or 1.0)))
 
     def fit(self, batches: Iterable[Batch]) -> None:
+        """Takes mean and deviation of each dimension, unless a deviation is given.
+
+        Raises:
+            UserError: the embeddings are of another size.
+        """
         z = torch.cat([batch[self.writes] for batch in batches]).double()
+        if z.shape[1] != self.size:
+            raise UserError(
+                f"clip.model.dim={self.size}, but the embeddings have {z.shape[1]} numbers: set "
+                f"clip.model.dim={z.shape[1]}, or embeddings to those of this CLIP"
+            )
+        if not self.fitted:
+            return
         self.mean.copy_(z.mean(0))
         self.std.copy_(z.std(0).clamp(min=1e-4))
 
@@ -74,3 +91,108 @@ class Embedding(nn.Module):
 
     def shape(self, batch: Batch) -> tuple[int, ...]:
         return (self.size,)
+
+
+class Tokens(nn.Module):
+    """A CLIP image embedding as 1 + k tokens: its dot product with the text's, then its principal
+    components, by decreasing variance (unCLIP, section 2.2: 319 of 1024, 1024 buckets each).
+
+    The buckets of each token are equally wide and cover `REACH` standard deviations on either side
+    of the mean; what lies beyond falls into the last. A bucket decodes to its centre, so that a
+    component within reach is off by at most REACH / buckets standard deviations. The dot product
+    is there to be asked for: it is not decoded. Axes and buckets belong to the checkpoint.
+
+    Args:
+        size: d, the size of the embedding.
+        components: k.
+        buckets: of each token.
+        share: of the variance, that the components must keep. The paper's reconstructions lose
+            less than 1 %.
+
+    Raises:
+        UserError: more components than dimensions.
+    """
+
+    REACH = 4.0
+
+    def __init__(self, size: int, components: int, buckets: int, share: float = 0.99):
+        super().__init__()
+        if components > size:
+            raise UserError(
+                f"net.components={components}, but the embeddings have {size} numbers: set "
+                f"net.components={size} at most"
+            )
+        self.size, self.buckets, self.share = size, buckets, share
+        self.writes = "clip_image"
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("axes", torch.eye(components, size))
+        self.register_buffer("low", torch.full((1 + components,), -1.0))  # where the buckets begin
+        self.register_buffer("width", torch.full((1 + components,), 2 / buckets))
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        """One pass, which keeps nothing but sums in float64.
+
+        Args:
+            batches: with `clip_image` and `clip_text`.
+
+        Raises:
+            UserError: embeddings of another size, or the components keep less than `share`.
+        """
+        count, total, second = 0, 0, 0
+        for batch in batches:
+            if (found := batch[self.writes].shape[1]) != self.size:
+                raise UserError(
+                    f"clip.model.dim={self.size}, but the embeddings have {found} numbers: set "
+                    f"clip.model.dim={found}, or embeddings to those of this CLIP"
+                )
+            y = torch.cat([self._dot(batch), batch[self.writes]], 1).double()
+            count, total, second = count + len(y), total + y.sum(0), second + y.T @ y
+        mean = total / count
+        covariance = second / count - torch.outer(mean, mean)
+        variance, axes = principal(covariance[1:, 1:])
+        components = len(self.axes)
+        kept = variance.cumsum(0) / variance.sum()
+        if kept[components - 1] < self.share:
+            raise UserError(
+                f"{components} of {self.size} components keep {kept[components - 1]:.2%} of the "
+                f"variance, not {self.share:.2%}: set net.components="
+                f"{int((kept < self.share).sum()) + 1}, or lower stage.codec.share"
+            )
+        variance = torch.cat([covariance[:1, 0], variance[:components]])
+        reach = self.REACH * variance.sqrt().clamp(min=1e-6)
+        self.mean.copy_(mean[1:])
+        self.axes.copy_(axes[:components])
+        self.low.copy_(torch.cat([mean[:1], torch.zeros_like(reach[1:])]) - reach)
+        self.width.copy_(2 * reach / self.buckets)
+
+    def encode(self, batch: Batch) -> Int64[Tensor, "b t"]:
+        """Reads `clip_image` and `clip_text`."""
+        z = batch[self.writes]
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 is coarser than the buckets
+            components = (z.to(self.mean) - self.mean) @ self.axes.T
+            y = torch.cat([self._dot(batch).to(self.mean), components], 1)
+        return ((y - self.low) / self.width).long().clamp(0, self.buckets - 1)
+
+    def decode(self, x0: Int64[Tensor, "b t"]) -> Float[Tensor, "b d"]:
+        y = self.low + (x0 + 0.5) * self.width
+        with torch.autocast(y.device.type, enabled=False):
+            return F.normalize(self.mean + y[:, 1:] @ self.axes, dim=1)
+
+    def shape(self, batch: Batch) -> tuple[int, ...]:
+        return (len(self.low),)
+
+    def _dot(self, batch: Batch) -> Float[Tensor, "b 1"]:
+        return (batch[self.writes] * batch["clip_text"]).sum(1, keepdim=True)
+
+
+def principal(
+    covariance: Float64[Tensor, "d d"],
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "d d"]]:
+    """Variances in decreasing order, and their axes [axis, d].
+
+    Of the two directions of an axis, that in which its largest entry is positive.
+    """
+    variance, axes = torch.linalg.eigh(covariance)
+    variance, axes = variance.flip(0).clamp(min=0), axes.T.flip(0)
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
+    return variance, axes * largest.sign()

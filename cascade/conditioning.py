@@ -7,7 +7,7 @@ parameter gets a gradient on every rank. The low-resolution picture is never dro
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cascade.diffusion.noise import Noise
+from cascade.errors import UserError
 
 Batch = dict[str, Any]
 
@@ -57,7 +58,8 @@ class Vector(nn.Module):
     """An embedding such as `clip_image` [b, d], as a vector and as further tokens.
 
     unCLIP (section 2.1): projected and added to the noise-level embedding, and projected to four
-    more tokens of context; when dropped, a learned embedding takes its place.
+    more tokens of context; when dropped, a learned embedding takes its place, or zeros. (unCLIP's
+    17.2 scales what the prior denoises: it is the codec's. For conditions no paper gives a scale.)
 
     Args:
         key: the batch key.
@@ -65,15 +67,23 @@ class Vector(nn.Module):
         dim: size of the vector; None for no vector.
         width: width of the tokens; None for no tokens.
         tokens: how many tokens.
+        learned_null: whether what stands for a dropped embedding is learned; otherwise zeros.
     """
 
     def __init__(
-        self, key: str, size: int, dim: int | None = None, width: int | None = None, tokens: int = 4
+        self,
+        key: str,
+        size: int,
+        dim: int | None = None,
+        width: int | None = None,
+        tokens: int = 4,
+        learned_null: bool = True,
     ):
         super().__init__()
-        self.key, self.tokens = key, tokens
+        self.key, self.size, self.tokens = key, size, tokens
+        self.dim, self.width = dim, width
         self.scale = size**0.5  # unit norm in the batch, unit variance here
-        self.null = nn.Parameter(torch.randn(size))
+        _set_null(self, learned_null)
         self.to_vector = nn.Linear(size, dim) if dim else None
         self.to_tokens = nn.Linear(size, tokens * width) if width else None
 
@@ -86,29 +96,62 @@ class Vector(nn.Module):
         return Cond(self.to_vector(z) if self.to_vector else None, tokens, mask)
 
 
+def last(states: Float[Tensor, "b n s"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b s"]:
+    """The state of the last token, end-of-text (GLIDE, section 2.1)."""
+    end = mask.sum(1).clamp(min=1) - 1
+    return states[torch.arange(len(end), device=end.device), end]
+
+
+def mean(states: Float[Tensor, "b n s"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b s"]:
+    """The mean state of the caption's tokens."""
+    share = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    return torch.einsum("bn,bns->bs", share.to(states.dtype), states)
+
+
 class Sequence(nn.Module):
-    """The caption as a sequence of states, and its last state as a vector (GLIDE, section 2.1).
+    """The caption as a sequence of states, and a vector made of them.
 
     The states come from a frozen encoder (batch keys `text`, `text_mask`), or from a transformer
-    that is trained with the stage (`encoder`, reading `tokens`). A dropped caption is one learned
-    token.
+    that is trained with the stage (`encoder`, reading `tokens`). They are normalised first, for
+    the tokens and for the vector (Imagen, section 2.4, found that to help). A dropped caption is
+    one token, learned or zero.
 
     Args:
         size: width of the states.
         width: width of the tokens that the network attends to.
-        dim: size of the vector made of the last state; None for no vector.
+        dim: size of the vector; None for no vector.
         encoder: maps `tokens` [b, n] to states [b, n, size] and their mask [b, n].
+        pool: makes one state of all, of which the vector is a projection: `last` (GLIDE), `mean`,
+            or an `encoders.pooling.AttentionPool` (Imagen).
+        learned_null: whether what stands for a dropped caption is learned; otherwise zeros, as
+            Imagen's text embeddings are then.
+
+    Raises:
+        UserError: `encoder` has states of another width.
     """
 
     def __init__(
-        self, size: int, width: int, dim: int | None = None, encoder: nn.Module | None = None
+        self,
+        size: int,
+        width: int,
+        dim: int | None = None,
+        encoder: nn.Module | None = None,
+        pool: Callable[[Tensor, Tensor], Tensor] = last,
+        learned_null: bool = True,
     ):
         super().__init__()
-        self.key = "tokens" if encoder else "text"
+        if encoder and encoder.width != size:
+            raise UserError(
+                f"text.size={size}, but the text encoder is {encoder.width} wide: set "
+                f"text.encoder.width={size}"
+            )
+        self.key, self.size = "tokens" if encoder else "text", size
+        self.dim, self.width = dim, width
         self.encoder = encoder
         self.norm = nn.LayerNorm(size)
-        self.null = nn.Parameter(torch.randn(size))
+        _set_null(self, learned_null)
         self.to_tokens = nn.Linear(size, width)
+        self.pool = pool if dim else None
         self.to_vector = nn.Linear(size, dim) if dim else None
 
     def forward(self, batch: Batch, keep: Bool[Tensor, " b"]) -> Cond:
@@ -119,11 +162,16 @@ class Sequence(nn.Module):
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         mask = torch.where(keep[:, None], mask, first)
         states = torch.where(keep[:, None, None], self.norm(states), self.null)
-        vector = None
-        if self.to_vector:
-            last = mask.sum(1).clamp(min=1) - 1
-            vector = self.to_vector(states[torch.arange(len(last), device=last.device), last])
+        vector = self.to_vector(self.pool(states, mask)) if self.to_vector else None
         return Cond(vector, self.to_tokens(states), mask)
+
+
+def _set_null(embedder: "Vector | Sequence", learned: bool) -> None:
+    """What stands for a dropped condition: a parameter, or zeros that no state dict holds."""
+    if learned:
+        embedder.null = nn.Parameter(torch.randn(embedder.size))
+    else:
+        embedder.register_buffer("null", torch.zeros(embedder.size), persistent=False)
 
 
 def enlarge(x: Float[Tensor, "b c h w"], factor: int) -> Float[Tensor, "b c H W"]:
@@ -144,7 +192,7 @@ class LowRes(nn.Module):
 
     def __init__(self, low: int, size: int, dim: int):
         super().__init__()
-        self.key, self.factor = f"image_{low}", size // low
+        self.key, self.factor, self.dim = f"image_{low}", size // low, dim
         self.level = nn.Sequential(Fourier(dim // 2), nn.Linear(dim // 2, dim))
 
     def forward(self, batch: Batch, keep: Bool[Tensor, " b"]) -> Cond:
@@ -178,6 +226,12 @@ class Conditioner(nn.Module):
     def reads(self) -> frozenset[str]:
         """The batch keys without which nothing can be sampled."""
         return frozenset(embedder.key for embedder in self.embedders.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the embeddings and encoded captions that are expected in a batch, by key."""
+        sized = [e for e in self.embedders.values() if isinstance(e, (Vector, Sequence))]
+        return {e.key: e.size for e in sized if e.key != "tokens"}
 
     def forward(
         self, batch: Batch, noise: Noise | None = None, without: Collection[str] = ()

@@ -5,9 +5,9 @@ All stages are this one class; they differ in the objects that they are made of.
 
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -16,10 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cascade.conditioning import Batch, Conditioner
+from cascade.conditioning import Batch, Cond, Conditioner
 from cascade.data.degradations import Corruption
-from cascade.diffusion.gaussian import Process
-from cascade.diffusion.sampling import DiffusionSampler
 from cascade.draws import Draws
 from cascade.errors import UserError
 from cascade.files import write_atomically
@@ -29,8 +27,12 @@ WEIGHTS = "weights.safetensors"
 
 def warmup_cosine(images: int, warmup: int, total: int) -> float:
     """Learning-rate factor after `images`: linear warm-up, then half a cosine to zero."""
-    rise = min(1.0, (images + 1) / max(1, warmup))
-    return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, images / total)))
+    return warmup_constant(images, warmup) * 0.5 * (1 + math.cos(math.pi * min(1, images / total)))
+
+
+def warmup_constant(images: int, warmup: int) -> float:
+    """Learning-rate factor after `images`: linear warm-up, then 1 (Imagen's stages)."""
+    return min(1.0, (images + 1) / max(1, warmup))
 
 
 @runtime_checkable
@@ -43,6 +45,31 @@ class Encoder(Protocol):
     def to(self, device: torch.device) -> "Encoder": ...
 
     def __call__(self, batch: Batch) -> Batch: ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a stage trains with: a diffusion's `Process`, or the next of some tokens."""
+
+    def loss(self, net: Any, x0: Tensor, cond: Cond, noise: Draws) -> Float[Tensor, " b"]: ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Draws x0; guidance of any scale but 1 leads away from a weaker (network, condition)."""
+
+    scale: float
+
+    def __call__(
+        self,
+        process: Objective,
+        net: Any,
+        shape: tuple[int, ...],
+        cond: Cond,
+        weaker: tuple[Any, Cond] | None,
+        noise: Draws,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor: ...
 
 
 class Stage(L.LightningModule):
@@ -60,6 +87,11 @@ class Stage(L.LightningModule):
         corruption: of the low-resolution input, if there is one.
         encoders: frozen, or tokenizers: what they make of the caption, the stage reads.
         seed: of all draws of training.
+
+    Attributes:
+        weaker: set for sampling only: a stage trained on the same data and with the same process,
+            which guidance leads away from (autoguidance, 2406.02507). None: from this stage's own
+            network, told nothing.
     """
 
     def __init__(
@@ -67,8 +99,8 @@ class Stage(L.LightningModule):
         codec: nn.Module,
         conditioner: Conditioner,
         net: nn.Module,
-        process: Process,
-        sampler: DiffusionSampler,
+        process: Objective,
+        sampler: Sampler,
         optimizer: Callable[..., torch.optim.Optimizer],
         learning_rate: Callable[[int], float] | None = None,
         batch: int = 1,
@@ -81,6 +113,7 @@ class Stage(L.LightningModule):
         self.process, self.sampler, self.corruption = process, sampler, corruption
         self.optimizer, self.learning_rate = optimizer, learning_rate
         self.batch, self.seed, self.encoders = batch, seed, tuple(encoders)
+        self.weaker: Stage | None = None
 
     @property
     def reads(self) -> frozenset[str]:
@@ -122,6 +155,24 @@ class Stage(L.LightningModule):
         return loss
 
     @torch.no_grad()
+    def measure(self, batches: Iterable[Batch]) -> None:
+        """Lets a process that has a `measure` look at the trained network (Analytic-DPM).
+
+        Args:
+            batches: as training sees them; as many are taken as the process wants.
+        """
+
+        def examples() -> Iterator[tuple[Tensor, Cond, Draws]]:
+            for batch in batches:
+                batch = self.completed(self.transfer_batch_to_device(batch, self.device, 0))
+                x0 = self.codec.encode(batch)
+                if self.corruption:
+                    batch = self.corruption(batch, self._draws("corruption", batch), training=True)
+                yield x0, self.conditioner(batch), self._draws("measure", batch)
+
+        self.process.measure(self.net, examples())
+
+    @torch.no_grad()
     def sample(
         self,
         batch: Batch,
@@ -146,13 +197,18 @@ class Stage(L.LightningModule):
             batch = self.corruption(batch, noise, training=False)
         noise = Draws(seed, f"{name}/noise", batch["sample"], self.device)
         shape = (len(batch["sample"]), *self.codec.shape(batch))
-        guided = self.sampler.scale != 1
+        guided, other = self.sampler.scale != 1, self.weaker
+        weaker = None
+        if guided and other is None:
+            weaker = self.net, self.conditioner.null(batch)
+        elif guided:
+            weaker = other.net, other.conditioner(other.completed(batch), without=without)
         x0 = self.sampler(
             self.process,
             self.net,
             shape,
             self.conditioner(batch, without=without),
-            self.conditioner.null(batch) if guided else None,
+            weaker,
             noise,
             progress,
         )

@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from torchvision import transforms as T
 
+from cascade.data.bsr import BSR
 from cascade.data.index import PICTURES, tars
 from cascade.data.shards import Shards
 from cascade.data.transforms import Pictures, decode
+from cascade.draws import generator
 
 
 def usual(path: str, split: str, size: int) -> Iterable:
@@ -68,12 +70,16 @@ def main() -> None:
     count = min(args.images, len(shards))
     files = [entry.read(entry.picture) for entry in shards.entries[:count]]
     stream = usual(args.path, args.split, args.size)
+    crops = [Pictures((256,))(f, generator(0, "crop", 0))["image_256"] for f in files[:32]]
     rates = best_rates(
         {
             "usual: webdataset, PIL, torchvision": lambda: list(islice(stream, count)),
             "ours: Shards": lambda: [shards[n] for n in range(count)],
             "decode in full": lambda: [decode(f, args.size, scaled=False) for f in files],
             "decode scaled": lambda: [decode(f, args.size) for f in files],
+            "BSR, 256 to 64 px": lambda: [
+                BSR()(crops[n % len(crops)], generator(0, "degradation", n)) for n in range(count)
+            ],
         },
         count,
         args.rounds,

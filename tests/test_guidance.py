@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from cascade.diffusion import guidance, prediction
 from cascade.diffusion.gaussian import Denoised, Diffusion
-from cascade.diffusion.noise import alpha_sigma, cosine, cosine_table, karras, linear_table
+from cascade.diffusion.noise import alpha_sigma, cosine, cosine_table, linear_table
 from cascade.diffusion.sampling import DiffusionSampler
 from cascade.diffusion.solvers import ancestral, ddim, dpmpp_2m, heun
+from cascade.diffusion.spacing import even, karras
 from cascade.draws import Draws
 from cascade.errors import UserError
 
@@ -80,7 +81,7 @@ def test_rescale():
     close(out[0], cfg["rescale_phi_0.7"])
 
 
-@pytest.mark.parametrize("name", ["edm2_s_fid", "edm2_xxl_fid", "sdxl", "dit_xl2_fid"])
+@pytest.mark.parametrize("name", list(VECTORS["interval_guidance_sigma_to_index"]))
 @pytest.mark.parametrize(("table", "key"), [(cosine_table, "cosine"), (linear_table, "linear")])
 def test_interval_guides_the_papers_indices(name, table, key):
     expected = VECTORS["interval_guidance_sigma_to_index"][name]
@@ -126,7 +127,7 @@ def test_doubled_batch_is_two_calls_and_both_see_x_t():
     x, logsnr = torch.randn(3, 3, 8, 8), torch.tensor(-1.0)
     cond, null = label(1, 2, 3), label(0, 0, 0)
     sampler = DiffusionSampler(steps=4, solver=ddim, scale=3.0)
-    guided = sampler.denoiser(process, net, cond, null)(x, logsnr).x0
+    guided = sampler.denoiser(process, net, cond, (net, null))(x, logsnr).x0
     assert len(net.calls) == 1
     seen, _, told = net.calls[0]
     torch.testing.assert_close(seen, torch.cat([x, x]), rtol=0, atol=0)
@@ -139,14 +140,15 @@ def test_doubled_batch_is_two_calls_and_both_see_x_t():
 def test_no_guidance_costs_one_branch(scale, null):
     net = SmallNet()
     sampler = DiffusionSampler(steps=4, solver=ddim, scale=scale)
-    sampler(Diffusion(), net, (2, 3, 8, 8), label(1, 2), null, torch.randn)
+    sampler(Diffusion(), net, (2, 3, 8, 8), label(1, 2), null and (net, null), torch.randn)
     assert [len(x) for x, _, _ in net.calls] == [2, 2, 2, 2]
 
 
 def test_outside_the_interval_one_branch_is_computed():
     net = SmallNet()
     sampler = DiffusionSampler(steps=20, solver=ddim, scale=3.0, interval=(0.28, 2.9))
-    sampler(Diffusion(), net, (2, 3, 8, 8), label(1, 2), label(0, 0), torch.randn)
+    weaker = net, label(0, 0)
+    sampler(Diffusion(), net, (2, 3, 8, 8), label(1, 2), weaker, torch.randn)
     doubled = [(-logsnr[0] / 2).exp().item() for x, logsnr, _ in net.calls if len(x) == 4]
     single = [(-logsnr[0] / 2).exp().item() for x, logsnr, _ in net.calls if len(x) == 2]
     assert doubled
@@ -165,7 +167,7 @@ def test_picture_does_not_depend_on_the_batch(solver):
         b = len(samples)
         noise = Draws(0, "noise", samples)
         cond, null = Label(torch.tensor(samples).float()), Label(torch.zeros(b))
-        return sampler(process, net, (b, 3, 8, 8), cond, null, noise)
+        return sampler(process, net, (b, 3, 8, 8), cond, (net, null), noise)
 
     together = pictures([1, 2, 3, 4])
     apart = torch.cat([pictures([4]), pictures([2, 1])])
@@ -182,7 +184,7 @@ def test_sampler_draws_the_data(solver):
         gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
         return 0.3 + gain * (x - alpha * 0.3)
 
-    process, spacing = Diffusion(cosine, prediction.x0), karras if solver is heun else None
+    process, spacing = Diffusion(cosine, prediction.x0), karras if solver is heun else even
     sampler = DiffusionSampler(steps=200, solver=solver, spacing=spacing)
     noise = Draws(0, "noise", range(10))
     x0 = sampler(process, net, (10, 4000), label(0), None, noise)
@@ -196,10 +198,10 @@ def test_grid_goes_from_a_finite_level_to_clean():
     close(logsnrs[1:4], cosine(f64([0.75, 0.5, 0.25])).tolist())
     assert [logsnrs[0], logsnrs[-1]] == [-20, math.inf]
     spaced = DiffusionSampler(steps=8, solver=heun, spacing=karras).logsnrs(Diffusion())
-    torch.testing.assert_close(spaced, karras(8))
+    torch.testing.assert_close(spaced, karras(cosine, 8))
 
 
-@pytest.mark.parametrize("solver", [ddim, heun])
+@pytest.mark.parametrize("solver", [ddim, heun, partial(heun, s_churn=5.0)])
 def test_progress_counts_steps(solver):
     reports = []
     DiffusionSampler(steps=5, solver=solver)(
@@ -215,19 +217,58 @@ def test_progress_counts_steps(solver):
     assert reports == sorted(reports)
 
 
-def test_learned_variance_passes_guidance_and_threshold():
+@pytest.mark.parametrize("known", ["var", "range"])
+def test_what_is_known_of_the_variance_passes_guidance_and_threshold(known):
     class Known(Diffusion):
         def denoise(self, net, x_t, logsnr, cond):
-            return Denoised(x_t, cond.values[:, None].expand_as(x_t))
+            return Denoised(x_t)._replace(**{known: cond.values[:, None].expand_as(x_t)})
 
     sampler = DiffusionSampler(
-        steps=2, solver=ancestral, scale=2.0, threshold=guidance.static_threshold
+        steps=2,
+        solver=ancestral,
+        scale=2.0,
+        guide=guidance.rescale,
+        interval=(0.1, 10.0),
+        threshold=guidance.static_threshold,
     )
-    denoise = sampler.denoiser(Known(), SmallNet(), label(1, 2), label(8, 9))
-    out = denoise(torch.ones(2, 3), ZERO)
-    assert out.var.tolist() == [[1] * 3, [2] * 3]
+    net = SmallNet()
+    denoise = sampler.denoiser(Known(), net, label(1, 2), (net, label(8, 9)))
+    out = denoise(torch.tensor([[1.0, 2, 3], [2, 3, 4]]), ZERO)
+    assert getattr(out, known).tolist() == [[1] * 3, [2] * 3]
+    assert [out.var, out.range].count(None) == 1
+
+
+def test_autoguidance_leads_away_from_another_network():
+    """It is asked under its own condition; scale 1 asks one network alone."""
+    net, other, process = SmallNet(), SmallNet(), Diffusion()
+    torch.nn.init.normal_(other.first.weight)
+    x, logsnr = torch.randn(2, 3, 8, 8), torch.tensor(0.5)
+    cond, told = label(1, 2), label(5, 6)
+    sampler = DiffusionSampler(steps=4, solver=ddim, scale=2.5)
+    guided = sampler.denoiser(process, net, cond, (other, told))(x, logsnr).x0
+    strong, weak = (
+        process.denoise(net, x, logsnr, cond).x0,
+        process.denoise(other, x, logsnr, told).x0,
+    )
+    torch.testing.assert_close(guided, weak + 2.5 * (strong - weak))
+    assert [c.values.tolist() for _, _, c in other.calls] == [[5, 6]] * 2
+    other.calls.clear()
+    DiffusionSampler(steps=4, solver=ddim).denoiser(process, net, cond, (other, told))(x, logsnr)
+    assert not other.calls
 
 
 def test_a_sampler_takes_a_step():
     with pytest.raises(UserError, match="at least 1"):
         DiffusionSampler(steps=0, solver=ddim)
+
+
+@pytest.mark.parametrize("interval", [(2.0, 1.0), (1.0, 1.0)])
+def test_an_interval_has_a_low_and_a_high_end(interval):
+    with pytest.raises(UserError, match=r"\[low, high\]"):
+        DiffusionSampler(steps=4, solver=ddim, interval=interval)
+
+
+def test_a_limit_may_be_wider():
+    x0 = f64([[-20.0, -3, 0.5, 11]])
+    out = guidance.static_threshold(constant(x0), limit=10.0)(x0, ZERO).x0
+    assert out.tolist() == [[-10, -3, 0.5, 10]]

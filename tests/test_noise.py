@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from cascade.diffusion import noise, prediction
 from cascade.diffusion.noise import alpha_sigma
+from cascade.diffusion.posterior import ladder, step
 from cascade.diffusion.weighting import clipped_v, min_snr
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
@@ -23,18 +25,80 @@ def close(actual, expected, tolerance=1e-10):
     torch.testing.assert_close(actual, f64(expected), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_table_is_iddpms(name):
-    expected = VECTORS["schedules"][name]
-    u = (f64(VECTORS["schedules"]["index"]) + 1) / 1000
-    logsnr = getattr(noise, f"{name}_table")(u)
-    close(logsnr, expected["log_snr"])
+TABLES = {
+    "linear": noise.linear_table,
+    "cosine": noise.cosine_table,
+    "scaled_linear_sd": noise.scaled_linear_table,
+}
+INDEX = VECTORS["schedules"]["index"]
+
+
+def levels(schedule, index=None, steps=1000):
+    index = torch.arange(steps) if index is None else torch.tensor(index)
+    return schedule((index.double() + 1) / steps)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table_is_the_published_one(name):
+    expected, logsnr = VECTORS["schedules"][name], levels(TABLES[name])
     alpha, sigma = alpha_sigma(logsnr)
-    close(alpha, expected["sqrt_alpha_bar"])
-    close(sigma, expected["sqrt_one_minus_alpha_bar"])
+    beta = 1 - (alpha[1:] / alpha[:-1]) ** 2
+    close(beta.sum() + sigma[0] ** 2, expected["sum_betas"])
+    close((alpha**2).sum(), expected["sum_alpha_bar"])
+    close(logsnr[INDEX], expected["log_snr"])
+    close(alpha[INDEX], expected["sqrt_alpha_bar"])
+    close(alpha[INDEX] ** 2, expected["alpha_bar"])
+    close(sigma[INDEX], expected["sqrt_one_minus_alpha_bar"])
+    close((-logsnr[INDEX] / 2).exp(), expected["sigma_ve"])
 
 
-@pytest.mark.parametrize("table", [noise.linear_table, noise.cosine_table])
+@pytest.mark.parametrize("name", TABLES)
+def test_steps_of_a_table_have_the_published_posterior(name):
+    expected = VECTORS["schedules"][name]
+    _, down = ladder(TABLES[name], 1000)
+    close(down.log_large[INDEX].exp(), expected["beta"])
+    close(down.log_clipped[INDEX], expected["posterior_log_variance_clipped"])
+    close(down.log_small[INDEX].exp(), expected["posterior_variance"])
+    close(down.of_x0[INDEX], expected["posterior_mean_coef1_x0"])
+    close(down.of_xt[INDEX], expected["posterior_mean_coef2_xt"])
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear_sd"])
+def test_zero_terminal_snr_is_the_papers(name):
+    expected = VECTORS["zero_terminal_snr"][name]
+    logsnr = levels(partial(noise.zero_terminal_snr, schedule=TABLES[name]))
+    alpha, sigma = alpha_sigma(logsnr)
+    beta = torch.cat([sigma[:1] ** 2, 1 - (alpha[1:] / alpha[:-1]) ** 2])
+    close((alpha**2)[INDEX], expected["alpha_bar"])
+    close(beta[INDEX], expected["beta"])
+    close(levels(TABLES[name], [999]).exp()[0], expected["original_terminal_snr"])
+    assert [logsnr[-1], alpha[-1], sigma[-1]] == [-math.inf, 0, 1]
+    close(logsnr[0], levels(TABLES[name], [0])[0].item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("schedule", [*TABLES.values(), noise.zero_terminal_snr, noise.cosine])
+def test_a_network_is_told_the_exact_index_of_a_table(schedule, dtype):
+    table = noise.table(schedule, 1000).to(dtype)
+    told = levels(schedule).clamp(-20, 20).to(dtype)  # as `Diffusion` tells a network
+    index = noise.table_index(told, table)
+    assert torch.equal(index, torch.arange(1000, dtype=dtype))
+    between = noise.table_index((told[:-1] + told[1:]) / 2, table)
+    torch.testing.assert_close(between, index[:-1] + 0.5, atol=2e-2, rtol=0)
+    ends = noise.table_index(torch.tensor([30, -30], dtype=dtype), table)
+    assert ends.tolist() == [0, 999]
+
+
+def test_tables_are_real_though_they_are_first_asked_for_on_meta():
+    with torch.device("meta"):
+        noise.scaled_linear_table(torch.rand(1), steps=77)
+        noise.zero_terminal_snr(torch.rand(1), schedule=noise.cosine_table, steps=77)
+    schedule = partial(noise.zero_terminal_snr, schedule=noise.cosine_table, steps=77)
+    assert noise.scaled_linear_table(f64(1), steps=77).isfinite()
+    assert schedule(f64(1)) == -math.inf
+
+
+@pytest.mark.parametrize("table", [*TABLES.values(), noise.zero_terminal_snr])
 def test_uniform_u_meets_every_index_equally(table):
     u = (torch.arange(4000) + 0.5) / 4000
     levels, counts = table(u).unique(return_counts=True)
@@ -53,6 +117,9 @@ def test_cosine_is_iddpms_in_continuous_time():
     expected = VECTORS["schedules"]["cosine_continuous"]
     alpha, _ = alpha_sigma(noise.cosine(f64(expected["t"])))
     close(alpha**2, expected["alpha_bar_iddpm_s0.008_unnormalised"])
+    close(alpha[0] ** 2, VECTORS["schedules"]["cosine_f0"])
+    alpha, _ = alpha_sigma(noise.cosine(f64(expected["t"]), s=0.0))
+    close(alpha**2, expected["alpha_bar_pure_cos2(pi t/2)"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -71,6 +138,27 @@ def test_cosine_logsnr_is_simple_diffusions():
     shifted = noise.cosine_logsnr(u, size=256)
     close(shifted, expected["logsnr_shift64_d256_paper(add shift)"])
     close(alpha_sigma(shifted)[0] ** 2, expected["alpha_bar_shift64_d256_paper"])
+    for size in (256, 512, 1024):
+        shift = noise.cosine_logsnr(u, size=size) - noise.cosine_logsnr(u)
+        close(shift, [expected[f"shift_{size}_ref64"]] * len(u))
+
+
+def test_other_readings_of_simple_diffusion_are_other_arguments():
+    """Ours is the paper's; a copy of it shifts within the range, and one interpolates shifts."""
+    expected = VECTORS["simple_diffusion"]
+    u = f64(expected["t"])
+
+    def kept(size):
+        shift = 2 * math.log(64 / size)
+        return noise.cosine_logsnr(u, size=size, low=-15 - shift, high=15 - shift)
+
+    # 512 px pictures relative to 256 and to 32 px, not 64: as much as 128 and 1024 px to 64.
+    plain = [noise.cosine_logsnr(u, size=size) for size in (128, 1024)]
+    names = {name.split("(")[0]: values for name, values in expected.items()}
+    close(kept(256), names["logsnr_shift64_d256_keep_range"])
+    close((1 - u) * plain[0] + u * plain[1], names["logsnr_interp_d512_ref32_256_lucidrains"])
+    opposite = (1 - u) * kept(1024) + u * kept(128)
+    close(opposite, names["logsnr_interp_d512_ref32_256_k-diffusion"])
 
 
 def test_lognormal_is_edms_density():
@@ -80,14 +168,6 @@ def test_lognormal_is_edms_density():
     close(log_sigma.std(), 1.2, 1e-3)
     ends = noise.lognormal(f64([0, 1]))
     assert ends.tolist() == [math.inf, -math.inf]
-
-
-def test_karras_is_edms_spacing():
-    levels = (-noise.karras(8) / 2).exp()
-    close(levels, VECTORS["edm"]["karras_N8"])
-    levels = (-noise.karras(18) / 2).exp()
-    close(levels[[0, 1, 2, -4, -3, -2]], VECTORS["edm"]["karras_N18_first3_last3"])
-    assert levels[-1] == 0
 
 
 @pytest.mark.parametrize(
@@ -107,7 +187,12 @@ def test_conversions():
         x_t = alpha * x0 + sigma * eps
         close(x_t, expected["x_t"])
         _, c_skip, c_out = prediction.eps(logsnr)
-        close(c_skip * x_t + c_out * eps_hat, expected["x0_hat_from_eps_hat"])
+        x0_hat = c_skip * x_t + c_out * eps_hat
+        close(x0_hat, expected["x0_hat_from_eps_hat"])
+        down = step(logsnr, getattr(noise, f"{name}_table")(f64(0.499)))
+        close(down.of_x0 * x0 + down.of_xt * x_t, expected["posterior_mean_true_x0"])
+        close(down.of_x0 * x0_hat + down.of_xt * x_t, expected["posterior_mean_from_eps_hat"])
+        close(down.log_small.exp(), expected["posterior_variance"])
         _, c_skip, c_out = prediction.v(logsnr)
         close(c_skip * x_t + c_out * f64(expected["v"]), x0.tolist())
 

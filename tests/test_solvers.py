@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from cascade.diffusion.gaussian import Denoised
-from cascade.diffusion.noise import alpha_sigma, cosine, cosine_table, karras, linear_table
+from cascade.diffusion.noise import alpha_sigma, cosine, cosine_table, linear_table
+from cascade.diffusion.posterior import step
 from cascade.diffusion.solvers import ancestral, ddim, ddim_inversion, dpmpp_2m, heun
+from cascade.diffusion.spacing import karras
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 TABLES = {"cosine": cosine_table, "linear": linear_table}
 STD = 0.5  # of the data
+CHURN = partial(heun, s_churn=40.0, s_min=0.05, s_max=50.0)  # EDM's, for ImageNet
 
 
 def f64(values) -> torch.Tensor:
@@ -108,7 +111,7 @@ def test_reference_errors_on_gaussian_data(n):
 @pytest.mark.parametrize("n", [8, 18, 32, 64])
 def test_heun_is_edms(n):
     expected = VECTORS["edm"]["heun_gaussian_data"]
-    logsnrs = karras(n)
+    logsnrs = karras(cosine, n)
     x = alpha_sigma(logsnrs[0])[0] * f64([[expected["x_init"]]])
     close(heun(best, x, logsnrs), expected[f"N{n}"])
 
@@ -160,6 +163,28 @@ def test_ancestral_with_the_true_variance_has_the_true_law_in_any_number_of_step
     close(law(ancestral, best_with_variance, logsnrs), spread(logsnrs[-1]).item() ** 2)
 
 
+def test_a_respaced_step_is_the_published_one():
+    expected = VECTORS["respaced_cosine_499_to_249"]
+    down = step(*levels("cosine", 499, 249))
+    close(down.log_large.exp(), expected["beta_skip"])
+    close(down.log_small.exp(), expected["posterior_variance"])
+    close(down.of_x0, expected["mean_coef_x0"])
+    close(down.of_xt, expected["mean_coef_xt"])
+
+
+@pytest.mark.parametrize(("share", "key"), [(0.0, "fixed_small_logvar"), (1, "fixed_large_logvar")])
+def test_ancestral_gives_a_learned_range_the_step_that_it_takes(share, key):
+    expected = VECTORS["respaced_cosine_499_to_249"]
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    out = ancestral(
+        lambda x, logsnr: Denoised(zero, range=share * one),
+        zero,
+        levels("cosine", 499, 249),
+        lambda shape: one,
+    )
+    close((out**2).log(), expected[key])
+
+
 def test_ancestral_widens_as_analytic_dpm_does():
     expected = VECTORS["respaced_cosine_499_to_249"]
     var = expected["analytic_dpm"]["cov_x0_clipped_0_1"]
@@ -192,9 +217,9 @@ def test_last_step_to_clean_is_the_last_x0_hat(solver):
     torch.testing.assert_close(out, said[-1].x0, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("solver", [ancestral, ddim, partial(ddim, eta=1.0), heun, dpmpp_2m])
+@pytest.mark.parametrize("solver", [ancestral, ddim, partial(ddim, eta=1.0), heun, CHURN, dpmpp_2m])
 def test_float32_follows_float64(solver):
-    logsnrs = karras(50)
+    logsnrs = karras(cosine, 50)
     draws = torch.randn(60, 64, 3, generator=torch.Generator().manual_seed(0)).double()
     ends = []
     for dtype in (torch.float32, torch.float64):
@@ -203,6 +228,50 @@ def test_float32_follows_float64(solver):
             solver(best, draws[0].to(dtype), logsnrs, lambda shape, stream=stream: next(stream))
         )
     torch.testing.assert_close(ends[0].double(), ends[1], rtol=0, atol=2e-5)
+
+
+def test_law_of_a_churned_heun_converges_to_the_datas_at_second_order():
+    def error(n):
+        logsnrs = karras(cosine, n)
+        return (law(CHURN, best, logsnrs) - spread(logsnrs[-1]) ** 2).abs().item()
+
+    assert error(400) < 5e-4
+    assert math.log2(error(200) / error(400)) == pytest.approx(2, abs=0.1)
+
+
+def test_churn_raises_the_noise_before_a_step():
+    """Over 4 steps 0.8 of it: x is brought to 1.2 sigma, and the network is told that."""
+    seen = []
+
+    def denoise(x, logsnr):
+        seen.append(((-logsnr / 2).exp().item(), x / alpha_sigma(logsnr)[0]))
+        return Denoised(torch.zeros_like(x))
+
+    logsnrs = -2 * f64([8, 4, 2, 1, 0]).log()
+    one = torch.ones(1, 1, dtype=torch.float64)
+    x = 5 * alpha_sigma(logsnrs[0])[0] * one
+    solver = partial(heun, s_churn=0.8, s_min=1.5, s_max=5.0, s_noise=1.1)
+    solver(denoise, x, logsnrs, lambda shape: one)
+    # Each step scales y in proportion to sigma, here, and ends at the level that was planned.
+    y = 5 * one / 8 * 4
+    raised = y + 1.1 * math.sqrt((1.2 * 4) ** 2 - 4**2)
+    close(f64([sigma for sigma, _ in seen]), [8, 4, 4.8, 2, 2.4, 1, 1])
+    close(seen[1][1], y.tolist())
+    close(seen[2][1], raised.tolist())
+    close(seen[3][1], (raised * 2 / 4.8).tolist())
+
+
+def test_a_churn_is_bounded():
+    """Of 1000 over 4 steps, sigma is raised by root 2 each."""
+    seen = []
+
+    def denoise(x, logsnr):
+        seen.append((-logsnr / 2).exp())
+        return Denoised(x)
+
+    x = torch.ones(1, 1, dtype=torch.float64)
+    partial(heun, s_churn=1e3)(denoise, x, -2 * f64([4, 2, 0]).log(), torch.randn)
+    close(torch.stack(seen), [4 * 2**0.5, 2, 2 * 2**0.5])
 
 
 def test_infinite_starts_are_refused_where_they_mean_nothing():

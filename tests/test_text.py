@@ -1,7 +1,9 @@
 import hashlib
+import io
 import json
 import random
 import socket
+import tarfile
 import time
 
 import lightning as L
@@ -13,6 +15,7 @@ from transformers import T5Config, T5EncoderModel
 
 from cascade.encoders.text import FrozenT5, TextTransformer, Tokens, token_mask, tokenize
 from cascade.errors import UserError
+from cascade.verbs.configuration import built, composed
 
 START, END = 49406, 49407
 WORDS = [
@@ -185,3 +188,100 @@ def test_what_a_t5_lacks_is_said_in_one_line(t5, tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             FrozenT5(str(path)).text(["red"])
         assert "\n" not in str(caught.value)
+
+
+def test_the_width_is_known_without_weights(t5, tmp_path):
+    frozen = FrozenT5(str(tmp_path))
+    assert frozen.sizes == {}
+    with pytest.raises(UserError, match=r"put its config\.json there"):
+        _ = frozen.width
+    (tmp_path / "config.json").write_text((t5 / "config.json").read_text())
+    assert frozen.sizes == {"text": frozen.width} == {"text": 16}
+    assert FrozenT5("google/t5-v1_1-xxl").sizes == {}
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        _ = frozen.width
+
+
+def text(choice):
+    return composed("train", ["data.path=none", "stage=decoder_text", f"text={choice}"]).text
+
+
+# Of T5 v1.1 (1910.10683 and its release notes): d_model, d_ff, layers, heads of width 64.
+T5_SIZES = {
+    "small": (512, 1024, 8, 6),
+    "base": (768, 2048, 12, 12),
+    "large": (1024, 2816, 24, 16),
+    "xl": (2048, 5120, 24, 32),
+    "xxl": (4096, 10240, 24, 64),
+}
+
+
+@pytest.mark.parametrize("size", T5_SIZES)
+def test_t5_of_every_size_counts_what_is_published(size, vectors):
+    width, hidden, layers, heads = T5_SIZES[size]
+    config = T5Config(
+        vocab_size=32128,
+        d_model=width,
+        d_ff=hidden,
+        d_kv=64,
+        num_layers=layers,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+    )
+    with torch.device("meta"):
+        model = T5EncoderModel(config)
+    total, table = (sum(p.numel() for p in m.parameters()) for m in (model, model.shared))
+    expected = vectors["t5_v1_1_encoder_params"][size]
+    counted = {"embedding": table, "blocks_only": total - table, "total": total}
+    assert counted == expected
+    chosen = text(f"t5_{size}")
+    assert chosen.size == width
+    assert chosen.reader.path_or_name == f"google/t5-v1_1-{size}"
+
+
+def test_if_reads_77_tokens_of_imagens_t5():
+    imagen, floyd = text("t5_xxl"), text("t5_xxl_77")
+    assert built(floyd.reader).length == 77
+    assert {**floyd, "reader": {**floyd.reader, "length": None}} == {
+        **imagen,
+        "reader": {**imagen.reader, "length": None},
+    }
+
+
+@pytest.mark.parametrize(
+    ("choice", "width", "layers", "length", "billions"),
+    [
+        ("trained_glide", 2048, 24, 128, 1.2),  # GLIDE, section 4.1: "roughly 1.2 billion"
+        ("trained_unclip", 2048, 24, 256, 1.2),
+        ("trained_glide_released", 512, 16, 128, 0.05),
+    ],
+)
+def test_trained_transformers_have_their_published_sizes(choice, width, layers, length, billions):
+    with torch.device("meta"):
+        encoder, reader = built(text(choice).encoder), built(text(choice).reader)
+    blocks = sum(p.numel() for p in encoder.blocks.parameters())
+    assert blocks == layers * (12 * width**2 + 13 * width)
+    assert blocks / 1e9 == pytest.approx(billions, rel=0.03)
+    assert encoder.positions.shape == (length, width)
+    assert encoder.blocks[0].heads == {2048: 32, 512: 8}[width]
+    assert reader.length == length
+
+
+def test_captions_are_mixed_per_sample_as_in_dalle3(tmp_path):
+    with tarfile.open(tmp_path / "train-00000.tar", "w") as tar:
+        for i in range(10):
+            fields = json.dumps({"long_caption": f"synthetic {i}"}).encode()
+            for end, data in (("png", b"unread"), ("txt", b"web %d" % i), ("json", fields)):
+                info = tarfile.TarInfo(f"{i:04d}.{end}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    overrides = ["stage=decoder_text", "data=recaptioned", f"data.path={tmp_path}"]
+    config = composed("train", overrides)
+    shards = built({**config.data, "pictures": {**config.data.pictures, "sizes": []}})
+    captions = [shards[n]["caption"].split()[0] for n in range(2000)]
+    synthetic = captions.count("synthetic")
+    assert synthetic + captions.count("web") == 2000
+    assert abs(synthetic / 2000 - 0.95) < 4 * (0.95 * 0.05 / 2000) ** 0.5
+    # Drawn anew for each sample number, so that a picture has both in the course of time.
+    assert len({captions[n] for n in range(2000) if shards[n]["key"].endswith("/0003")}) == 2

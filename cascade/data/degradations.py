@@ -1,7 +1,8 @@
 """How the low-resolution input of a super-resolution stage is corrupted.
 
 In training and in sampling the picture is corrupted once per sample, before the conditioner reads
-it: both branches of the guidance and all steps see the same.
+it: both branches of the guidance and all steps see the same. What changes its size is elsewhere:
+BSR (`cascade.data.bsr`) makes the picture in the data workers.
 """
 
 from dataclasses import dataclass
@@ -12,51 +13,107 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cascade.conditioning import Batch
-from cascade.diffusion.noise import Noise, alpha_sigma
+from cascade.diffusion.noise import Noise, Schedule, alpha_sigma, cosine_table
+from cascade.errors import UserError
 
 
-def blur(x: Float[Tensor, "b c h w"], sigma: float, kernel: int = 3) -> Float[Tensor, "b c h w"]:
-    """Gaussian blur with mirrored borders (unCLIP, appendix C: kernel 3, sigma 0.6)."""
+def even_logsnr(level: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """logsnr = 10 - 10 level: no visible noise at 0, as much noise as signal at 1."""
+    return 10 - 10 * level
+
+
+def indexed_cosine(level: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """DeepFloyd-IF's: index int(1000 level), 999 at most, of iDDPM's 1000 cosine steps.
+
+    So level 0 adds the noise of index 0.
+    """
+    # The 1e-4 keeps a multiple of 1 / 1000, which float32 may lower, at its own index.
+    index = (1000 * level.double() + 1e-4).floor().clamp(max=999)
+    return cosine_table((index + 0.5) / 1000).to(level.dtype)
+
+
+def blur(
+    x: Float[Tensor, "b c h w"], sigma: float | Float[Tensor, " b"], kernel: int = 3
+) -> Float[Tensor, "b c h w"]:
+    """Gaussian blur with mirrored borders; `sigma`, in pixels, may differ between samples."""
+    b, c, h, w = x.shape
+    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(b)
     offsets = torch.arange(kernel, dtype=x.dtype, device=x.device) - kernel // 2
-    taps = torch.softmax(-(offsets**2) / (2 * sigma**2), 0)
-    c, pad = x.shape[1], kernel // 2
-    x = F.pad(x, (pad,) * 4, mode="reflect")
-    x = F.conv2d(x, taps.view(1, 1, -1, 1).expand(c, 1, -1, -1), groups=c)
-    return F.conv2d(x, taps.view(1, 1, 1, -1).expand(c, 1, -1, -1), groups=c)
+    taps = torch.softmax(-(offsets**2) / (2 * sigma[:, None] ** 2), 1).repeat_interleave(c, 0)
+    x = F.pad(x, (kernel // 2,) * 4, mode="reflect").flatten(0, 1)[None]  # [1, b c, h, w]
+    x = F.conv2d(x, taps[:, None, :, None], groups=b * c)
+    return F.conv2d(x, taps[:, None, None, :], groups=b * c).view(b, c, h, w)
+
+
+@dataclass(frozen=True)
+class Blur:
+    """Gaussian blur, in training only.
+
+    SR3's and unCLIP's (appendix C) is of sigma 0.6, always; that of cascaded diffusion models
+    (2106.15282) is of a sigma drawn from a range, for half of the samples.
+
+    Args:
+        least, most: sigma is uniform between them, in pixels of the low-resolution picture.
+        share: of the samples that are blurred.
+        kernel: side of the kernel in pixels, odd.
+    """
+
+    least: float = 0.6
+    most: float = 0.6
+    share: float = 1.0
+    kernel: int = 3
+
+    def __call__(
+        self, x: Float[Tensor, "b c h w"], u: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b c h w"]:
+        """One uniform draw u in [0, 1] for each sample says whether and how much."""
+        sigma = self.least + (self.most - self.least) * u / self.share  # uniform, where u <= share
+        chosen = (u <= self.share)[:, None, None, None]
+        return torch.where(chosen, blur(x, sigma, self.kernel), x)
 
 
 @dataclass(frozen=True)
 class Corruption:
     """Blur, then variance-preserving Gaussian noise whose level the network is told.
 
-    The level s in [0, 1] stands for logsnr = 10 - 10 s: no visible noise at 0, as much noise as
-    signal at 1 (Imagen, section 2.5: conditioning augmentation). In training it is uniform in
-    [0, `most`]; in sampling it is `level`.
+    The level s in [0, 1] stands for a logsnr (Imagen, section 2.5: conditioning augmentation; the
+    same as the corrupted z_s of cascaded diffusion models). In training it is uniform in
+    [0, `most`]; in sampling it is `level`, which may be chosen after training.
 
     Args:
-        low: side of the low-resolution picture; the level becomes `image_{low}_level` [b].
+        low: side of the low-resolution picture; the level becomes `image_{low}_level` [b], from 0
+            to 10.
         most: the greatest level in training.
         level: the level in sampling.
-        sigma: of the blur in training, in pixels; 0 for none.
-        blurred: share of the training samples that are blurred.
+        schedule: maps the level to logsnr; None for no noise at all.
+        blur: in training.
+
+    Raises:
+        UserError: a level in sampling that training never met.
     """
 
     low: int
     most: float = 0.5
     level: float = 0.0
-    sigma: float = 0.0
-    blurred: float = 0.5
+    schedule: Schedule | None = even_logsnr
+    blur: Blur | None = None
+
+    def __post_init__(self):
+        most = self.most if self.schedule else 0
+        if not 0 <= self.level <= most:
+            raise UserError(
+                f"level={self.level} for image_{self.low}: this stage is trained for 0 to {most}"
+            )
 
     def __call__(self, batch: Batch, noise: Noise, training: bool) -> Batch:
         key = f"image_{self.low}"
         x = batch[key]
+        level = torch.full((len(x),), self.level, dtype=x.dtype, device=x.device)
         if training:
             u, v = torch.special.ndtr(noise((len(x), 2))).unbind(1)
-            level = self.most * u
-            if self.sigma:
-                x = torch.where((v < self.blurred)[:, None, None, None], blur(x, self.sigma), x)
-        else:
-            level = torch.full((len(x),), self.level, device=x.device)
-        alpha, sigma = (a[:, None, None, None] for a in alpha_sigma(10 - 10 * level))
-        x = alpha * x + sigma * noise(tuple(x.shape))
+            level = self.most * u if self.schedule else level
+            x = self.blur(x, v) if self.blur else x
+        if self.schedule:
+            alpha, sigma = (a[:, None, None, None] for a in alpha_sigma(self.schedule(level)))
+            x = alpha * x + sigma * noise(tuple(x.shape))
         return {**batch, key: x, f"{key}_level": 10 * level}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from cascade.data.shards import Shards, loader, write_embeddings
+from cascade.data.shards import MANIFEST, Embeddings, Shards, loader, write_embeddings
 from cascade.data.transforms import Pictures
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
@@ -27,11 +27,14 @@ def precompute(
     Raises:
         UserError: `out` holds embeddings of another CLIP.
     """
-    manifest = out / "manifest.json"
     about = {"encoder": clip.name, "hash": clip.hash, "dim": str(clip.dim)}
-    if manifest.exists() and json.loads(manifest.read_text())["hash"] != clip.hash:
-        raise UserError(f"{out} holds embeddings of another CLIP: choose another folder")
-    write_atomically(manifest, lambda path: path.write_text(json.dumps(about) + "\n"))
+    before = Embeddings(out).about
+    if before.get("hash", clip.hash) != clip.hash:
+        raise UserError(
+            f"{out} holds embeddings of another CLIP ({before['hash']}) than {clip.name} "
+            f"({clip.hash}): choose another folder"
+        )
+    write_atomically(out / MANIFEST, lambda path: path.write_text(json.dumps(about) + "\n"))
     tars = sorted(data.glob("*.tar"))
     if not tars:
         raise UserError(f"{data} holds no .tar shards")

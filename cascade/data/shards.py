@@ -33,6 +33,7 @@ from cascade.files import write_atomically
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 2 * 2**30
+MANIFEST = "manifest.json"
 
 
 class Embeddings:
@@ -48,6 +49,15 @@ class Embeddings:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "_files": {}}  # open files do not travel to a worker
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What made them: `encoder`, its `hash`, `dim`; empty if there is no manifest."""
+        path = self.folder / MANIFEST
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: remove {self.folder}, make it anew") from error
 
     def row(self, shard: str, key: str) -> dict[str, Tensor]:
         """What belongs to a sample, by batch key. Raises UserError if there is no row for it."""
@@ -241,6 +251,14 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
     batch["sample"] = torch.tensor(batch["sample"])
     batch["skipped"] = dict(Counter(reason for reasons in batch["skipped"] for reason in reasons))
     return batch
+
+
+def gather(whole: dict[str, Tensor], part: Mapping[str, Tensor], start: int, count: int) -> None:
+    """Puts rows into tensors of `count` rows, made on first use: no picture is held twice."""
+    for key, rows in part.items():
+        if key not in whole:
+            whole[key] = rows.new_empty((count, *rows.shape[1:]))
+        whole[key][start : start + len(rows)] = rows
 
 
 class SampleNumbers(Sampler[list[int]]):

@@ -18,6 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cascade.data.bsr import BSR, FACTOR
 from cascade.errors import UserError
 
 MAX_PIXELS = 50_000_000
@@ -94,13 +95,17 @@ class Pictures:
         crop: side of a random crop, in pixels of the largest size; the smaller pictures get the
             corresponding crop of the whole shrunk picture, so that its borders look as they do
             in sampling.
+        degrade: makes the picture at a quarter of the largest size, of the (cropped) largest; by
+            a stream of its own, so that the crops are the same with and without it.
 
     Raises:
-        UserError: sizes that do not divide the largest, or a crop that does not line up.
+        UserError: sizes that do not divide the largest, a crop that does not line up, or none of
+            the sizes a quarter of the largest for `degrade`.
     """
 
     sizes: Sequence[int]
     crop: int | None = None
+    degrade: BSR | None = None
 
     def __post_init__(self):
         if any(self.largest % size for size in self.sizes):
@@ -109,11 +114,20 @@ class Pictures:
             raise UserError(
                 f"crop={self.crop}: choose a multiple of {self._ratio} up to {self.largest}"
             )
+        if self.degrade and self.largest not in [FACTOR * size for size in self.sizes]:
+            raise UserError(
+                f"sizes={list(self.sizes)}: degrade makes pictures {FACTOR} times smaller than the "
+                "largest; choose such a size, or leave it out"
+            )
 
     @property
     def largest(self) -> int:
         """The size that is decoded; 0 if there is none."""
         return max(self.sizes, default=0)
+
+    @property
+    def _degraded(self) -> int | None:
+        return self.largest // FACTOR if self.degrade else None
 
     @property
     def _ratio(self) -> int:  # crops start at multiples of it, so that they start on whole pixels
@@ -128,11 +142,14 @@ class Pictures:
     ) -> dict[str, Float[Tensor, "3 h w"]]:
         """The same from a picture decoded at the largest size."""
         whole = torch.from_numpy(picture).permute(2, 0, 1).float().div_(127.5).sub_(1).contiguous()
-        views = {n: whole if n == self.largest else shrink(whole, n) for n in self.sizes}
+        undegraded = [n for n in self.sizes if n != self._degraded]
+        views = {n: whole if n == self.largest else shrink(whole, n) for n in undegraded}
         if self.crop:
             steps = (self.largest - self.crop) // self._ratio
             top, left = (self._ratio * rng.integers(steps + 1, size=2)).tolist()
             for n, x in views.items():
                 t, l, side = (v * n // self.largest for v in (top, left, self.crop))
                 views[n] = x[:, t : t + side, l : l + side].clone()
+        if self.degrade:
+            views[self._degraded] = self.degrade(views[self.largest], rng.spawn(1)[0])
         return {f"image_{n}": x for n, x in views.items()}

@@ -55,12 +55,12 @@ def interval(inside: Denoiser, outside: Denoiser, low: float, high: float) -> De
     return denoise
 
 
-def static_threshold(inner: Denoiser) -> Denoiser:
-    """Clips x0 to [-1, 1]."""
+def static_threshold(inner: Denoiser, limit: float = 1.0) -> Denoiser:
+    """Clips x0 to [-limit, limit]."""
 
     def denoise(x: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""]) -> Denoised:
         denoised = inner(x, logsnr)
-        return denoised._replace(x0=denoised.x0.clamp(-1, 1))
+        return denoised._replace(x0=denoised.x0.clamp(-limit, limit))
 
     return denoise
 

@@ -3,6 +3,7 @@
 x_t = alpha x0 + sigma eps, alpha^2 + sigma^2 = 1, logsnr = log(alpha^2 / sigma^2), which may be
 infinite. A schedule maps u in [0, 1] (0 clean, 1 noise) to logsnr; with u uniform it is also the
 density of noise levels in training. EDM's sigma is sigma / alpha = exp(-logsnr / 2).
+A published table of T steps is a schedule as well: its index i is u = (i + 1) / T.
 """
 
 import math
@@ -16,6 +17,8 @@ from torch import Tensor
 # Standard normal draws of a shape [b, ...], one stream for each of the b samples.
 Noise = Callable[[tuple[int, ...]], Tensor]
 Schedule = Callable[[Float[Tensor, "*n"]], Float[Tensor, "*n"]]
+
+LIMIT = 20.0  # networks are told logsnrs clamped to +-20, where alpha or sigma is 5e-5
 
 
 def alpha_sigma(logsnr: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
@@ -46,6 +49,24 @@ def linear_table(u: Float[Tensor, "*n"], *, steps: int = 1000) -> Float[Tensor, 
     return _look_up(_linear_table(steps), u)
 
 
+def scaled_linear_table(u: Float[Tensor, "*n"], *, steps: int = 1000) -> Float[Tensor, "*n"]:
+    """Stable Diffusion's: even roots of betas, from 0.00085 to 0.012, times 1000 / steps.
+
+    Its noisiest level still shows some signal, SNR 0.0047 (2305.08891, table 1).
+    """
+    return _look_up(_scaled_linear_table(steps), u)
+
+
+def zero_terminal_snr(
+    u: Float[Tensor, "*n"], *, schedule: Schedule = scaled_linear_table, steps: int = 1000
+) -> Float[Tensor, "*n"]:
+    """A table of so many steps, its alphas shifted and scaled to end at exactly -inf.
+
+    2305.08891, algorithm 1: the first level stays as it is.
+    """
+    return _look_up(_zero_terminal_table(schedule, steps), u)
+
+
 def cosine_logsnr(
     u: Float[Tensor, "*n"], *, size: int = 64, low: float = -15.0, high: float = 15.0
 ) -> Float[Tensor, "*n"]:
@@ -69,33 +90,54 @@ def lognormal(
     return -2 * (mean + std * torch.special.ndtri(u) - math.log(sigma_data))
 
 
-def karras(
-    steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> Float64[Tensor, " n"]:
-    """EDM's levels for sampling, in sigma / alpha, as logsnrs (2206.00364, equation 5).
+def table(
+    schedule: Schedule, steps: int, device: torch.device | str = "cpu"
+) -> Float64[Tensor, " {steps}"]:
+    """The levels of indices 0 to steps - 1 of any schedule, clamped to +-`LIMIT`."""
+    u = torch.arange(1, steps + 1, dtype=torch.float64, device=device) / steps
+    return schedule(u).clamp(-LIMIT, LIMIT)
 
-    Returns:
-        [steps + 1], from sigma_max by way of sigma_min to clean (+inf).
+
+def table_index(logsnr: Float[Tensor, "*n"], levels: Float[Tensor, " t"]) -> Float[Tensor, "*n"]:
+    """The index of logsnr in a `table`, 0 to t - 1: what published networks are told.
+
+    Exact on the table, where both are rounded to one precision; linear in between.
     """
-    ramp = torch.linspace(1, 0, steps, dtype=torch.float64)
-    ends = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    sigma = (ends[0] + ramp * (ends[1] - ends[0])) ** rho
-    return torch.cat([-2 * sigma.log(), sigma.new_tensor([math.inf])])
+    right = torch.searchsorted(-levels, -logsnr).clamp(1, len(levels) - 1)
+    left = right - 1
+    share = (levels[left] - logsnr) / (levels[left] - levels[right])
+    return left + share.clamp(0, 1)
 
 
+# The caches are of real tensors also while something is built on meta: hence the device.
 @cache
 def _cosine_table(steps: int) -> Float64[Tensor, " n"]:
-    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    u = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
     f = alpha_sigma(cosine(u))[0] ** 2
-    return _table((1 - f[1:] / f[:-1]).clamp(max=0.999))
+    return _from_betas((1 - f[1:] / f[:-1]).clamp(max=0.999))
 
 
 @cache
 def _linear_table(steps: int) -> Float64[Tensor, " n"]:
-    return _table(torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps))
+    beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64, device="cpu")
+    return _from_betas(beta * (1000 / steps))
 
 
-def _table(beta: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
+@cache
+def _scaled_linear_table(steps: int) -> Float64[Tensor, " n"]:
+    ends = 0.00085**0.5, 0.012**0.5
+    root = torch.linspace(*ends, steps, dtype=torch.float64, device="cpu")
+    return _from_betas(root**2 * (1000 / steps))
+
+
+@cache
+def _zero_terminal_table(schedule: Schedule, steps: int) -> Float64[Tensor, " n"]:
+    u = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
+    alpha, _ = alpha_sigma(schedule(u))
+    return torch.logit(((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2)
+
+
+def _from_betas(beta: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
     return torch.logit((1 - beta).cumprod(0))
 
 

@@ -5,6 +5,7 @@ where no noise is added and the result is the last x0_hat. All but Heun may star
 Coefficients are 0-d tensors on the CPU, in the precision of logsnrs (float64 from the sampler).
 """
 
+import math
 from itertools import pairwise
 
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cascade.diffusion.gaussian import Denoiser
 from cascade.diffusion.noise import Noise, alpha_sigma
+from cascade.diffusion.posterior import log_variance, step
 
 
 def ancestral(
@@ -19,20 +21,15 @@ def ancestral(
 ) -> Float[Tensor, "b *d"]:
     """DDPM's sampler: draws from q(x_s | x_t, x0_hat) (DDPM, equations 6 and 7).
 
-    Where the variance of x0 given x_t is known, the transition is widened by it as Analytic-DPM
-    does (2201.06503, theorem 1): its variance is that of q plus (dx_s / dx0)^2 var.
+    The variance is that of q, or what `log_variance` makes of what the denoiser knows: iDDPM's
+    learned range, or Analytic-DPM's variance of x0. It is that of the step that is taken here,
+    whatever steps were trained.
     """
     for t, s in pairwise(logsnrs):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
-        beta = 1 - (alpha_t / alpha_s) ** 2
-        of_x0 = alpha_s * beta / sigma_t**2
-        of_xt = alpha_t / alpha_s * (sigma_s / sigma_t) ** 2
-        x0, x0_var = denoise(x, t)
-        x = of_x0 * x0 + of_xt * x
+        down, denoised = step(t, s), denoise(x, t)
+        x = down.of_x0 * denoised.x0 + down.of_xt * x
         if not s.isposinf():
-            var = beta * (sigma_s / sigma_t) ** 2
-            std = var.sqrt() if x0_var is None else (var + of_x0**2 * x0_var).sqrt()
-            x = x + std * noise(tuple(x.shape)).to(x)
+            x = x + (log_variance(denoised, down) / 2).exp() * noise(tuple(x.shape)).to(x)
     return x
 
 
@@ -81,22 +78,37 @@ def heun(
     x: Float[Tensor, "b *d"],
     logsnrs: Float[Tensor, " n"],
     noise: Noise | None = None,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
 ) -> Float[Tensor, "b *d"]:
-    """EDM's deterministic sampler (2206.00364, algorithm 1): second order, two calls a step.
+    """EDM's sampler (2206.00364, algorithms 1 and 2): second order, two calls a step.
 
     Integrates y = x / alpha over tau = sigma / alpha, dy / dtau = (y - x0_hat) / tau. A change of
     x0_hat over a step is multiplied by half of tau_t / tau_s: space the levels by `karras`, not by
     a schedule that plunges to logsnr -20.
+
+    Args:
+        s_churn: over all steps, by how much tau is raised with fresh noise before a step; 0 is
+            deterministic and needs no noise.
+        s_min, s_max: the tau at which this is done.
+        s_noise: factor of the fresh noise.
 
     Raises:
         ValueError: logsnrs[0] is infinite.
     """
     if logsnrs[0].isneginf():
         raise ValueError("Heun starts from a finite logsnr")
+    gamma = min(s_churn / (len(logsnrs) - 1), 2**0.5 - 1)
     y = x / alpha_sigma(logsnrs[0])[0]
     for t, s in pairwise(logsnrs):
-        (alpha_t, _), (alpha_s, _) = alpha_sigma(t), alpha_sigma(s)
         tau_t, tau_s = (-t / 2).exp(), (-s / 2).exp()
+        if gamma and s_min <= tau_t <= s_max:
+            spread = s_noise * tau_t * ((1 + gamma) ** 2 - 1) ** 0.5
+            y = y + spread * noise(tuple(y.shape)).to(y)
+            t, tau_t = t - 2 * math.log1p(gamma), tau_t * (1 + gamma)
+        (alpha_t, _), (alpha_s, _) = alpha_sigma(t), alpha_sigma(s)
         x0 = denoise(alpha_t * y, t).x0
         slope, y_t = (y - x0) / tau_t, y
         y = x0 + tau_s / tau_t * (y - x0)

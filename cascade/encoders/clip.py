@@ -8,7 +8,6 @@ Pictures are [b, 3, h, w] in [-1, 1]; embeddings are [b, d] of unit norm.
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,20 @@ from typing import Any
 import lightning as L
 import open_clip
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 from cascade.conditioning import Batch
+from cascade.encoders.architecture import Architecture
+from cascade.encoders.contrastive import contrastive, gathered
+from cascade.encoders.sam import SAM
 from cascade.encoders.sources import (
     CLIP_CONFIG,
     CLIP_WEIGHTS,
     CLIPSource,
+    clip_model,
     clip_source,
     weights_hash,
 )
@@ -36,53 +37,6 @@ from cascade.errors import UserError
 from cascade.files import write_atomically
 
 MAX_LOGIT_SCALE = math.log(100)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The size of a CLIP.
-
-    Args:
-        image_size: side of its pictures, in pixels.
-        dim: d, the size of the embeddings.
-        vision_layers: four numbers for a residual network, one for a vision transformer. At 32
-            pixels a residual network learns much faster.
-        vision_width: of either.
-        text_width, text_layers, text_heads: of the text transformer.
-        length: its context length, with start and end.
-        patch: side of the vision transformer's patches.
-    """
-
-    image_size: int
-    dim: int
-    vision_layers: int | Sequence[int]
-    vision_width: int
-    text_width: int
-    text_layers: int
-    text_heads: int
-    length: int = 77
-    patch: int = 16
-
-    def model_config(self) -> dict[str, Any]:
-        """The same in open_clip's words."""
-        vision = {
-            "image_size": self.image_size,
-            "layers": self.vision_layers,
-            "width": self.vision_width,
-            "head_width": min(64, self.vision_width),
-            "patch_size": self.patch,
-        }
-        text = {
-            "context_length": self.length,
-            "width": self.text_width,
-            "layers": self.text_layers,
-            "heads": self.text_heads,
-        }
-        return {"embed_dim": self.dim, "vision_cfg": vision, "text_cfg": text}
-
-    def build(self) -> open_clip.CLIP:
-        """An untrained model."""
-        return open_clip.CLIP(**self.model_config())
 
 
 def save_clip(architecture: Architecture, clip: open_clip.CLIP, folder: Path) -> None:
@@ -94,6 +48,10 @@ def save_clip(architecture: Architecture, clip: open_clip.CLIP, folder: Path) ->
     text = json.dumps(config, indent=2) + "\n"
     write_atomically(folder / CLIP_CONFIG, lambda path: path.write_text(text))
     write_atomically(folder / CLIP_WEIGHTS, lambda path: save_file(state, path))
+
+
+def _text_width(model: dict[str, Any]) -> int:
+    return model["text_cfg"].get("width", open_clip.CLIPTextCfg.width)
 
 
 class FrozenCLIP:
@@ -126,7 +84,7 @@ class FrozenCLIP:
     @property
     def width(self) -> int:
         """w, the width of the text states."""
-        return self._model.ln_final.normalized_shape[0]
+        return _text_width(self._source.model)
 
     @property
     def length(self) -> int:
@@ -137,6 +95,12 @@ class FrozenCLIP:
     def image_size(self) -> int:
         """Side of the pictures that it looks at, in pixels."""
         return self._source.model["vision_cfg"]["image_size"]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of `clip_text` and `text`, if known on this machine; nothing is loaded."""
+        model = clip_model(self.name)
+        return {"clip_text": model["embed_dim"], "text": _text_width(model)} if model else {}
 
     @cached_property
     def hash(self) -> str:
@@ -198,32 +162,6 @@ class FrozenCLIP:
         return model.eval().requires_grad_(False).to(self.device)
 
 
-def contrastive(
-    a: Float[Tensor, "m d"],
-    b: Float[Tensor, "n d"],
-    own: Int64[Tensor, " m"],
-    captions: Int64[Tensor, " n"],
-    scale: Float[Tensor, ""],
-) -> Float[Tensor, " m"]:
-    """-log softmax_j(scale a_i . b_j) at j = own_i (CLIP, figure 3), one direction.
-
-    Another sample with an equal caption is no negative: it is left out of the sum.
-
-    Args:
-        own: which row of b belongs to which row of a.
-        captions: a number for each row of b, equal where the captions are.
-    """
-    rivals = captions[own][:, None] == captions
-    rivals = rivals.scatter(1, own[:, None], False)
-    logits = (scale * a @ b.T).masked_fill(rivals, -math.inf)
-    return F.cross_entropy(logits, own, reduction="none")
-
-
-def gathered(x: Float[Tensor, "b *d"] | Int64[Tensor, "b *d"]) -> Tensor:
-    """The rows of all ranks, in the order of ranks, through which gradients flow back."""
-    return torch.cat(all_gather(x)) if dist.is_initialized() else x
-
-
 class CLIPTraining(L.LightningModule):
     """Trains a CLIP from `image_{size}` and `caption` with the symmetric contrastive loss.
 
@@ -232,6 +170,8 @@ class CLIPTraining(L.LightningModule):
         optimizer: makes an optimizer of parameter groups.
         learning_rate: factor of the learning rate after so many images (None: constant).
         batch: global batch size, for counting images.
+        sam: takes each gradient where the loss of this rank's samples is worst nearby (unCLIP,
+            appendix C); None: at the weights.
     """
 
     def __init__(
@@ -240,10 +180,12 @@ class CLIPTraining(L.LightningModule):
         optimizer: Callable[..., torch.optim.Optimizer],
         learning_rate: Callable[[int], float] | None = None,
         batch: int = 1,
+        sam: SAM | None = None,
     ):
         super().__init__()
         self.architecture, self.clip = clip, clip.build()
         self.optimizer, self.learning_rate, self.batch = optimizer, learning_rate, batch
+        self.sam = sam
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Int64[Tensor, "b n"]]:
         """Picture and text embeddings, and the tokens."""
@@ -252,7 +194,8 @@ class CLIPTraining(L.LightningModule):
         text = self.clip.encode_text(tokens)
         return F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1), tokens
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """Mean contrastive loss of this rank's samples, in both directions."""
         image, text, tokens = self.embed(batch)
         images, texts, all_tokens = gathered(image), gathered(text), gathered(tokens)
         captions = torch.unique(all_tokens, dim=0, return_inverse=True)[1]
@@ -261,9 +204,19 @@ class CLIPTraining(L.LightningModule):
         with torch.autocast(image.device.type, enabled=False):  # bfloat16 logits are too coarse
             by_image = contrastive(image, texts, own, captions, scale)
             by_text = contrastive(text, images, own, captions, scale)
-        loss = (by_image + by_text).mean() / 2
-        self.log("loss", loss, batch_size=len(image))
-        return loss
+        return (by_image + by_text).mean() / 2
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss.detach(), batch_size=len(batch["caption"]))
+        if self.sam is None:
+            return loss
+        self.sam.climb(loss, self.parameters())
+        return self.loss(batch)
+
+    def on_after_backward(self) -> None:
+        if self.sam is not None:
+            self.sam.descend()
 
     @torch.no_grad()
     def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:

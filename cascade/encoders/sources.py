@@ -61,11 +61,33 @@ def clip_source(path_or_name: str, checkpoint: str | None) -> CLIPSource:
     return CLIPSource(model, tuple(mean), tuple(std), weights)
 
 
+def clip_model(path_or_name: str) -> dict[str, Any] | None:
+    """Arguments of `open_clip.CLIP`, as far as they are known without weights.
+
+    Raises:
+        UserError: the configuration is damaged.
+    """
+    import open_clip
+
+    file = Path(path_or_name) / CLIP_CONFIG
+    if file.is_file():
+        return _read_json(file)["model_cfg"]
+    known = path_or_name in open_clip.list_models()  # others might be looked for in the network
+    return open_clip.get_model_config(path_or_name) if known else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: fetch it again") from error
+
+
 def _clip_directory(folder: Path) -> tuple[dict, dict, Path]:
     found = [folder / name for name in _CLIP_FILES if (folder / name).is_file()]
     if not (folder / CLIP_CONFIG).is_file() or not found:
         raise UserError(f"{folder} is not a CLIP: put its {CLIP_CONFIG} and {CLIP_WEIGHTS} there")
-    config = json.loads((folder / CLIP_CONFIG).read_text())
+    config = _read_json(folder / CLIP_CONFIG)
     return config["model_cfg"], config.get("preprocess_cfg", {}), found[0]
 
 
@@ -113,9 +135,7 @@ def t5_source(path_or_name: str) -> T5Source:
     Raises:
         UserError: files are missing.
     """
-    folder = Path(path_or_name)
-    if not folder.is_dir():
-        folder = _cached_directory(path_or_name)
+    folder = _t5_directory(path_or_name)
     weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     tokenizer = (folder / "spiece.model").exists() or (folder / "tokenizer.json").exists()
     present = {
@@ -126,6 +146,23 @@ def t5_source(path_or_name: str) -> T5Source:
     if missing := [name for name, there in present.items() if not there]:
         raise UserError(f"{folder} is not a whole T5: put its {', '.join(missing)} there")
     return T5Source(folder, weights)
+
+
+def t5_width(path_or_name: str) -> int:
+    """Width of the states of such a T5; its weights need not be there.
+
+    Raises:
+        UserError: its config.json is missing or damaged.
+    """
+    file = _t5_directory(path_or_name) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{file.parent} is not a T5: put its config.json there")
+    return _read_json(file)["d_model"]
+
+
+def _t5_directory(path_or_name: str) -> Path:
+    folder = Path(path_or_name)
+    return folder if folder.is_dir() else _cached_directory(path_or_name)
 
 
 def _cached_directory(name: str) -> Path:

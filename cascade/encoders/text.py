@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from cascade.conditioning import Batch
-from cascade.encoders.sources import T5Source, t5_source, weights_hash
+from cascade.encoders.sources import T5Source, t5_source, t5_width, weights_hash
+from cascade.errors import UserError
 from cascade.nets.layers import TransformerBlock
 
 # The longest entry of CLIP's vocabulary: n tokens cannot cover more characters than n times this.
@@ -57,7 +58,7 @@ class Tokens:
     reads = frozenset({"caption"})
     writes = frozenset({"tokens"})
 
-    name, hash = "CLIP's tokens", ""
+    name, hash, sizes = "CLIP's tokens", "", {}  # any transformer can be trained on tokens
 
     def __init__(self, length: int):
         self.length = length
@@ -97,6 +98,7 @@ class TextTransformer(nn.Module):
         vocabulary: int = 49408,
     ):
         super().__init__()
+        self.width = width
         # Positions half as large as words: with the usual deviation of 0.02 what depends on the
         # order of words ("above") is not learned at all in minutes.
         self.embed = nn.Embedding(vocabulary, embed or width)
@@ -140,8 +142,16 @@ class FrozenT5:
 
     @property
     def width(self) -> int:
-        """w, the width of the states."""
-        return self._model.config.d_model
+        """w, the width of the states. Raises UserError if there is no config.json to tell."""
+        return t5_width(self.name)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The width of `text`, if the configuration is on this machine; nothing is loaded."""
+        try:
+            return {"text": self.width}
+        except UserError:
+            return {}
 
     @cached_property
     def hash(self) -> str:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cascade.conditioning import Cond
-from cascade.nets.layers import NoiseLevel, TransformerBlock, zero
+from cascade.nets.layers import NoiseLevel, Timestep, TransformerBlock, recomputed, zero
 
 
 def causal_mask(mask: Bool[Tensor, "b n"]) -> Bool[Tensor, "b 1 n n"]:
@@ -29,11 +29,26 @@ class PriorTransformer(nn.Module):
         size: d, the size of the embedding.
         width, layers, heads: of the transformer; `cond.tokens` have the same width.
         context: the greatest length of the text; the CLIP text embedding is one token more.
+        level: features of the noise level; None: those of logsnr itself.
+        checkpoint: keep the inputs of blocks only, and compute them again in backward.
+
+    Raises:
+        UserError: `heads` does not divide `width`.
     """
 
-    def __init__(self, size: int, width: int, layers: int, heads: int, context: int):
+    def __init__(
+        self,
+        size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        context: int,
+        level: Timestep | None = None,
+        checkpoint: bool = False,
+    ):
         super().__init__()
-        self.noise_level = NoiseLevel(width)
+        self.width, self.checkpoint = width, checkpoint
+        self.noise_level = NoiseLevel(width, level)
         self.embed_in = nn.Linear(size, width)
         self.query = nn.Parameter(torch.randn(width) * 0.02)
         self.positions = nn.Parameter(torch.randn(context + 4, width) * 0.02)
@@ -53,6 +68,6 @@ class PriorTransformer(nn.Module):
         h = h + torch.cat([self.positions[:n], self.positions[-3:]])
         allowed = causal_mask(F.pad(cond.mask, (0, 3), value=True))
         for block in self.blocks:
-            h = block(h, allowed)
+            h = recomputed(block, h, allowed) if self.checkpoint else block(h, allowed)
         # Little noise: the answer is nearly x itself, which a transformer is slow to learn to copy.
         return self.embed_out(self.norm_out(h[:, -1])) + self.skip(F.silu(level)) * x

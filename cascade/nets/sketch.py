@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cascade.nets.layers import Positions, TransformerBlock
+from cascade.errors import UserError
+from cascade.nets.layers import Positions, TransformerBlock, number_of_heads
 
 
 class Sketch(nn.Module):
@@ -25,7 +26,7 @@ class Sketch(nn.Module):
         channels: of x0.
 
     Raises:
-        ValueError: `size` is not a multiple of `patch`.
+        UserError: `size` is not a multiple of `patch`, or `width` not of `head_channels`.
     """
 
     def __init__(
@@ -39,12 +40,12 @@ class Sketch(nn.Module):
     ):
         super().__init__()
         if size % patch:
-            raise ValueError(f"a side of {size} pixels is not a multiple of patch={patch}")
+            raise UserError(f"a side of {size} px is not a multiple of patch={patch}: change one")
         self.patch, self.side = patch, size // patch
         self.places = Positions(width)
         self.norm_tokens = nn.LayerNorm(width)
         self.layers = nn.ModuleList(
-            TransformerBlock(width, width // head_channels) for _ in range(layers)
+            TransformerBlock(width, number_of_heads(width, head_channels)) for _ in range(layers)
         )
         self.out = nn.Linear(width, channels * patch**2)
 

@@ -1,22 +1,195 @@
-"""`cascade describe`: a network's parameters by part, counted on the meta device."""
+"""`cascade describe`: what a network holds, and what a step of its training takes, unallocated."""
 
 import argparse
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import lightning as L
+import numpy as np
 import torch
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from cascade.conditioning import Batch
+from cascade.errors import UserError
+from cascade.training.cost import GIB, Rehearsal, Way, parameters, parts
 from cascade.verbs.configuration import built, composed
+
+# Where no stage is named, the first of these that the network fits.
+PLACES = (
+    ["stage=decoder"],
+    ["stage=decoder", "process=cosine_eps_learned"],
+    ["stage=prior"],
+    ["stage=prior_ar"],
+    ["stage=prior_ar", "clip=unclip"],
+    ["stage=sr256"],
+    ["stage=sr256_text"],
+)
+
+# Of a GPU's memory; CUDA itself and what its allocator cannot use take the rest.
+USABLE = 0.9
+
+
+class GPUs(NamedTuple):
+    """The arguments that are no overrides: GiB of each GPU, and how many share what is sharded."""
+
+    gpu_memory: float = 80.0
+    gpus: int = 8
 
 
 def main(args: argparse.Namespace) -> None:
-    config = composed("train", ["data.path=none", *args.overrides])
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    gpus, overrides = _arguments(args.overrides)
+    overrides, config, rehearsal = _fitting(overrides)
+    micro_batch = config.micro_batch or -(-config.batch // gpus.gpus)
+    console = Console()
+    console.print(_parts(" ".join(overrides), rehearsal.module))
+    with warnings.catch_warnings(action="ignore"):  # Lightning misses its Trainer
+        console.print(_cost(rehearsal, micro_batch, gpus))
+        console.print(_notes(rehearsal, micro_batch, gpus))
+
+
+def _arguments(arguments: Sequence[str]) -> tuple[GPUs, list[str]]:
+    """What is ours, and what is Hydra's."""
+    ours, rest = {}, []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in GPUs._fields:
+            rest.append(argument)
+            continue
+        try:
+            ours[key] = GPUs.__annotations__[key](value)
+        except ValueError:
+            ours[key] = 0
+        if not 0 < ours[key] < float("inf"):
+            what = "a number of GiB" if key == "gpu_memory" else "a whole number"
+            raise UserError(f"{argument}: choose {what} above 0")
+    return GPUs(**ours), rest
+
+
+def _fitting(overrides: list[str]) -> tuple[list[str], DictConfig, Rehearsal]:
+    """The stage that is asked for, or else one that the network fits; and all overrides."""
+    if any(o.startswith(("stage=", "experiment=")) for o in overrides):
+        return overrides, *rehearsed(overrides)
+    refusals = []
+    for place in PLACES:
+        try:
+            return [*place, *overrides], *rehearsed([*place, *overrides])
+        except UserError as error:
+            refusals.append(str(error))
+    hint = f" (so with {PLACES[0][0]}; it fits no other either: name one with stage=...)"
+    raise UserError(refusals[0] + (hint if len({*refusals}) > 1 else ""))
+
+
+def rehearsed(overrides: list[str]) -> tuple[DictConfig, Rehearsal]:
+    """A composed stage, whose forward pass has been tried.
+
+    Raises:
+        UserError: a batch is not a whole number above 0, or the network does not fit the stage.
+    """
+    config = composed("train", ["data.path=none", *overrides])
+    for key, value in (("batch", config.batch), ("micro_batch", config.micro_batch or 1)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{key}={value}: choose a whole number above 0")
     with torch.device("meta"):
         module = built(config.stage)
-    parts = {"conditioner": module.conditioner} if hasattr(module, "conditioner") else {}
-    parts.update(getattr(module, "net", module).named_children())
-    table = Table("part", "parameters", title=f"{config.name}: {type(module).__name__}")
-    for name, part in parts.items():
-        table.add_row(name, f"{sum(p.numel() for p in part.parameters()):,}")
-    table.add_row("all", f"{sum(p.numel() for p in module.parameters()):,}", style="bold")
-    Console().print(table)
+    for part in (getattr(module, "process", None), getattr(module, "corruption", None)):
+        if schedule := getattr(part, "schedule", None):
+            schedule(torch.tensor([0.5]))  # its table is made once: now, of numbers
+    rehearsal = Rehearsal(module, batches(config, module))
+    try:
+        _ = rehearsal.forward
+    except Exception as error:  # shapes that do not fit are found by any of torch's functions
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"net does not fit stage {config.name}: {reason}") from error
+    return config, rehearsal
+
+
+def batches(config: DictConfig, module: L.LightningModule) -> Callable[[int], Batch]:
+    """Batches with every key that a stage may read, pictures cropped as in training.
+
+    Captions are as long as they may be, so that nothing longer can come.
+    """
+    pictures, clip = built(config.data.pictures), built(config.clip.model)
+    blank = np.zeros((pictures.largest, pictures.largest, 3), np.uint8)
+    views = pictures.views(blank, np.random.default_rng(0)) if pictures.sizes else {}
+    # That of a frozen CLIP is a property, which would load it.
+    lengths = [vars(encoder).get("length") for encoder in getattr(module, "encoders", ())]
+    length = next((n for n in lengths if n), clip.length)
+
+    def batch(count: int) -> Batch:
+        return {
+            "sample": range(count),
+            "caption": [""] * count,
+            "tokens": torch.zeros(count, length, dtype=torch.int64),
+            "text": torch.zeros(count, length, config.text.size),
+            "text_mask": torch.ones(count, length, dtype=torch.bool),
+            "clip_text": torch.zeros(count, clip.dim),
+            "clip_image": torch.zeros(count, clip.dim),
+            **{key: torch.zeros(count, *view.shape) for key, view in views.items()},
+        }
+
+    return batch
+
+
+def _ways(rehearsal: Rehearsal, gpus: int) -> dict[str, Way]:
+    """How one may train on GPUs, by name; with checkpointing if the network knows how."""
+    steps = {"": rehearsal.step(bf16=True)}
+    if rehearsal.switched:
+        steps[",\ncheckpointing"] = rehearsal.step(bf16=True, checkpointing=True)
+    whole = {f"DDP{name}": Way(rehearsal, step) for name, step in steps.items()}
+    return whole | {f"sharded{name}": Way(rehearsal, step, gpus) for name, step in steps.items()}
+
+
+def _parts(title: str, module: L.LightningModule) -> Table:
+    table, total = Table("part", title=title), parameters(module)
+    for heading in ("parameters", "share"):
+        table.add_column(heading, justify="right")
+    for name, count in parts(module).items():
+        table.add_row(name, f"{count:,}", f"{count / total:.1%}")
+    table.add_section()
+    table.add_row("all", f"{total:,}", "", style="bold")
+    return table
+
+
+def _cost(rehearsal: Rehearsal, micro_batch: int, gpus: GPUs) -> Table:
+    ways, limit = _ways(rehearsal, gpus.gpus), int(USABLE * gpus.gpu_memory * GIB)
+    memories = [way.memory(micro_batch) for way in ways.values()]
+    title = f"Training on {gpus.gpus} GPUs, {micro_batch} samples at a time on each"
+    table = Table("", title=title)
+    for name in ways:
+        table.add_column(name, justify="right")
+    table.add_row("forward, GFLOP", *[_number(rehearsal.forward / 1e9)] * len(ways))
+    table.add_row("training, GFLOP", *[_number(way.step.flops / 1e9) for way in ways.values()])
+    table.add_section()
+    for purpose in vars(memories[0]):
+        table.add_row(f"{purpose}, GiB", *[_number(vars(m)[purpose] / GIB) for m in memories])
+    table.add_row("total, GiB", *[_number(m.total / GIB) for m in memories], style="bold")
+    table.add_section()
+    fits = ["yes" if m.total <= limit else "no" for m in memories]
+    table.add_row(f"fits {gpus.gpu_memory:g} GiB", *fits)
+    table.add_row("most at a time", *[f"{way.largest(limit):,}" for way in ways.values()])
+    return table
+
+
+def _notes(rehearsal: Rehearsal, micro_batch: int, gpus: GPUs) -> str:
+    cpu = Way(rehearsal, rehearsal.step()).memory(micro_batch)
+    notes = (
+        "GFLOP are 1e9 additions and multiplications, for one sample. Memory is with bfloat16 "
+        "autocast, AdamW, averages in float32, captions of full length; activations are all else "
+        "that a step holds at its worst moment, under DDP with the weights in bfloat16. Sharding "
+        f"divides weights, gradients, optimizer and average by {gpus.gpus}; gathered is what a GPU "
+        f"holds undivided meanwhile. What fits is at most {USABLE:.0%} of the memory. On a CPU, in "
+        f"float32, the total is {_number(cpu.total / GIB)} GiB, of which activations "
+        f"{_number(cpu.activations / GIB)}."
+    )
+    encoders = getattr(rehearsal.module, "encoders", ())
+    frozen = [encoder.name for encoder in encoders if "text" in encoder.writes]
+    return notes + "".join(f" Not counted: {name}, frozen, on each GPU." for name in frozen)
+
+
+def _number(x: float) -> str:
+    return f"{x:,.1f}" if x >= 10 else f"{x:.3f}" if x else "0"

@@ -13,7 +13,7 @@ import torch
 
 from cascade.conditioning import Batch
 from cascade.data.scenes import Scene
-from cascade.data.shards import Embeddings, Shards, collate
+from cascade.data.shards import Embeddings, Shards, collate, gather
 from cascade.data.transforms import Pictures
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
@@ -133,12 +133,15 @@ def held_out_split(
         kinds = [[i for i, s in enumerate(found) if s.kind == kind] for kind in ("one", "two")]
         rows = sorted(kinds[0][:count] + kinds[1][:count])
     whole = shards(sizes)
-    parts = [collate([whole[i] for i in rows[j : j + 64]]) for j in range(0, len(rows), 64)]
-    keys = [k for k, v in parts[0].items() if isinstance(v, torch.Tensor) and k != "sample"]
-    truth = {k: torch.cat([part.pop(k) for part in parts]) for k in keys}
-    # A bad picture is replaced by another sample: caption and scene come with the picture.
-    captions = [caption for part in parts for caption in part["caption"]]
-    scenes = [scene for part in parts for scene in part["scene"]]
+    truth: dict[str, torch.Tensor] = {}
+    captions, scenes = [], []
+    for start in range(0, len(rows), 64):
+        part = collate([whole[i] for i in rows[start : start + 64]])
+        # A bad picture is replaced by another sample: caption and scene come with the picture.
+        captions += part["caption"]
+        scenes += part["scene"]
+        tensors = {k: v for k, v in part.items() if isinstance(v, torch.Tensor) and k != "sample"}
+        gather(truth, tensors, start, len(rows))
     return HeldOut(captions, truth, [Scene.from_json(s) for s in scenes] if all(scenes) else None)
 
 

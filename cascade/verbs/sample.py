@@ -1,18 +1,26 @@
 """`cascade sample`: captions to pictures, through a whole cascade.
 
 A cascade is a directory with `cascade.yaml`: the runs of its stages in order, and the sampling
-choices of each (`scale`, `steps`, `best_of`, `level`).
+choices of each, which are the arguments of `chosen`.
 """
 
 import argparse
 import dataclasses
+import inspect
 from collections.abc import Sequence
+from functools import partial
+from operator import index
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
+from yaml import YAMLError
 
 from cascade.conditioning import Batch
+from cascade.data.shards import gather
+from cascade.diffusion import guidance
 from cascade.errors import UserError
 from cascade.grids import grid, to_uint8
 from cascade.pipeline import BestOf, Cascade
@@ -80,32 +88,94 @@ def load_cascade(folder: Path, choices: Sequence[str] = ()) -> Cascade:
         choices: sampling choices that take the place of the file's, as "stage.option=value".
     """
     file = folder if folder.suffix == ".yaml" else folder / "cascade.yaml"
-    config, folder = loaded(file), file.parent
+    stages, folder = OmegaConf.to_container(loaded(file).stages), file.parent
     for choice in choices:
         path, _, value = choice.partition("=")
         name, _, option = path.partition(".")
-        if name not in config.stages or not option or not value:
-            raise UserError(f"--set {choice}: not STAGE.OPTION=VALUE of {', '.join(config.stages)}")
-        config.stages[name][option] = float(value) if "." in value else int(value)
-    return Cascade([chosen(folder / name, **options) for name, options in config.stages.items()])
+        if name not in stages or not option or not value:
+            raise UserError(f"--set {choice}: not STAGE.OPTION=VALUE of {', '.join(stages)}")
+        try:
+            given = OmegaConf.to_container(OmegaConf.from_dotlist([f"{option}={value}"]))
+        except YAMLError:
+            raise UserError(f"--set {choice}: {value} is no number, word or list") from None
+        stages[name] = {**(stages[name] or {}), **given}
+    return Cascade([chosen(folder / name, **_known(name, of)) for name, of in stages.items()])
+
+
+def _known(name: str, choices: dict[str, Any] | None) -> dict[str, Any]:
+    """The arguments of `chosen` for a stage. UserError if one is unknown, or no such thing."""
+    names, whole = list(inspect.signature(chosen).parameters)[1:], (index, "a whole number")
+    kinds = {"steps": whole, "best_of": whole, "interval": (_interval, "[low, high]")}
+    kinds["weaker"] = str, "the name of a run"
+    known = {}
+    for choice, value in (choices or {}).items():
+        if choice not in names:
+            raise UserError(f"{name}.{choice}: the choices of a stage are {', '.join(names)}")
+        kind, what = kinds.get(choice, (float, "a number"))
+        try:
+            known[choice] = kind(value)
+        except (TypeError, ValueError):
+            raise UserError(f"{name}.{choice}={value}: give {what}") from None
+    return known
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    low, high = value
+    return float(low), float(high)
 
 
 def chosen(
     run: Path,
     scale: float | None = None,
     steps: int | None = None,
+    interval: tuple[float, float] | None = None,
+    rescale: float | None = None,
+    percentile: float | None = None,
     level: float | None = None,
+    weaker: str | None = None,
     best_of: int = 1,
 ) -> Stage | BestOf:
-    """The stage of a run, with the sampling choices that are given."""
+    """The stage of a run, with the sampling choices that are given.
+
+    Args:
+        scale, steps, interval: of its sampler.
+        rescale: guidance is rescaled, by so much.
+        percentile: x0 is thresholded dynamically, at this one.
+        level: of the noise in the low-resolution picture.
+        weaker: the run beside this one from which guidance leads away (autoguidance).
+        best_of: so many samples, of which the closest to the caption is kept.
+
+    Raises:
+        UserError: a choice that this run's sampler does not have, or one out of range.
+    """
+    if percentile is not None and not 0 < percentile <= 1:
+        raise UserError(f"percentile={percentile}: it is above 0 and at most 1")
     stage = load(run).to(device())
-    picked = {"scale": scale, "steps": steps}
-    stage.sampler = dataclasses.replace(
-        stage.sampler, **{k: v for k, v in picked.items() if v is not None}
-    )
+    picked = {"scale": scale, "steps": steps, "interval": interval}
+    if rescale is not None:
+        picked["guide"] = partial(guidance.rescale, phi=rescale)
+    if percentile is not None:
+        picked["threshold"] = partial(guidance.dynamic_threshold, percentile=percentile)
+    picked = {option: value for option, value in picked.items() if value is not None}
+    has = {field.name for field in dataclasses.fields(stage.sampler)}
+    if unknown := sorted(picked.keys() - has):
+        raise UserError(f"{run}: {type(stage.sampler).__name__} has no {unknown[0]}")
+    stage.sampler = dataclasses.replace(stage.sampler, **picked)
     if level is not None:
+        if stage.corruption is None:
+            raise UserError(f"{run}: its input is not corrupted, so it has no level")
         stage.corruption = dataclasses.replace(stage.corruption, level=level)
+    if weaker is not None:
+        stage.weaker = _weaker(run, run.parent / weaker)
     return BestOf(stage, best_of) if best_of > 1 else stage
+
+
+def _weaker(run: Path, other: Path) -> Stage:
+    stages = [loaded(folder / "config.yaml").stage for folder in (run, other)]
+    for part in ("codec", "process"):
+        if stages[0].get(part) != stages[1].get(part):
+            raise UserError(f"weaker={other.name}: its {part} is not that of {run.name}")
+    return load(other).to(device())
 
 
 @torch.inference_mode()
@@ -122,7 +192,7 @@ def paint(
     Args:
         given: further keys, of as many rows as captions, which the cascade need not write.
     """
-    parts: list[Batch] = []
+    painted: dict[str, torch.Tensor] = {}
     with (
         bar(what, "pictures") as progress,
         torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()),
@@ -138,10 +208,9 @@ def paint(
                 progress.update(task, note=f"{key} {i}/{n}")
 
             done = cascade(batch, seed, report)
-            parts.append(
-                {stage.writes: done[stage.writes].float().cpu() for stage in cascade.stages}
-            )
+            made = {stage.writes: done[stage.writes].float().cpu() for stage in cascade.stages}
+            gather(painted, made, start, len(captions))
             seconds = progress.tasks[0].elapsed or 1
             count = start + len(batch["caption"])
             progress.update(task, completed=count, rate=count / seconds)
-    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+    return painted

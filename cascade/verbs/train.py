@@ -8,6 +8,7 @@ checkpoints/ and the average's weights.
 import argparse
 import logging
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from cascade.conditioning import Batch
-from cascade.data.shards import Shards, loader
+from cascade.data.shards import Embeddings, Shards, loader
+from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
+from cascade.stage import Stage
+from cascade.training.agreement import check
 from cascade.training.callbacks import History, SampleGrids
 from cascade.training.checkpoint import (
     AtomicCheckpointIO,
@@ -28,8 +32,9 @@ from cascade.training.checkpoint import (
 from cascade.training.ema import EMA
 from cascade.verbs.configuration import built, composed, differences, loaded, saved
 
-# What may change between two starts of the same run.
+# What may change between two starts of the same run; the totals follow from `images`.
 FREE = ("images", "run", "trainer", "workers", "grids", "micro_batch")
+TOTALS = ("learning_rate.total", "stage.learning_rate.total")
 
 
 class ShardData(L.LightningDataModule):
@@ -48,6 +53,23 @@ class ShardData(L.LightningDataModule):
             start=self.start,
             workers=self.workers,
         )
+
+
+class Measure(L.Callback):
+    """Lets the process measure the trained network, behind the last step and before it is saved.
+
+    Args:
+        ema: the average, which is what is measured.
+        batches: of training samples, without end.
+    """
+
+    def __init__(self, ema: EMA, batches: Iterable[Batch]):
+        self.ema, self.batches = ema, batches
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == trainer.max_steps:
+            with self.ema.applied(module):
+                module.measure(self.batches)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -69,14 +91,21 @@ def run(config: DictConfig) -> Path:
         return folder
     _quiet()
     torch.manual_seed(config.seed)
-    shards = built(config.data)
     module = built(config.stage)
+    if isinstance(module, Stage):
+        clip = FrozenCLIP(config.clip.path, config.clip.get("checkpoint"))
+        check(module, _stores(config), clip, config.data.pictures.get("crop"))
+    shards = built(config.data)
     checkpoint = newest_checkpoint(folder)
-    if not checkpoint and hasattr(module, "codec"):
-        module.codec.fit(_first_batches(shards, config.fit_images))
+    if not checkpoint and isinstance(module, Stage):
+        # Lazily: pixels need no statistics, and so no pictures.
+        module.codec.fit(map(module.completed, _first_batches(shards, config.fit_images)))
     saved(config, folder / "config.yaml")
     ema = EMA(config.ema)
-    callbacks = [ema, Checkpoints(folder, ema, config.images, config.save_seconds)]
+    callbacks = [ema]
+    if hasattr(getattr(module, "process", None), "measure"):
+        callbacks.append(Measure(ema, loader(shards, 64)))
+    callbacks.append(Checkpoints(folder, ema, config.images, config.save_seconds))
     callbacks.append(History(folder, config.name, config.images))
     if config.grids and hasattr(module, "sampler") and module.writes.startswith("image"):
         marks = [config.images * (i + 1) // config.grids for i in range(config.grids)]
@@ -127,7 +156,8 @@ def _check_identity(config: DictConfig, folder: Path) -> None:
     if not (folder / "config.yaml").exists():
         return
     old = loaded(folder / "config.yaml")
-    changed = [d for d in differences(old, config) if d.split(":")[0].split(".")[0] not in FREE]
+    paths = {line: line.split(":")[0] for line in differences(old, config)}
+    changed = [d for d, p in paths.items() if p.split(".")[0] not in FREE and p not in TOTALS]
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
@@ -136,9 +166,12 @@ def _check_identity(config: DictConfig, folder: Path) -> None:
         )
 
 
-def _first_batches(shards: Shards, images: int) -> list[Batch]:
-    batches = loader(shards, 256, batches=-(-min(images, len(shards)) // 256))
-    return list(batches)
+def _stores(config: DictConfig) -> list[Embeddings]:
+    return list(built(config.data.get("embeddings") or {}).values())
+
+
+def _first_batches(shards: Shards, images: int) -> Iterable[Batch]:
+    return loader(shards, 256, batches=-(-min(images, len(shards)) // 256))
 
 
 def _held_out(config: DictConfig, count: int = 16) -> Batch:

@@ -1,0 +1,153 @@
+"""The other process: tokens, each of them predicted from those before it (unCLIP, section 2.2).
+
+Tokens are int64 [b, t], each a number of one of v buckets; logits [b, v] are those of the next one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from cascade.diffusion.noise import Noise
+from cascade.diffusion.sampling import Joinable
+from cascade.errors import UserError
+
+# Logits [b, v] of the next token, given the last one [b]; None: of the first.
+Ask = Callable[[Int64[Tensor, " b"] | None], Float[Tensor, "b v"]]
+
+
+@runtime_checkable
+class TokenNet(Protocol):
+    """A causal network: all logits at once, or one after the other from what it has cached."""
+
+    def __call__(self, tokens: Int64[Tensor, "b t"], cond: Any) -> Float[Tensor, "b t v"]: ...
+
+    def prefill(self, cond: Any) -> tuple[Float[Tensor, "b v"], Any]: ...
+
+    def step(self, token: Int64[Tensor, " b"], cache: Any) -> Float[Tensor, "b v"]: ...
+
+
+class Autoregressive:
+    """Cross entropy of each token, given the condition and the tokens before it: an `Objective`."""
+
+    def loss(
+        self, net: TokenNet, x0: Int64[Tensor, "b t"], cond: Any, noise: Noise
+    ) -> Float[Tensor, " b"]:
+        """The loss of each sample in nats per token. Nothing is drawn."""
+        logits = net(x0, cond)
+        return F.cross_entropy(logits.transpose(1, 2), x0, reduction="none").mean(1)
+
+
+@dataclass(frozen=True)
+class TokenSampler:
+    """Draws tokens from a trained network, one after the other.
+
+    The first one, the dot product of text and image embedding, is drawn from the top half of its
+    distribution (unCLIP, section 2.2). Read here as: from the upper half, by mass, of what the
+    network predicts for this caption. The half of all training samples would ask for what many a
+    caption never had: where captions differ, so do their dot products.
+
+    Args:
+        scale: of guidance, on logits, of all tokens; 1 is none, and costs one branch.
+        temperature: divides the guided logits.
+        percentile: the part of the dot product's distribution that is never drawn. unCLIP tried
+            0.5, 0.7, 0.85 and 0.95, and found 0.5 best.
+        steps: tokens to draw, at most; the components behind them are left at their mean, which is
+            in the middle bucket. None: all.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+
+    scale: float = 1.0
+    temperature: float = 1.0
+    percentile: float = 0.5
+    steps: int | None = None
+
+    def __post_init__(self):
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"a sampler of {self.steps} steps: it needs at least 1")
+        if self.temperature <= 0:
+            raise UserError(f"temperature={self.temperature}: it must be above 0")
+        if not 0 <= self.percentile < 1:
+            raise UserError(f"percentile={self.percentile}: from 0 to less than 1, 0.5 is the half")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        process: Autoregressive,
+        net: TokenNet,
+        shape: tuple[int, ...],
+        cond: Joinable,
+        weaker: tuple[TokenNet, Joinable] | None,
+        noise: Noise,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Int64[Tensor, "b t"]:
+        """Tokens of this shape [b, t].
+
+        Args:
+            weaker: the branch that guidance leads away from; None: no guidance.
+            noise: drawn from once, a number for each token.
+            progress: called with (tokens done, tokens in all).
+        """
+        steps = min(self.steps or shape[1], shape[1])
+        # By the normal CDF, so that one source gives all; in float64 u never rounds to 0 or 1.
+        u = torch.special.ndtr(noise(shape).double())
+        u[:, 0] = self.percentile + (1 - self.percentile) * u[:, 0]
+        ask = following(net, cond)
+        if weaker is not None and self.scale != 1:
+            ask = guided(net, cond, weaker, self.scale)
+        # Half precision would make a choice between neighbours depend on the size of the batch.
+        with torch.autocast(u.device.type, enabled=False):
+            tokens = torch.zeros(shape, dtype=torch.int64, device=u.device)
+            for i in range(steps):
+                logits = ask(tokens[:, i - 1] if i > 0 else None)
+                tokens[:, i] = drawn(logits / self.temperature, u[:, i])
+                if progress:
+                    progress(i + 1, steps)
+            tokens[:, steps:] = logits.shape[1] // 2
+        return tokens
+
+
+def following(net: TokenNet, cond: Joinable) -> Ask:
+    """Asks the network for one token after the other; it keeps its cache."""
+    cache = None
+
+    def ask(last: Int64[Tensor, " b"] | None) -> Float[Tensor, "b v"]:
+        nonlocal cache
+        if last is not None:
+            return net.step(last, cache)
+        logits, cache = net.prefill(cond)
+        return logits
+
+    return ask
+
+
+def guided(net: TokenNet, cond: Joinable, weaker: tuple[TokenNet, Joinable], scale: float) -> Ask:
+    """Logits weaker + scale (own - weaker): of one network in one doubled batch, or of two."""
+    other, told = weaker
+    same = other is net
+    own, less = following(net, cond.cat(told) if same else cond), following(other, told)
+
+    def ask(last: Int64[Tensor, " b"] | None) -> Float[Tensor, "b v"]:
+        if same:
+            strong, weak = own(None if last is None else last.repeat(2)).chunk(2)
+        else:
+            strong, weak = own(last), less(last)
+        return weak + scale * (strong - weak)
+
+    return ask
+
+
+def drawn(logits: Float[Tensor, "b v"], u: Float64[Tensor, " b"]) -> Int64[Tensor, " b"]:
+    """The bucket of each row at which the distribution's CDF passes u, in (0, 1).
+
+    With u above p, the part 1 - p of the distribution that lies highest is drawn from: the bucket
+    that p divides keeps what lies above it.
+    """
+    cdf = logits.double().softmax(1).cumsum(1)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]

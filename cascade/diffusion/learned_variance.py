@@ -1,0 +1,83 @@
+"""iDDPM's process (2102.09672): the network learns the variance of each step beside the mean.
+
+It has twice the channels. The first half is F, as in `Diffusion`; the second is v, which says where
+in between those of the posterior (-1) and beta (1) the log variance of a step lies (equation 15).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from cascade.diffusion.gaussian import Denoised, Diffusion, Net, call, per_sample, uniform
+from cascade.diffusion.likelihood import term
+from cascade.diffusion.noise import Noise, Schedule
+from cascade.diffusion.posterior import Step, ladder
+from cascade.errors import UserError
+
+
+@dataclass(frozen=True)
+class LearnedVariance:
+    """A `Process`: the hybrid objective (iDDPM, equation 16), for every prediction type.
+
+    Args:
+        mean: schedule, prediction and weight of the first half.
+        steps: T; training draws from the T levels u = 1 / T, 2 / T ... 1.
+    """
+
+    mean: Diffusion
+    steps: int = 1000
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.mean.schedule
+
+    def loss(
+        self, net: Net, x0: Float[Tensor, "b *d"], cond: Any, noise: Noise
+    ) -> Float[Tensor, " b"]:
+        """The loss of the mean, plus T / 1000 times a term of the bound in bits per dimension.
+
+        T times that term estimates the whole bound, so its factor is iDDPM's 0.001. It teaches the
+        variance alone: the mean is detached.
+
+        Args:
+            noise: drawn from twice: one number per sample for the level, then eps.
+        """
+        u = uniform(noise, len(x0))
+        levels, down = ladder(self.schedule, self.steps, u.device)
+        index = (self.steps * u).long()
+        logsnr = levels[index]
+        x, F_star = self.mean.task(x0, noise(tuple(x0.shape)).to(x0), logsnr)
+        F, range = _halves(call(net, x, logsnr, cond), x0)
+        error = F - F_star
+        c_out = per_sample(self.mean.prediction(logsnr).c_out, x0)
+        denoised = Denoised(x0 + c_out * error.detach(), range=range)
+        step = Step(*(per_sample(part[index], x0) for part in down))
+        bits = term(x0, denoised, step, first=per_sample(index.double(), x0) == 0)
+        return self.mean.weighted(error, logsnr) + self.steps / 1000 * bits
+
+    def denoise(
+        self, net: Net, x_t: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""], cond: Any
+    ) -> Denoised:
+        """x0_hat and the learned range at one noise level for all of the batch.
+
+        Raises:
+            ValueError: eps-prediction is asked at logsnr = -inf.
+        """
+        c_in = self.mean.prediction(logsnr).c_in
+        F, range = _halves(call(net, c_in * x_t, logsnr.expand(len(x_t)), cond), x_t)
+        return Denoised(self.mean.x0_hat(F, x_t, logsnr), range=range)
+
+
+def _halves(
+    out: Float[Tensor, "b ..."], x: Float[Tensor, "b *d"]
+) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *d"]]:
+    """F, and the range (v + 1) / 2."""
+    if out.shape[1] != 2 * x.shape[1]:
+        raise UserError(
+            f"a learned variance needs a network with {2 * x.shape[1]} output channels, "
+            f"twice those of x; this one has {out.shape[1]}: set net.learned_variance=true"
+        )
+    F, v = out.chunk(2, 1)
+    return F, (v + 1) / 2

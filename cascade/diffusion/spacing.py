@@ -1,0 +1,111 @@
+"""Which levels a sampler visits: (schedule, steps) -> logsnrs [steps + 1], from noise to clean.
+
+The last of them is +inf. Published samplers name indices of a table of T steps; index i is
+u = (i + 1) / T of the schedule, so the same choices serve continuous schedules.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from cascade.diffusion.noise import Schedule
+from cascade.errors import UserError
+
+Spacing = Callable[[Schedule, int], Float64[Tensor, " n"]]
+
+
+def even(schedule: Schedule, steps: int) -> Float64[Tensor, " n"]:
+    """Even in u, from 1; clean even where the schedule keeps some noise at u = 0."""
+    return _to_clean(schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]))
+
+
+def karras(
+    schedule: Schedule,
+    steps: int,
+    *,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> Float64[Tensor, " n"]:
+    """EDM's levels in sigma / alpha, whatever the schedule (2206.00364, equation 5)."""
+    ramp = torch.linspace(1, 0, steps, dtype=torch.float64)
+    ends = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return _to_clean(-2 * ((ends[0] + ramp * (ends[1] - ends[0])) ** rho).log())
+
+
+def strided(schedule: Schedule, steps: int, *, table: int = 1000) -> Float64[Tensor, " n"]:
+    """`ddimN` of guided-diffusion: indices 0, k, 2k..., with the least k that gives so many.
+
+    It may start well below the noisiest level: 27 steps of 1000 at index 988, 15 at 938.
+
+    Raises:
+        UserError: no whole stride gives this number of steps.
+    """
+    for stride in range(1, table + 1):
+        if len(indices := range(0, table, stride)) == steps:
+            return _at(schedule, indices, table)
+    raise UserError(f"no whole stride of {table} gives {steps} steps: change steps, or the spacing")
+
+
+def sections(
+    schedule: Schedule, steps: int, *, counts: Sequence[int] | None = None, table: int = 1000
+) -> Float64[Tensor, " n"]:
+    """Sections of equal length, evenly strided from first to last index (guided-diffusion, GLIDE).
+
+    Args:
+        counts: of steps in each section, the cleanest first; None: one section.
+
+    Raises:
+        UserError: `counts` are of another number of steps, or more than a section has indices.
+    """
+    return _at(schedule, _indices(steps, counts or (steps,), table), table)
+
+
+def fast27(schedule: Schedule, steps: int) -> Float64[Tensor, " n"]:
+    """GLIDE's upsampler: 10, 10, 3, 2 and 2 steps; its code starts at 997, not 999."""
+    return _at(schedule, [*_indices(steps, (10, 10, 3, 2, 2), 1000)[:-1], 997], 1000)
+
+
+# DeepFloyd IF's, named after their numbers of steps: most of "super" are at the noisiest levels.
+smart27 = partial(sections, counts=(7, 4, 2, 1, 2, 4, 7))
+smart50 = partial(sections, counts=(10, 6, 4, 3, 2, 2, 3, 4, 6, 10))
+smart100 = partial(
+    sections,
+    counts=(1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7, 8, 9, 10, 13),
+)
+smart185 = partial(
+    sections,
+    counts=(1, 1, 2, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20),
+)
+super27 = partial(sections, counts=(1, 1, 1, 1, 1, 1, 1, 2, 5, 13))
+super40 = partial(sections, counts=(2, 2, 2, 2, 2, 2, 3, 4, 6, 15))
+super100 = partial(sections, counts=(4, 4, 6, 6, 8, 8, 10, 10, 14, 30))
+
+
+def _indices(steps: int, counts: Sequence[int], table: int) -> list[int]:
+    if sum(counts) != steps:
+        named = ",".join(map(str, counts))
+        raise UserError(f"sections {named} are of {sum(counts)} steps: set steps={sum(counts)}")
+    indices, start = [], 0
+    for i, count in enumerate(counts):
+        size = table // len(counts) + (i < table % len(counts))
+        if not 1 <= count <= size:
+            raise UserError(f"{count} steps in a section of {size} indices: take 1 to {size}")
+        place, stride = 0.0, (size - 1) / max(count - 1, 1)
+        for _ in range(count):
+            indices.append(start + round(place))
+            place += stride  # summed, not multiplied: halves are rounded as the published code does
+        start += size
+    return indices
+
+
+def _at(schedule: Schedule, indices: Sequence[int], table: int) -> Float64[Tensor, " n"]:
+    return _to_clean(schedule((torch.tensor(indices).flip(0).double() + 1) / table))
+
+
+def _to_clean(logsnrs: Float64[Tensor, " n"]) -> Float64[Tensor, " m"]:
+    return torch.cat([logsnrs, logsnrs.new_tensor([math.inf])])

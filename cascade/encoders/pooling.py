@@ -1,0 +1,47 @@
+"""A caption's states as one vector, by attention; `conditioning.last` and `mean` are the others."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from cascade.conditioning import mean
+from cascade.errors import UserError
+from cascade.nets.layers import split_heads
+
+
+class AttentionPool(nn.Module):
+    """What one query finds in the states of a caption (Imagen, section 2.4; DeepFloyd-IF).
+
+    The query is the mean state plus a learned vector; that sum is attended to beside the states,
+    as in the attention pooling of CLIP's residual networks (2103.00020, section 2.4).
+
+    Args:
+        size: width of the states.
+        heads: of the attention (IF: 64).
+
+    Raises:
+        UserError: `heads` does not divide `size`.
+    """
+
+    def __init__(self, size: int, heads: int):
+        super().__init__()
+        if size % heads:
+            raise UserError(
+                f"{heads} heads do not divide text states of width {size}: set the pool's heads "
+                "to a divisor"
+            )
+        self.heads = heads
+        self.query = nn.Parameter(torch.randn(size) * size**-0.5)
+        self.q = nn.Linear(size, size)
+        self.kv = nn.Linear(size, 2 * size)
+
+    def forward(
+        self, states: Float[Tensor, "b n s"], mask: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, "b s"]:
+        whole = mean(states, mask)[:, None] + self.query
+        (q,) = split_heads(self.q(whole), 1, self.heads)
+        k, v = split_heads(self.kv(torch.cat([whole, states], 1)), 2, self.heads)
+        mask = F.pad(mask, (1, 0), value=True)[:, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.transpose(1, 2).flatten(1)

@@ -1,0 +1,127 @@
+"""What does not fit is refused in one line, with both numbers and the setting, before any data."""
+
+import json
+
+import pytest
+import torch
+
+from cascade.data.shards import Embeddings
+from cascade.encoders.clip import Architecture, FrozenCLIP, save_clip
+from cascade.errors import UserError
+from cascade.training.agreement import check
+from cascade.verbs.configuration import built, composed
+
+SIZES = {"text_width": 32, "text_layers": 1, "text_heads": 2, "length": 16}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Two CLIPs of 8 dimensions that differ in their weights."""
+    folders = [tmp_path_factory.mktemp(f"clip{i}") for i in range(2)]
+    for folder in folders:
+        architecture = Architecture(32, 8, 1, 32, patch=8, **SIZES)
+        save_clip(architecture, architecture.build(), folder)
+    return folders
+
+
+def manifest(folder, clip, dim=8):
+    about = {"encoder": str(clip), "hash": FrozenCLIP(str(clip)).hash, "dim": str(dim)}
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps(about))
+    return folder
+
+
+def checked(*overrides):
+    config = composed("train", ["data.path=none", *map(str, overrides)])
+    with torch.device("meta"):
+        stage = built(config.stage)
+    stores = built(config.data.get("embeddings") or {}).values()
+    clip = FrozenCLIP(config.clip.path, config.clip.get("checkpoint"))
+    check(stage, stores, clip, config.data.pictures.get("crop"))
+
+
+def refused(words, *overrides):
+    with pytest.raises(UserError, match=words) as caught:
+        checked(*overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", ["decoder_text", "decoder", "prior", "sr256"])
+def test_what_is_not_here_is_not_judged(stage):
+    checked(f"stage={stage}", "clip.path=nowhere")
+    checked(f"stage={stage}", "clip.path=nowhere", "text=t5_xxl")
+
+
+def test_a_text_size_that_differs_from_t5s(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"d_model": 512}))
+    reader = ("stage=decoder_text", "text=t5_small", f"text.reader.path_or_name={tmp_path}")
+    checked(*reader)
+    refused(
+        r"text.size=768, but text of .* has 512 numbers: set text.size=512",
+        *reader,
+        "text.size=768",
+    )
+
+
+def test_a_text_size_that_differs_from_clips():
+    vit = ("stage=decoder_text", "text=clip_vit_l_14")
+    checked(*vit)
+    refused(r"text.size=512, but text of ViT-L-14 has 768 numbers", *vit, "text.size=512")
+
+
+def test_a_text_transformer_of_another_size():
+    override = ("stage=decoder_text", "text.encoder.width=64")
+    refused(r"text.size=96, .* 64 wide: set text.encoder.width=96", *override)
+
+
+def test_a_clip_of_another_size(clips):
+    prior = ("stage=prior", f"clip.path={clips[0]}", "text.size=32")
+    checked(*prior, "clip.model.dim=8", "embeddings=nowhere")
+    refused(r"clip.model.dim=64, but clip_text of .* has 8 numbers: set clip.model.dim=8", *prior)
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_embeddings_of_another_size_or_another_clip(clips, stage, tmp_path):
+    own, other = clips
+    options = (f"stage={stage}", f"clip.path={own}", "clip.model.dim=8")
+    if stage == "prior":
+        options += ("text.size=32",)
+    right = manifest(tmp_path / "right", own)
+    checked(*options, f"embeddings={right}")
+    wrong = manifest(tmp_path / "wrong", other)
+    hashes = (FrozenCLIP(str(clip)).hash for clip in (other, own))
+    words = r"made by another CLIP .*{}.*{}.*set clip.path.*set embeddings".format(*hashes)
+    refused(words, *options, f"embeddings={wrong}")
+    large = manifest(tmp_path / "large", own, dim=12)
+    words = "clip.model.dim=8, but clip_image of .*large has 12 numbers: set clip.model.dim=12"
+    refused(words, *options, f"embeddings={large}")
+
+
+def test_text_embeddings_of_another_clip_than_the_pictures(clips, tmp_path):
+    """Even where clip.path is right: the prior would be told of another space."""
+    right = manifest(tmp_path / "right", clips[0])
+    options = ("stage=prior", f"clip.path={clips[0]}", "clip.model.dim=8", "text.size=32")
+    reader = f"text.reader.path_or_name={clips[1]}"
+    refused("another CLIP", *options, f"embeddings={right}", reader)
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest.json is damaged"):
+        _ = Embeddings(tmp_path).about
+    assert Embeddings(tmp_path / "none").about == {}
+
+
+def test_pictures_that_the_network_cannot_halve():
+    refused(r"sides of 18 px are not multiples of 4", "stage=sr256", "net.net.patch=2", "crop=18")
+    refused(r"sides of 17 px are not multiples of 2", "stage=decoder_text", "size=17")
+
+
+def test_a_condition_of_another_size_than_the_network_reads():
+    caption = "stage.conditioner.embedders.caption"
+    refused(r"net.embed=128, .* caption gives 64", "stage=decoder_text", f"{caption}.dim=64")
+    refused(r"net.width=96, .* caption gives 64", "stage=decoder_text", f"{caption}.width=64")
+    refused(
+        r"net.embed=128, .* low gives 64", "stage=sr256", "stage.conditioner.embedders.low.dim=64"
+    )
+    refused(r"image_channels=0, .* have 3", "stage=sr256", "net.net.image_channels=0")

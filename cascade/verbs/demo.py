@@ -6,6 +6,7 @@ finished is passed over, what was interrupted goes on.
 """
 
 import argparse
+import gc
 import os
 import time
 from pathlib import Path
@@ -54,6 +55,7 @@ def train_stage(config: DictConfig, name: str, folder: Path, data: Path) -> None
     overrides = [f"run={folder / name}", f"data.path={data}", f"clip.path={folder / 'clip'}"]
     overrides += [*config.stages[name], *config.budgets.get(name, []), *config.each]
     run(composed("train", overrides))
+    gc.collect()  # Lightning's trainer and module hold each other, and so pictures and optimizer
     if name == "clip":
         embed(data, str(folder / "clip"), data / EMBEDDINGS)
 

@@ -175,7 +175,10 @@ def _first_batches(shards: Shards, images: int) -> Iterable[Batch]:
 
 
 def _held_out(config: DictConfig, count: int = 16) -> Batch:
-    shards = built({**config.data, "cache": False, "split": config.grid_split, "shuffle": False})
+    # What is sampled from is whole: BSR degrades in training only.
+    pictures = {**config.data.pictures, "degrade": None}
+    as_sampled = {"cache": False, "split": config.grid_split, "shuffle": False}
+    shards = built({**config.data, **as_sampled, "pictures": pictures})
     return next(iter(loader(shards, min(count, len(shards)), batches=1)))
 
 

@@ -220,16 +220,17 @@ def compared(adm: bool, batch: int, rounds: int) -> Table:
     }
     count = sum(p.numel() for p in nets["ours"].parameters())
     title = (
-        f"{'ADM' if adm else 'DDPM'}, {count / 1e6:.2f} M parameters, {SIZE} px, batch {batch}, "
-        f"{torch.get_num_threads()} threads; outputs differ by {same:.0e} (limit 1e-4)"
+        f"{'ADM' if adm else 'DDPM'}, {count / 1e6:.2f} M parameters, {SIZE} px, batch {batch},\n"
+        f"{torch.get_num_threads()} threads; outputs differ by {same:.0e}, at most 1e-4"
     )
-    table = Table("", *makers, "ours / diffusers", "limit", "checkpointed / ours", "limit")
+    table = Table("", "diffusers", "ours", "ratio, at most", "checkpointed", "ratio, at most")
     table.title = title
     for what, step in (("training", "train"), ("sampling", "sample")):
-        for unit, values in (("step, s", took[step]), ("peak memory, MiB", held[step])):
+        for unit, values in (("s", took[step]), ("peak MiB", held[step])):
             a, b, c = values.values()
-            ratios = [f"{b / a:.2f}", "0.80", f"{c / b:.2f}", "1.35" if unit == "step, s" else ""]
-            table.add_row(f"{what} {unit}", *(f"{v:.3g}" for v in (a, b, c)), *ratios)
+            limit = ", 1.35" if (step, unit) == ("train", "s") else ""
+            row = f"{a:.3g}", f"{b:.3g}", f"{b / a:.2f}, 0.80", f"{c:.3g}", f"{c / b:.2f}{limit}"
+            table.add_row(f"{what}, {unit}", *row)
     return table
 
 

@@ -135,6 +135,15 @@ def test_accumulation_changes_nothing(config):
         torch.testing.assert_close(a[key], b[key], atol=2e-5, rtol=1e-3)
 
 
+def test_a_batch_is_shared_among_ranks_and_accumulated():
+    assert train.shares(64, None, 1) == (64, 1)
+    assert train.shares(64, None, 4) == (16, 1)
+    assert train.shares(64, 8, 2) == (8, 4)
+    for batch, micro_batch, ranks in ((64, 24, 1), (64, None, 3), (8, 8, 2)):
+        with pytest.raises(UserError, match=rf"batch={batch} is not ranks \({ranks}\)"):
+            train.shares(batch, micro_batch, ranks)
+
+
 def test_weights_of_another_configuration_are_refused(config):
     folder = train.run(config("images=8"))
     other = built(config("net.net.channels=16").stage)

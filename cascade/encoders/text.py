@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cascade.conditioning import Batch
 from cascade.encoders.sources import T5Source, t5_source, t5_width, weights_hash
 from cascade.errors import UserError
-from cascade.nets.layers import TransformerBlock
+from cascade.nets.layers import TransformerBlock, recomputed
 
 # The longest entry of CLIP's vocabulary: n tokens cannot cover more characters than n times this.
 _LONGEST_TOKEN = 32
@@ -86,6 +86,7 @@ class TextTransformer(nn.Module):
             small stage a table of the vocabulary times `width` would be most of all parameters.
             None: `width`.
         vocabulary: number of tokens; CLIP's.
+        checkpoint: keep the inputs of blocks only, and compute them again in backward.
     """
 
     def __init__(
@@ -96,9 +97,10 @@ class TextTransformer(nn.Module):
         length: int,
         embed: int | None = None,
         vocabulary: int = 49408,
+        checkpoint: bool = False,
     ):
         super().__init__()
-        self.width = width
+        self.width, self.checkpoint = width, checkpoint
         # Positions half as large as words: with the usual deviation of 0.02 what depends on the
         # order of words ("above") is not learned at all in minutes.
         self.embed = nn.Embedding(vocabulary, embed or width)
@@ -115,7 +117,7 @@ class TextTransformer(nn.Module):
         x = self.project(self.embed(tokens)) + self.positions[: tokens.shape[1]]
         allowed = mask[:, None, None]
         for block in self.blocks:
-            x = block(x, allowed)
+            x = recomputed(block, x, allowed) if self.checkpoint else block(x, allowed)
         return self.norm(x), mask
 
 

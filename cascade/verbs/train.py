@@ -112,7 +112,10 @@ def run(config: DictConfig) -> Path:
         callbacks.append(SampleGrids(folder, ema, _held_out(config), marks))
     trainer = _trainer(config, callbacks)
     step = checkpoint[1] if checkpoint else 0
-    data = ShardData(shards, _micro_batch(config, trainer), step * config.batch, config.workers)
+    share, trainer.accumulate_grad_batches = shares(
+        config.batch, config.micro_batch, trainer.world_size
+    )
+    data = ShardData(shards, share, step * config.batch, config.workers)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     module.to(memory_format=torch.channels_last)
@@ -129,7 +132,6 @@ def _trainer(config: DictConfig, callbacks: list[L.Callback]) -> L.Trainer:
         precision="bf16-mixed" if cuda else "32-true",
         max_steps=-(-config.images // config.batch),
         max_epochs=-1,
-        accumulate_grad_batches=config.batch // (config.micro_batch or config.batch),
         gradient_clip_val=config.gradient_clip,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
@@ -142,14 +144,20 @@ def _trainer(config: DictConfig, callbacks: list[L.Callback]) -> L.Trainer:
     )
 
 
-def _micro_batch(config: DictConfig, trainer: L.Trainer) -> int:
-    share, rest = divmod(config.batch, trainer.world_size * trainer.accumulate_grad_batches)
-    if rest:
+def shares(batch: int, micro_batch: int | None, ranks: int) -> tuple[int, int]:
+    """Samples at a time on each rank, and over how many times gradients are accumulated.
+
+    Raises:
+        UserError: the batch is not ranks x micro_batch x a whole number.
+    """
+    micro_batch = micro_batch or max(1, batch // ranks)
+    steps, rest = divmod(batch, ranks * micro_batch)
+    if rest or not steps:
         raise UserError(
-            f"batch={config.batch} is not ranks ({trainer.world_size}) x micro_batch x a whole "
-            "number: change batch or micro_batch"
+            f"batch={batch} is not ranks ({ranks}) x micro_batch ({micro_batch}) x a whole number: "
+            "change batch or micro_batch"
         )
-    return share
+    return micro_batch, steps
 
 
 def _check_identity(config: DictConfig, folder: Path) -> None:

@@ -27,12 +27,12 @@ LOSSES = {
     "imagen_sr256_tiny": 0.5,
     "karlo_decoder_tiny": 0.09,
     "karlo_prior_tiny": 0.26,
-    "karlo_sr256_tiny": 0.09,
+    "karlo_sr256_tiny": 0.085,
     "unclip_decoder_tiny": 0.09,
     "unclip_prior_ar_tiny": 4.75,
     "unclip_prior_tiny": 0.075,
-    "unclip_sr1024_tiny": 0.09,
-    "unclip_sr256_tiny": 0.09,
+    "unclip_sr1024_tiny": 0.06,
+    "unclip_sr256_tiny": 0.085,
 }
 
 

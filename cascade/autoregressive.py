@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from cascade.diffusion.noise import Noise
+from cascade.diffusion.noise import Noise, uniform
 from cascade.diffusion.sampling import Joinable
 from cascade.errors import UserError
 
@@ -95,8 +95,7 @@ class TokenSampler:
             progress: called with (tokens done, tokens in all).
         """
         steps = min(self.steps or shape[1], shape[1])
-        # By the normal CDF, so that one source gives all; in float64 u never rounds to 0 or 1.
-        u = torch.special.ndtr(noise(shape).double())
+        u = uniform(noise, shape)
         u[:, 0] = self.percentile + (1 - self.percentile) * u[:, 0]
         ask = following(net, cond)
         if weaker is not None and self.scale != 1:

@@ -141,9 +141,7 @@ class Stage(L.LightningModule):
 
         A sketch of x0 in the condition adds its own mean squared error.
         """
-        x0 = self.codec.encode(batch)
-        if self.corruption:
-            batch = self.corruption(batch, self._draws("corruption", batch), training=True)
+        x0, batch = self._task(batch)
         cond = self.conditioner(batch, self._draws("drop", batch))
         loss = self.process.loss(self.net, x0, cond, self._draws("noise", batch))
         if cond.sketch is None:
@@ -151,8 +149,7 @@ class Stage(L.LightningModule):
         return loss + (cond.sketch - x0).square().flatten(1).mean(1)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        loss = self.loss(batch).mean()
-        return loss
+        return self.loss(batch).mean()
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> None:
@@ -165,9 +162,7 @@ class Stage(L.LightningModule):
         def examples() -> Iterator[tuple[Tensor, Cond, Draws]]:
             for batch in batches:
                 batch = self.completed(self.transfer_batch_to_device(batch, self.device, 0))
-                x0 = self.codec.encode(batch)
-                if self.corruption:
-                    batch = self.corruption(batch, self._draws("corruption", batch), training=True)
+                x0, batch = self._task(batch)
                 yield x0, self.conditioner(batch), self._draws("measure", batch)
 
         self.process.measure(self.net, examples())
@@ -255,6 +250,13 @@ class Stage(L.LightningModule):
             optimizer, lambda step: self.learning_rate(step * self.batch)
         )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def _task(self, batch: Batch) -> tuple[Tensor, Batch]:
+        """x0, and the batch with its low-resolution picture corrupted as in training."""
+        x0 = self.codec.encode(batch)
+        if self.corruption:
+            batch = self.corruption(batch, self._draws("corruption", batch), training=True)
+        return x0, batch
 
     def _draws(self, purpose: str, batch: Batch) -> Draws:
         return Draws(self.seed, f"{self.writes}/{purpose}", batch["sample"], self.device)

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cascade.conditioning import Cond
-from cascade.diffusion.noise import linear_table
+from cascade.diffusion.noise import linear_table, table
 from cascade.errors import UserError
 from cascade.nets.layers import GroupNorm, Timestep
 from cascade.nets.unet import UNet
@@ -130,7 +130,7 @@ def forward(net: nn.Module) -> Forward:
     """(x, t) -> F, for either network; t [b] are indices of the linear table."""
     if not isinstance(net, UNet):
         return lambda x, t: net(x, t).sample
-    levels = linear_table(torch.arange(1, STEPS + 1, dtype=torch.float64) / STEPS).float()
+    levels = table(linear_table, STEPS).float()
     return lambda x, t: net(x, levels[t], Cond())
 
 

@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 from transformers import T5Config, T5EncoderModel
 
-from cascade.encoders.text import FrozenT5, TextTransformer, Tokens, token_mask, tokenize
+from cascade.encoders.text import FrozenT5, TextTransformer, Tokenizer, token_mask, tokenize
 from cascade.errors import UserError
 from cascade.verbs.configuration import built, composed
 
@@ -77,7 +77,7 @@ def test_the_mask_ends_with_end_of_text():
 
 def test_the_tokenizer_completes_a_batch():
     """To the length of its longest caption: what lies behind is padding in every row."""
-    batch = Tokens(8)({"caption": ["red", "a red circle"]})
+    batch = Tokenizer(8)({"caption": ["red", "a red circle"]})
     whole = tokenize(["red", "a red circle"], 8)
     assert batch["tokens"].tolist() == whole[:, :5].tolist()
     assert whole[:, 5:].max() == 0

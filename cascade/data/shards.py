@@ -253,7 +253,7 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
     return batch
 
 
-def gather(whole: dict[str, Tensor], part: Mapping[str, Tensor], start: int, count: int) -> None:
+def put_rows(whole: dict[str, Tensor], part: Mapping[str, Tensor], start: int, count: int) -> None:
     """Puts rows into tensors of `count` rows, made on first use: no picture is held twice."""
     for key, rows in part.items():
         if key not in whole:

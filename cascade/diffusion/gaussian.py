@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
-from cascade.diffusion.noise import LIMIT, Noise, Schedule, alpha_sigma, cosine
+from cascade.diffusion.noise import LIMIT, Noise, Schedule, alpha_sigma, cosine, uniform
 from cascade.diffusion.prediction import Coeffs, v
 
 Net = Callable[[Float[Tensor, "b *d"], Float[Tensor, " b"], Any], Float[Tensor, "b *d"]]
@@ -21,14 +20,6 @@ Net = Callable[[Float[Tensor, "b *d"], Float[Tensor, " b"], Any], Float[Tensor, 
 def per_sample(c: Float[Tensor, " b"], x: Float[Tensor, "b *d"]) -> Float[Tensor, "b ..."]:
     """One number for each sample, in the precision of x and shaped to multiply it."""
     return c.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-
-
-def uniform(noise: Noise, b: int) -> Float64[Tensor, " b"]:
-    """One uniform number for each sample.
-
-    By the normal CDF, so that one source gives all draws; in float64 none rounds to 0 or 1.
-    """
-    return torch.special.ndtr(noise((b,)).double())
 
 
 def call(
@@ -90,7 +81,7 @@ class Diffusion:
         Args:
             noise: drawn from twice: one number per sample for u, then eps.
         """
-        logsnr = self.schedule(uniform(noise, len(x0)))
+        logsnr = self.schedule(uniform(noise, (len(x0),)))
         x, F_star = self.task(x0, noise(tuple(x0.shape)).to(x0), logsnr)
         return self.weighted(call(net, x, logsnr, cond) - F_star, logsnr)
 

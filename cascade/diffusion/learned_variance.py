@@ -10,9 +10,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from cascade.diffusion.gaussian import Denoised, Diffusion, Net, call, per_sample, uniform
+from cascade.diffusion.gaussian import Denoised, Diffusion, Net, call, per_sample
 from cascade.diffusion.likelihood import term
-from cascade.diffusion.noise import Noise, Schedule
+from cascade.diffusion.noise import Noise, Schedule, uniform
 from cascade.diffusion.posterior import Step, ladder
 from cascade.errors import UserError
 
@@ -44,7 +44,7 @@ class LearnedVariance:
         Args:
             noise: drawn from twice: one number per sample for the level, then eps.
         """
-        u = uniform(noise, len(x0))
+        u = uniform(noise, (len(x0),))
         levels, down = ladder(self.schedule, self.steps, u.device)
         index = (self.steps * u).long()
         logsnr = levels[index]

@@ -21,6 +21,14 @@ Schedule = Callable[[Float[Tensor, "*n"]], Float[Tensor, "*n"]]
 LIMIT = 20.0  # networks are told logsnrs clamped to +-20, where alpha or sigma is 5e-5
 
 
+def uniform(noise: Noise, shape: tuple[int, ...]) -> Float64[Tensor, "*d"]:
+    """Uniform numbers in (0, 1).
+
+    By the normal CDF, so that one source gives all draws; in float64 none rounds to 0 or 1.
+    """
+    return torch.special.ndtr(noise(shape).double())
+
+
 def alpha_sigma(logsnr: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
     """(alpha, sigma): sqrt(sigmoid(+-logsnr)), exact at both infinities."""
     return logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cascade.conditioning import Batch
 from cascade.encoders.sources import T5Source, t5_source, t5_width, weights_hash
 from cascade.errors import UserError
-from cascade.nets.layers import TransformerBlock, recomputed
+from cascade.nets.layers import TransformerBlock, run
 
 # The longest entry of CLIP's vocabulary: n tokens cannot cover more characters than n times this.
 _LONGEST_TOKEN = 32
@@ -48,7 +48,7 @@ def trimmed(tokens: Int64[Tensor, "b n"]) -> Int64[Tensor, "b m"]:
     return tokens[:, : int(token_mask(tokens).sum(1).max())]
 
 
-class Tokens:
+class Tokenizer:
     """The encoder of a stage that trains its own text transformer: writes `tokens`.
 
     Args:
@@ -64,7 +64,7 @@ class Tokens:
         self.length = length
         self.device = torch.device("cpu")
 
-    def to(self, device: torch.device | str) -> "Tokens":
+    def to(self, device: torch.device | str) -> "Tokenizer":
         """Where the tokens will be."""
         self.device = torch.device(device)
         return self
@@ -117,7 +117,7 @@ class TextTransformer(nn.Module):
         x = self.project(self.embed(tokens)) + self.positions[: tokens.shape[1]]
         allowed = mask[:, None, None]
         for block in self.blocks:
-            x = recomputed(block, x, allowed) if self.checkpoint else block(x, allowed)
+            x = run(self, block, x, allowed)
         return self.norm(x), mask
 
 

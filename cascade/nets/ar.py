@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from cascade.conditioning import Cond, Fourier
-from cascade.nets.layers import TransformerBlock, recomputed, split_heads, zero
+from cascade.nets.layers import TransformerBlock, run, split_heads, zero
 from cascade.nets.prior import causal_mask
 
 
@@ -78,7 +78,7 @@ class TokenTransformer(nn.Module):
         h = torch.cat([self._prefix(cond), own], 1)
         allowed = causal_mask(F.pad(cond.mask, (0, t), value=True))
         for block in self.blocks:
-            h = recomputed(block, h, allowed) if self.checkpoint else block(h, allowed)
+            h = run(self, block, h, allowed)
         return self._logits(h[:, -t:])
 
     @torch.no_grad()

@@ -19,9 +19,10 @@ from cascade.nets.layers import (
     CrossAttention,
     NoiseLevel,
     convolve_enlarged,
+    run,
     zero,
 )
-from cascade.nets.unet import Block, check_sides, joined, numbers_of_blocks, run
+from cascade.nets.unet import Block, check_sides, joined, numbers_of_blocks
 
 
 class EfficientUNet(nn.Module):

@@ -1,11 +1,11 @@
 """Pieces that several networks share. Pictures are [b, c, h, w], sequences [b, n, w].
 
 What costs little to make again is not kept for backward: a normalisation with its SiLU keeps its
-input alone, and all within a block can be made again (`recomputed`).
+input alone, and all within a block can be made again (`run`).
 """
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,11 @@ from cascade.diffusion.noise import Schedule, table, table_index
 from cascade.errors import UserError
 
 
-def recomputed(f: Callable[..., Tensor], *args) -> Tensor:
-    """f(*args), of which only the arguments are kept for backward; the rest is made again then."""
-    return checkpoint(f, *args, use_reentrant=False) if torch.is_grad_enabled() else f(*args)
+def run(net: nn.Module, block: nn.Module, *args: Any) -> Tensor:
+    """block(*args); where `net.checkpoint` is set, backward keeps its arguments alone."""
+    if net.checkpoint and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
 
 
 def zero(module: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cascade.conditioning import Cond
-from cascade.nets.layers import NoiseLevel, Timestep, TransformerBlock, recomputed, zero
+from cascade.nets.layers import NoiseLevel, Timestep, TransformerBlock, run, zero
 
 
 def causal_mask(mask: Bool[Tensor, "b n"]) -> Bool[Tensor, "b 1 n n"]:
@@ -68,6 +68,6 @@ class PriorTransformer(nn.Module):
         h = h + torch.cat([self.positions[:n], self.positions[-3:]])
         allowed = causal_mask(F.pad(cond.mask, (0, 3), value=True))
         for block in self.blocks:
-            h = recomputed(block, h, allowed) if self.checkpoint else block(h, allowed)
+            h = run(self, block, h, allowed)
         # Little noise: the answer is nearly x itself, which a transformer is slow to learn to copy.
         return self.embed_out(self.norm_out(h[:, -1])) + self.skip(F.silu(level)) * x

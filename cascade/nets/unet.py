@@ -26,7 +26,7 @@ from cascade.nets.layers import (
     Positions,
     Timestep,
     convolve_enlarged,
-    recomputed,
+    run,
     zero,
 )
 
@@ -176,8 +176,8 @@ class UNet(nn.Module):
 
         styled = partial(Block, embed=embed, dropout=dropout, norm=norm, shift_only=shift_only)
 
-        def block(c_in: int, c: int, level: int, attend: bool = True) -> Block:
-            if not attend or level not in attention:
+        def block(c_in: int, c: int, i: int, attend: bool = True) -> Block:
+            if not attend or i not in attention:
                 return styled(c_in, c)
             heads = min(head_channels, c)
             own = CrossAttention(c, heads, width) if cross and width else None
@@ -240,11 +240,6 @@ class UNet(nn.Module):
 def joined(x: Tensor, skip: Tensor, scale: float) -> Tensor:
     """The channels of x and those from the way down, scaled."""
     return torch.cat([x, skip if scale == 1 else scale * skip], 1)
-
-
-def run(net: nn.Module, block: nn.Module, h: Tensor, emb: Tensor, cond: Cond) -> Tensor:
-    """A block of a network, whose activations are computed again where `net.checkpoint` is set."""
-    return recomputed(block, h, emb, cond) if net.checkpoint else block(h, emb, cond)
 
 
 def check_sides(net: nn.Module, *sides: int) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from cascade.conditioning import Batch
 from cascade.data.scenes import Scene
-from cascade.data.shards import Embeddings, Shards, collate, gather
+from cascade.data.shards import Embeddings, Shards, collate, put_rows
 from cascade.data.transforms import Pictures
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
@@ -141,7 +141,7 @@ def held_out_split(
         captions += part["caption"]
         scenes += part["scene"]
         tensors = {k: v for k, v in part.items() if isinstance(v, torch.Tensor) and k != "sample"}
-        gather(truth, tensors, start, len(rows))
+        put_rows(truth, tensors, start, len(rows))
     return HeldOut(captions, truth, [Scene.from_json(s) for s in scenes] if all(scenes) else None)
 
 

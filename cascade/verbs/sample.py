@@ -19,7 +19,7 @@ from PIL import Image
 from yaml import YAMLError
 
 from cascade.conditioning import Batch
-from cascade.data.shards import gather
+from cascade.data.shards import put_rows
 from cascade.diffusion import guidance
 from cascade.errors import UserError
 from cascade.grids import grid, to_uint8
@@ -209,7 +209,7 @@ def paint(
 
             done = cascade(batch, seed, report)
             made = {stage.writes: done[stage.writes].float().cpu() for stage in cascade.stages}
-            gather(painted, made, start, len(captions))
+            put_rows(painted, made, start, len(captions))
             seconds = progress.tasks[0].elapsed or 1
             count = start + len(batch["caption"])
             progress.update(task, completed=count, rate=count / seconds)

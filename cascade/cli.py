@@ -1,14 +1,17 @@
 """`cascade <verb>`: what the command line understands.
 
 Importing torch and lightning costs many seconds, so nothing heavy is imported before a verb runs:
-`--help` answers at once. Exit codes: 0 done, 2 bad configuration or input, 130 interrupted, 1 else.
+`--help` answers at once. Exit codes: 0 done; 75 stopped behind a checkpoint, run it again; 2 bad
+configuration or input; 130 interrupted by hand; 1 anything else.
 """
 
 import argparse
 import importlib
 import sys
 
-from cascade.errors import UserError
+from cascade.errors import Failed, TryAgain, UserError
+
+_EXIT_CODES = {UserError: 2, Failed: 1, TryAgain: 75}
 
 _OVERRIDES = """overrides are Hydra's: group=choice (stage=decoder, net=unet_tiny) or key=value
 (data.path=DIR, optim.lr=1e-4); conf/ holds the choices, `cascade train --show stage=decoder` shows
@@ -96,9 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         importlib.import_module(f"cascade.verbs.{args.verb}").main(args)
-    except UserError as error:
+    except tuple(_EXIT_CODES) as error:
         print(f"cascade: {error}", file=sys.stderr)
-        return 2
+        return _EXIT_CODES[type(error)]
     except KeyboardInterrupt:
         print("cascade: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

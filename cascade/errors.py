@@ -1,5 +1,13 @@
-"""What a user did wrong, said in one line that tells what to do; the command exits with 2."""
+"""How a command ends, when not well: each kind is one line on the terminal and an exit code."""
 
 
 class UserError(Exception):
-    """Bad configuration or input. The message is one line and names the remedy."""
+    """Bad configuration or input: exit code 2. The message is one line and names the remedy."""
+
+
+class Failed(Exception):
+    """The training itself went wrong: exit code 1. What was good of it is kept, and named."""
+
+
+class TryAgain(Exception):
+    """Stopped in good order behind a checkpoint: exit code 75. The same command goes on."""

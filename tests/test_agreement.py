@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from cascade.data.shards import Embeddings
+from cascade.data.embeddings import Embeddings
 from cascade.encoders.clip import Architecture, FrozenCLIP, save_clip
 from cascade.errors import UserError
 from cascade.training.agreement import check

@@ -15,7 +15,8 @@ import webdataset as wds
 from PIL import Image
 
 from cascade.data import shards as module
-from cascade.data.shards import Embeddings, SampleNumbers, Shards, collate, loader, write_embeddings
+from cascade.data.embeddings import Embeddings, write_embeddings
+from cascade.data.shards import SampleNumbers, Shards, collate, loader
 from cascade.data.transforms import Pictures
 from cascade.errors import UserError
 

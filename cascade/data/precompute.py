@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from cascade.data.shards import MANIFEST, Embeddings, Shards, loader, write_embeddings
+from cascade.data.embeddings import MANIFEST, Embeddings, write_embeddings
+from cascade.data.shards import Shards, loader
 from cascade.data.transforms import Pictures
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError

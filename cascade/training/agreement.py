@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 
 from cascade.codecs import Pixels
 from cascade.conditioning import LowRes
-from cascade.data.shards import Embeddings
+from cascade.data.embeddings import Embeddings
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
 from cascade.nets.unet import check_sides

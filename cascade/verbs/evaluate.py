@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from cascade.conditioning import Batch
+from cascade.data.embeddings import Embeddings
 from cascade.data.scenes import Scene
-from cascade.data.shards import Embeddings, Shards, collate, put_rows
+from cascade.data.shards import Shards, collate, put_rows
 from cascade.data.transforms import Pictures
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError

@@ -17,7 +17,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from cascade.conditioning import Batch
-from cascade.data.shards import Embeddings, Shards, loader
+from cascade.data.embeddings import Embeddings
+from cascade.data.shards import Shards, loader
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
 from cascade.stage import Stage

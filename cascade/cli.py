@@ -7,7 +7,9 @@ configuration or input; 130 interrupted by hand; 1 anything else.
 
 import argparse
 import importlib
+import os
 import sys
+from pathlib import Path
 
 from cascade.errors import Failed, TryAgain, UserError
 
@@ -30,6 +32,33 @@ def parser() -> argparse.ArgumentParser:
     train = verb("train", "Train one stage on shards, or go on with it.", _OVERRIDES)
     train.add_argument("overrides", nargs="*", metavar="override")
     train.add_argument("--show", action="store_true", help="print the configuration, do nothing")
+    train.add_argument("--config", help="a whole configuration: a file, as launched jobs read it")
+
+    launched = (
+        "launcher=local runs several at a time on this machine, launcher=slurm submits them and "
+        "returns; launcher.KEY=VALUE changes what conf/launcher/ says (launcher.partition=gpu, "
+        "launcher.gpus=8, launcher.at_once=4). Configurations and code are frozen as they are now. "
+        "The same command again goes on with what is missing."
+    )
+    sweep = verb("sweep", "Train at every point of a grid (conf/sweep/).", launched)
+    sweep.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="override",
+        help="sweep=NAME, launcher=..., run=DIR (for all), and overrides of each training",
+    )
+    launch = verb("launch", "Train a whole cascade as a chain of jobs (conf/cascade/).", launched)
+    launch.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="override",
+        help="cascade=NAME, launcher=..., data.path=DIR, run=DIR, +resources.LINK.nodes=4, "
+        "'+budgets.STAGE=[\"images=...\"]'",
+    )
+    runs = verb(
+        "runs", "Show what is queued, running, preempted, finished or failed, and how far it is."
+    )
+    runs.add_argument("folders", nargs="*", default=["runs"], help="with runs in them (runs)")
 
     sample = verb("sample", "Paint captions.")
     sample.add_argument("captions", nargs="*", metavar="caption")
@@ -63,11 +92,34 @@ def parser() -> argparse.ArgumentParser:
     scenes.add_argument("--val", type=int, default=1000, help="held-out captions (1000)")
     scenes.add_argument("--unseen", type=int, default=500, help="unseen colour-shape pairs (500)")
     scenes.add_argument("--seed", type=int, default=0)
-    embed = kinds.add_parser("precompute", help="write CLIP image embeddings beside shards")
+    index = kinds.add_parser("index", help="note where each sample lies, and find damage")
+    index.add_argument("data", help="folder of shards")
+    pack = kinds.add_parser("pack", help="write shards of a folder of pictures with captions")
+    pack.add_argument("out", help="folder to write to")
+    pack.add_argument("--pictures", required=True, help="folder of JPEG, PNG and WebP files")
+    pack.add_argument("--captions", help=".csv, .tsv, .jsonl or .parquet (default: NAME.txt files)")
+    pack.add_argument("--file-column", help="column of file names (default: by common names)")
+    pack.add_argument("--caption-columns", default="", help="the first is the sample's .txt")
+    pack.add_argument("--val", default="0.01", help="pictures held out, or their share (0.01)")
+    pack.add_argument("--size", type=int, help="make larger pictures smaller, to this short side")
+    pack.add_argument("--per-shard", type=int, default=1000, help="pictures in a shard (1000)")
+    pack.add_argument("--seed", type=int, default=0, help="of the order (default 0)")
+    embed = kinds.add_parser(
+        "precompute",
+        help="write what frozen encoders make of shards beside them",
+        epilog="any number of processes may share the work on one folder; each goes on with what "
+        "others, or a killed call, left undone",
+    )
     embed.add_argument("data", help="folder of shards")
-    embed.add_argument("--clip", required=True, help="a CLIP: directory, file or open_clip name")
-    embed.add_argument("--checkpoint", help="weights file, for an open_clip name")
-    embed.add_argument("--out", help="folder to write to (default: DATA/embeddings)")
+    embed.add_argument("--clip", help="embeds pictures: a CLIP's directory, or open_clip's name")
+    embed.add_argument("--text", help="encodes captions: a T5's directory or name, or a CLIP")
+    embed.add_argument("--captions", default="txt", help="fields, such as txt,long_caption (txt)")
+    embed.add_argument("--checkpoint", help="weights file or tag, for a name of open_clip's")
+    embed.add_argument("--length", type=int, help="tokens that a T5 reads (default 256)")
+    embed.add_argument("--bf16", action="store_true", help="compute a T5 in bfloat16")
+    embed.add_argument("--out", help="folder of the embeddings (default: DATA/embeddings)")
+    embed.add_argument("--text-out", help="folder of the captions' states (default: DATA/text)")
+    embed.add_argument("--workers", type=int, default=0, help="processes that decode (default 0)")
 
     describe = verb(
         "describe",
@@ -95,12 +147,19 @@ def _sampling_options(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _note(error: Exception) -> None:
+    """Tells a launcher, wherever it looks for it, that another attempt would end the same way."""
+    if (path := os.environ.get("CASCADE_FAILURE")) and not isinstance(error, TryAgain):
+        Path(path).write_text(f"{error}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         importlib.import_module(f"cascade.verbs.{args.verb}").main(args)
     except tuple(_EXIT_CODES) as error:
         print(f"cascade: {error}", file=sys.stderr)
+        _note(error)
         return _EXIT_CODES[type(error)]
     except KeyboardInterrupt:
         print("cascade: interrupted; the same command goes on from here", file=sys.stderr)

@@ -1,18 +1,63 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there.
 
+They are written under a hidden name beside their place, flushed to disk and renamed. What a killed
+writer leaves ends in `REST`.
+"""
+
+import errno
 import os
+import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+REST = ".part"
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a new file beside `path`, flushes it to disk and renames it to `path`."""
+    """Calls `write` on a place beside `path`, flushes what it made there and renames it to `path`.
+
+    Args:
+        write: makes a file, or a folder of files. A folder replaces no other.
+
+    Raises:
+        OSError: the disk is full, or refuses for another reason; nothing is left but what was
+            there before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Several machines may share the disk, and write to one place at a time.
+    beside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}{REST}")
     try:
         write(beside)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
+        for part in [*(beside.iterdir() if beside.is_dir() else ()), beside]:
+            _flush(part)
         os.replace(beside, path)
+        _flush(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        remove(beside)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_rests(folder: Path) -> None:
+    """Removes what killed writers left in a folder that nobody writes to now."""
+    for rest in folder.glob(f".*{REST}"):
+        remove(rest)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network disks cannot flush a folder, and need not: their renames are in order.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from cascade.conditioning import Batch, Cond, Conditioner
 from cascade.data.degradations import Corruption
 from cascade.draws import Draws
+from cascade.encoders.sources import reading
 from cascade.errors import UserError
 from cascade.files import write_atomically
+from cascade.shares import whole
 
 WEIGHTS = "weights.safetensors"
 
@@ -128,9 +130,10 @@ class Stage(L.LightningModule):
         return self.codec.writes
 
     def completed(self, batch: Batch) -> Batch:
-        """The batch with what the encoders make of it."""
+        """The batch with what the encoders make of it; what was precomputed is taken as theirs."""
         for encoder in self.encoders:
-            batch = encoder.to(self.device)(batch)
+            if not encoder.writes <= batch.keys():
+                batch = encoder.to(self.device)(batch)
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, _: int) -> Batch:
@@ -186,10 +189,11 @@ class Stage(L.LightningModule):
             progress: called with (steps done, steps in all).
             without: sources ("caption", "clip_image") that the stage is not told.
         """
-        name, batch = f"{self.writes}/{purpose}", self.completed(batch)
+        name, given = f"{self.writes}/{purpose}", batch
         if self.corruption:
-            noise = Draws(seed, f"{name}/corruption", batch["sample"], self.device)
-            batch = self.corruption(batch, noise, training=False)
+            noise = Draws(seed, f"{name}/corruption", given["sample"], self.device)
+            given = self.corruption(given, noise, training=False)
+        batch = self.completed(given)
         noise = Draws(seed, f"{name}/noise", batch["sample"], self.device)
         shape = (len(batch["sample"]), *self.codec.shape(batch))
         guided, other = self.sampler.scale != 1, self.weaker
@@ -197,7 +201,7 @@ class Stage(L.LightningModule):
         if guided and other is None:
             weaker = self.net, self.conditioner.null(batch)
         elif guided:
-            weaker = other.net, other.conditioner(other.completed(batch), without=without)
+            weaker = other.net, other.conditioner(other.completed(given), without=without)
         x0 = self.sampler(
             self.process,
             self.net,
@@ -210,8 +214,11 @@ class Stage(L.LightningModule):
         return self.codec.decode(x0)
 
     def export(self, run: Path) -> None:
-        """Writes the weights as they are now to `weights.safetensors`."""
-        state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+        """Writes the weights as they are now to `weights.safetensors`; all ranks must call it."""
+        state = whole(self.state_dict())
+        if self.global_rank > 0:
+            return
+        state = {k: v.detach().contiguous() for k, v in state.items()}
         about = {"encoders": json.dumps([encoder.hash for encoder in self.encoders])}
         write_atomically(run / WEIGHTS, lambda path: save_file(state, path, about))
 
@@ -224,7 +231,7 @@ class Stage(L.LightningModule):
         path = run / WEIGHTS
         if not path.exists():
             raise UserError(f"{run} holds no {WEIGHTS}: train it first")
-        with safe_open(path, framework="pt") as file:
+        with reading([path], str(run)), safe_open(path, framework="pt") as file:
             theirs = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             hashes = json.loads(file.metadata()["encoders"])
         own = {key: value.shape for key, value in self.state_dict().items()}
@@ -241,6 +248,11 @@ class Stage(L.LightningModule):
                     "train it again, or put the old encoder back"
                 )
         self.load_state_dict(theirs)
+
+    def configure_model(self) -> None:
+        """Lets a strategy that divides parameters among ranks do so."""
+        if divide := getattr(self.trainer.strategy, "divide", None):
+            divide(self)
 
     def configure_optimizers(self):
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])

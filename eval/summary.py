@@ -127,4 +127,5 @@ def _over_time(report: Report, folder: Path) -> None:
     from PIL import Image
 
     for path in sorted(folder.glob("0*.png"))[-1:]:
-        report.picture(Image.open(path), f"samples after {int(path.stem):,} images")
+        picture = Image.open(path, formats=["PNG"])
+        report.picture(picture, f"samples after {int(path.stem):,} images")

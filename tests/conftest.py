@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,15 @@ install_import_hook("cascade", "beartype.beartype")
 def vectors():
     """Exact float64 values of the papers' formulas, by topic."""
     return json.loads((Path(__file__).parent / "vectors.json").read_text())
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch):
+    """A file that must not appear; importing `hostile_module` writes it as well."""
+    file, folder = tmp_path / "canary", tmp_path / "modules"
+    folder.mkdir()
+    (folder / "hostile_module.py").write_text(f"open({str(file)!r}, 'w')\ndef make(): pass\n")
+    monkeypatch.syspath_prepend(folder)
+    yield file
+    assert not file.exists(), "the code of a stranger ran"
+    assert "hostile_module" not in sys.modules

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from cascade.data.embeddings import Embeddings
+from cascade.data.embeddings import Manifest
 from cascade.encoders.clip import Architecture, FrozenCLIP, save_clip
+from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
 from cascade.training.agreement import check
 from cascade.verbs.configuration import built, composed
@@ -25,9 +26,7 @@ def clips(tmp_path_factory):
 
 
 def manifest(folder, clip, dim=8):
-    about = {"encoder": str(clip), "hash": FrozenCLIP(str(clip)).hash, "dim": str(dim)}
-    folder.mkdir(exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps(about))
+    Manifest(str(clip), FrozenCLIP(str(clip)).hash, {"clip_image": dim}, {}).write(folder)
     return folder
 
 
@@ -37,7 +36,8 @@ def checked(*overrides):
         stage = built(config.stage)
     stores = built(config.data.get("embeddings") or {}).values()
     clip = FrozenCLIP(config.clip.path, config.clip.get("checkpoint"))
-    check(stage, stores, clip, config.data.pictures.get("crop"))
+    captions = config.data.get("captions") or ["txt"]
+    check(stage, stores, clip, config.data.pictures.get("crop"), captions)
 
 
 def refused(words, *overrides):
@@ -105,11 +105,39 @@ def test_text_embeddings_of_another_clip_than_the_pictures(clips, tmp_path):
     refused("another CLIP", *options, f"embeddings={right}", reader)
 
 
-def test_a_damaged_manifest_is_named(tmp_path):
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest.json is damaged"):
-        _ = Embeddings(tmp_path).about
-    assert Embeddings(tmp_path / "none").about == {}
+@pytest.fixture
+def text_rows(tmp_path, monkeypatch):
+    """Overrides of a stage that reads what a T5 of 16 numbers and 20 tokens made of `txt`."""
+    monkeypatch.setattr(FrozenT5, "hash", "0" * 16)
+    (tmp_path / "config.json").write_text(json.dumps({"d_model": 16}))
+    reader = ["text=t5_small", f"text.reader.path_or_name={tmp_path}", "+text.reader.length=20"]
+    target = "cascade.data.embeddings.Embeddings"
+
+    def options(name, **changes):
+        about = {"encoder": "t5", "hash": "0" * 16, "sizes": {"text": 16}, "dtypes": {}}
+        Manifest(**{**about, "captions": ["txt"], "length": 20, **changes}).write(tmp_path / name)
+        store = f"{{_target_: {target}, folder: {tmp_path / name}}}"
+        return ["stage=decoder_text", "text.size=16", *reader, f"+data.embeddings.{name}={store}"]
+
+    return options
+
+
+def test_states_of_another_encoder_length_or_captions(text_rows):
+    checked(*text_rows("right"))
+    refused("made by another encoder .t5, 1{16}. .*set text to", *text_rows("a", hash="1" * 16))
+    refused("text.reader.length=20, .* --length 77: set .*=77", *text_rows("b", length=77))
+    refused("text.size=16, but text of .*c has 32", *text_rows("c", sizes={"text": 32}))
+    captions = "+data.captions={txt: 0.5, long_caption: 0.5}"
+    refused(
+        r"captions of txt, but data.captions are txt,long_caption: run .* --captions txt,long_c",
+        *text_rows("d"),
+        captions,
+    )
+    checked(*text_rows("e", captions=["long_caption", "txt"]), captions)
+
+
+def test_two_folders_with_the_same_rows(text_rows):
+    refused("text is in .*f and in .*g: leave one", *text_rows("f"), text_rows("g")[-1])
 
 
 def test_pictures_that_the_network_cannot_halve():

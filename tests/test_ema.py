@@ -9,15 +9,22 @@ from torch import nn
 from cascade.training.ema import EMA
 
 
+def step(ema, module, gradients=True):
+    for p in module.parameters():
+        p.grad = torch.ones_like(p) if gradients and p.requires_grad else None
+    ema.on_before_optimizer_step(None, module, None)
+    ema.on_train_batch_end(None, module, None, None, 0)
+
+
 def after(decay, values):
     module = nn.Linear(1, 1, bias=False)
     module.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
     nn.init.constant_(module.weight, values[0])
     ema = EMA(decay)
     ema.on_fit_start(SimpleNamespace(), module)
-    for step, value in enumerate(values[1:], start=1):
+    for value in values[1:]:
         nn.init.constant_(module.weight, value)
-        ema.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, 0)
+        step(ema, module)
     return ema, module
 
 
@@ -45,8 +52,8 @@ def test_half_precision_weights_are_averaged_in_float32():
     ema.on_fit_start(SimpleNamespace(), module)
     ema.step = 10**6
     nn.init.constant_(module.weight, 1.0078125)
-    for step in range(10**6 + 1, 10**6 + 2001):
-        ema.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, 0)
+    for _ in range(2000):
+        step(ema, module)
     expected = 1.0078125 - 0.0078125 * 0.9999**2000
     assert ema.average["weight"].item() == pytest.approx(expected, abs=1e-5)
 
@@ -54,8 +61,20 @@ def test_half_precision_weights_are_averaged_in_float32():
 def test_micro_batches_that_only_accumulate_do_not_count():
     ema, module = after(0.5, [0.0, 1.0])
     before = ema.average["weight"].clone()
-    ema.on_train_batch_end(SimpleNamespace(global_step=1), module, None, None, 0)
+    ema.on_train_batch_end(None, module, None, None, 0)
     assert torch.equal(before, ema.average["weight"])
+    assert ema.step == 1
+
+
+def test_steps_without_gradients_do_not_count():
+    values = [1.0, -2.0, 4.0]
+    ema, module = after(0.9, values[:2])
+    nn.init.constant_(module.weight, 100.0)
+    step(ema, module, gradients=False)
+    nn.init.constant_(module.weight, values[2])
+    step(ema, module)
+    assert ema.step == 2
+    assert torch.equal(ema.average["weight"], after(0.9, values)[0].average["weight"])
 
 
 def test_applied_swaps_and_restores_even_after_an_error():

@@ -58,7 +58,7 @@ def few(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_takes_20_steps_and_samples(recipe, few, tmp_path):
+def test_a_recipe_trains_all_of_its_parameters_for_20_steps_and_samples(recipe, few, tmp_path):
     overrides = [f"experiment={recipe}", *few, f"run={tmp_path / 'run'}", "grids=0"]
     config = composed("train", [*overrides, "batch=8", "images=160", "warmup=16"])
     stage = train.load(train.run(config))
@@ -67,6 +67,8 @@ def test_a_recipe_takes_20_steps_and_samples(recipe, few, tmp_path):
     assert all(0 < loss < 20 for loss in losses)
     batch = next(iter(loader(built(config.data), 2, batches=1)))
     stage.sampler = replace(stage.sampler, steps=3)
+    stage.loss(stage.completed(batch)).mean().backward()
+    assert all(p.grad is not None for p in stage.parameters())  # DDP would wait for it
     made = stage.sample({k: v for k, v in batch.items() if k != stage.writes}, seed=0)
     assert made.shape == batch[stage.writes].shape
     assert made.isfinite().all()

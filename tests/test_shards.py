@@ -6,7 +6,6 @@ import pickle
 import struct
 import tarfile
 import zlib
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from PIL import Image
 
 from cascade.data import shards as module
 from cascade.data.embeddings import Embeddings, write_embeddings
+from cascade.data.index import scan
 from cascade.data.shards import SampleNumbers, Shards, collate, loader
 from cascade.data.transforms import Pictures
 from cascade.errors import UserError
@@ -214,24 +214,27 @@ def test_a_damaged_corpus_loses_exactly_its_bad_samples(tmp_path):
         *sample("b0", 12),
     ]
     write(tmp_path / "00000.tar", members)
-    shards = Shards(tmp_path, SMALL, seed=3)
+    with pytest.raises(UserError, match=r"5 of 13 samples are left out .*max_skip_fraction"):
+        Shards(tmp_path, SMALL)
+    shards = Shards(tmp_path, SMALL, seed=3, max_skip_fraction=1.0)
     assert shards.skipped == {"no caption": 3, "no picture": 1, "duplicate key": 1}
-    assert [e.key for e in shards.entries] == ["a0", "a1", "a2", "a3", "a4", "a7", "a9", "b0"]
+    tar = shards.corpus[0]
+    assert [tar.key(i) for i in range(8)] == ["a0", "a1", "a2", "a3", "a4", "a7", "a9", "b0"]
     assert_paired(shards)
     items = [shards[n] for n in range(8)]
     assert {i["key"] for i in items} == {f"00000/{k}" for k in ("a0", "a2", "a9", "b0")}
     # Each bad sample is met at its own place, and by every item that it pushes to the next.
-    order = [shards.entries[i].key for i in shards._permutation(0)]
+    order = [tar.key(place) for _, place in shards.order.places(0)]
     bad = {"a1": "broken picture", "a3": "picture too small", "a4": "huge picture"}
     bad["a7"] = "no caption"
     for n, item in enumerate(items):
         ring = order[n:] + order[:n]
         until = ring.index(item["key"].split("/")[1])
-        assert item["skipped"] == [bad[key] for key in ring[:until]]
+        assert item["skipped"] == [(n, f"00000/{key}", bad[key]) for key in ring[:until]]
         assert item["sample"] == n
-    counted = Counter(reason for item in items for reason in item["skipped"])
-    assert collate(items)["skipped"] == counted
-    assert set(counted) == set(bad.values())
+    together = collate(items)["skipped"]
+    assert together == [skip for item in items for skip in item["skipped"]]
+    assert {skip.key: skip.reason for skip in together} == {f"00000/{k}": r for k, r in bad.items()}
 
 
 def test_png_webp_capitals_folders_and_what_webdataset_writes(tmp_path):
@@ -270,11 +273,12 @@ def test_folders_without_data_are_refused_in_one_line(tmp_path, folder):
 
 def embedded(folder, out, lacking=()):
     for tar in folder.glob("*.tar"):
-        entries = Shards([tar], SMALL).entries
-        names = [e.key for e in entries if e.key not in lacking]
+        index = scan(tar)
+        names = [index.key(row) for row in range(len(index.ends))]
+        names = [name for name in names if name not in lacking]
         np.random.default_rng(0).shuffle(names)
         rows = torch.tensor([[float(k[:5]), float(k[5:])] for k in names])
-        half = {"clip_image": rows, "text": rows[:, None].half()}
+        half = {"clip_image": rows, "tokens": rows[:, None].half()}
         write_embeddings(out, tar.stem, names, half, {"encoder": "test"})
     return Embeddings(out)
 
@@ -285,27 +289,42 @@ def test_embeddings_are_joined_by_key_whatever_their_order(folder, tmp_path):
         (batch,) = loader(shards, 24, batches=1, workers=workers)
         want = [[float(k[-9:-4]), float(k[-4:])] for k in batch["key"]]
         assert batch["clip_image"].tolist() == want
-        assert batch["text"].shape == (24, 1, 2)
-        assert batch["text"].dtype == torch.float16
+        assert batch["tokens"].shape == (24, 1, 2)
+        assert batch["tokens"].dtype == torch.float16
     assert len(list((tmp_path / "clip").iterdir())) == 2  # no temporary file stays
 
 
-def test_a_single_sample_without_embedding_is_left_out_and_counted(folder, tmp_path):
+def test_states_of_unequal_length_are_padded(folder, tmp_path):
+    for tar in folder.glob("*.tar"):
+        index = scan(tar)
+        keys = [index.key(row) for row in range(12)]
+        lengths = torch.tensor([0, *(1 + int(key[-1]) % 3 for key in keys)]).cumsum(0)
+        rows = {"txt/text": torch.ones(int(lengths[-1]), 4), "txt/text.offsets": lengths}
+        write_embeddings(tmp_path / "text", tar.stem, keys, rows, {})
+    shards = Shards(folder, SMALL, embeddings={"text": Embeddings(tmp_path / "text")})
+    (batch,) = loader(shards, 24, batches=1)
+    assert batch["text"].shape == (24, 3, 4)
+    assert batch["text_mask"].sum(1).tolist() == [1 + int(key[-1]) % 3 for key in batch["key"]]
+    assert torch.equal(batch["text"], batch["text_mask"][..., None].expand(24, 3, 4).float())
+
+
+def test_a_sample_without_embedding_is_a_bad_one_and_the_order_stays(folder, tmp_path):
     store = embedded(folder, tmp_path / "clip", lacking=["000010003"])
-    shards = Shards(folder, SMALL, embeddings={"clip": store})
-    assert len(shards) == 23
-    assert shards.skipped == {"no embedding": 1}
-    (batch,) = loader(shards, 23, batches=1)
-    assert "train-00001/000010003" not in batch["key"]
+    whole, shards = Shards(folder, SMALL), Shards(folder, SMALL, embeddings={"clip": store})
+    (batch,) = loader(shards, 24, batches=1)
+    (skip,) = batch["skipped"]
+    assert (skip.key, skip.reason) == ("train-00001/000010003", "no embedding")
+    expected = keys(whole, range(24))
+    assert expected[skip.sample] == skip.key
+    expected[skip.sample] = expected[(skip.sample + 1) % 24]
+    assert batch["key"] == expected
 
 
 def test_missing_or_unsafe_embeddings_name_the_command(folder, tmp_path):
     command = "`cascade data precompute`"
-    with pytest.raises(UserError, match=command):
+    with pytest.raises(UserError, match=f"lacks 2 of 2 shards, such as train-00000: run {command}"):
         Shards(folder, SMALL, embeddings={"clip": Embeddings(tmp_path / "missing")})
-    store = embedded(folder, tmp_path / "clip", lacking=["000010003", "000010004"])
-    with pytest.raises(UserError, match=f"lacks train-00001/000010003: run {command}"):
-        Shards(folder, SMALL, embeddings={"clip": store})
+    embedded(folder, tmp_path / "clip")
     path = tmp_path / "clip" / "train-00000.safetensors"
     path.write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(UserError, match=f"missing or broken: run {command}"):

@@ -12,6 +12,7 @@ from cascade.data.scenes import write_scenes
 from cascade.data.shards import loader
 from cascade.encoders.clip import save_clip
 from cascade.errors import UserError
+from cascade.training.callbacks import bar
 from cascade.verbs import train
 from cascade.verbs.configuration import built, composed, saved
 
@@ -115,17 +116,18 @@ def test_a_finished_run_is_passed_over_and_another_configuration_refused(config)
         train.run(config("images=16", "optim.lr=1"))
 
 
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        interrupted_after(patch, 2)
-        with pytest.raises(Stop):
-            train.run(config("images=32"))
-    folder = train.Path(config("images=32").run)
-    good = next((folder / "checkpoints").iterdir())
-    bad = good.with_name("step-00000009.ckpt")
-    bad.write_bytes(good.read_bytes()[:-2000])
-    assert train.newest_checkpoint(folder) == (good, 2)
-    assert "cannot be read" in capsys.readouterr().out
+def test_a_log_file_gets_lines_now_and_then(capsys, monkeypatch):
+    with bar("decoder") as progress:
+        task = progress.add_task("", total=4000, rate=0, note="")
+        for done in range(1000, 4001, 1000):
+            progress.update(task, completed=done, rate=500.0, note="loss 0.25")
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.endswith(" decoder: 1,000/4,000 images, 500.0/s, 0:00:06 left, loss 0.25")
+    assert last.endswith(" decoder: 4,000/4,000 images, 500.0/s, 0:00:00 left, loss 0.25")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes that for a terminal
+    with bar("decoder") as progress:
+        progress.add_task("", total=10, rate=0, note="")
+    assert "\x1b[" in capsys.readouterr().err
 
 
 def test_accumulation_changes_nothing(config):

@@ -103,7 +103,8 @@ def jpeg(x: Float[Tensor, "3 h w"], quality: int) -> Float[Tensor, "3 h w"]:
     pixels = x.mul(255).round_().clamp_(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).contiguous() / 255
+    back = np.array(Image.open(file, formats=["JPEG"]))
+    return torch.from_numpy(back).permute(2, 0, 1).contiguous() / 255
 
 
 class Goal(NamedTuple):

@@ -1,67 +1,193 @@
-"""Precomputed rows beside shards, joined to samples by (shard, key), never by row."""
+"""Precomputed rows beside shards, joined to samples by (shard, key), never by row.
+
+A folder is of one encoder: a manifest, and a `{shard}.safetensors` for each tar. Its tensors are
+named by batch key (`clip_image`), those made of captions by field and batch key (`txt/text`). Rows
+of unequal length lie one behind the other, and `txt/text.offsets` [rows + 1] says where each
+begins; one without length stands for a caption that is not there. The metadata holds the keys.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from cascade.data.transforms import BadSample
 from cascade.errors import UserError
 from cascade.files import write_atomically
 
 MANIFEST = "manifest.json"
+OFFSETS = ".offsets"
+OPEN_FILES = 64  # of a folder at a time: at least as many as samples of a batch may come from
+
+COMMAND = "run `cascade data precompute`"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made the rows of a folder.
+
+    Attributes:
+        encoder: a name or a directory.
+        hash: of its weights.
+        sizes: how many numbers a row has, or each of its states, by batch key.
+        dtypes: of the rows, by batch key.
+        unit_norm: batch keys of rows with a norm of 1; others are as the encoder gives them.
+        captions: the fields that have rows; none where rows are of pictures.
+        length: the most tokens that the encoder reads of a caption.
+    """
+
+    encoder: str
+    hash: str
+    sizes: dict[str, int]
+    dtypes: dict[str, str]
+    unit_norm: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    length: int | None = None
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        write_atomically(folder / MANIFEST, lambda beside: beside.write_text(text))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, None if it has none. Raises UserError if it is damaged."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        about = json.loads(path.read_text())
+        if not (isinstance(about["sizes"], dict) and isinstance(about["hash"], str)):
+            raise TypeError(about)
+        return Manifest(**about)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged or old: remove {folder}, then {COMMAND}") from error
 
 
 class Embeddings:
-    """Precomputed rows, joined to samples by key: a folder with one `{shard}.safetensors` per tar.
-
-    A file holds tensors [rows, ...] named by batch key (`clip_image`, `text`, ...); its metadata
-    holds the rows' keys, as JSON. Nothing is opened before it is asked for.
-    """
+    """The rows of a folder. Nothing is opened before it is asked for, and few files at a time."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._files: dict[str, tuple[Any, dict[str, int]]] = {}
+        self._files: dict[str, _Rows] = {}  # the one used last comes last
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "_files": {}}  # open files do not travel to a worker
 
-    @property
-    def about(self) -> dict[str, str]:
-        """What made them: `encoder`, its `hash`, `dim`; empty if there is no manifest."""
-        path = self.folder / MANIFEST
+    @cached_property
+    def about(self) -> Manifest | None:
+        """What made them, None if there is no manifest. Raises UserError if it is damaged."""
+        return read_manifest(self.folder)
+
+    def require(self, shards: Collection[str]) -> None:
+        """Lists the folder, and opens nothing. Raises UserError if some shards have no file."""
+        there = {path.stem for path in self.folder.glob("*.safetensors")}
+        if lacking := sorted(set(shards) - there):
+            raise UserError(
+                f"{self.folder} lacks {len(lacking)} of {len(shards)} shards, such as "
+                f"{lacking[0]}: {COMMAND}"
+            )
+
+    def row(self, shard: str, key: str, caption: str = "txt") -> dict[str, Tensor]:
+        """What belongs to a sample, by batch key; `text` [n, w] has the caption's own length.
+
+        Args:
+            caption: the field that its caption was taken from.
+
+        Raises:
+            BadSample: there is no row for it.
+            UserError: the shard's file is missing or broken, or has no rows for any such caption.
+        """
+        file, found = self._open(shard), {}
+        for name in file.names:
+            of, _, batch_key = name.rpartition("/")
+            if of in ("", caption):
+                found[batch_key] = file.row(name, key)
+        if not found:
+            raise UserError(
+                f"{file.path} has no rows for captions of {caption}: {COMMAND} with --captions "
+                "into another folder"
+            )
+        return found
+
+    def _open(self, shard: str) -> "_Rows":
+        file = self._files.pop(shard, None)
+        if file is None:
+            file = _Rows(self.folder / f"{shard}.safetensors", self.about)
+            if len(self._files) >= OPEN_FILES:
+                del self._files[next(iter(self._files))]
+        self._files[shard] = file
+        return file
+
+
+class _Rows:
+    """An open file: `names` of its tensors, and their rows by key."""
+
+    def __init__(self, path: Path, about: Manifest | None):
+        self.path = path
         try:
-            return json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: remove {self.folder}, make it anew") from error
+            self._file = safe_open(path, framework="pt")
+            metadata = self._file.metadata()
+            keys = json.loads(metadata["keys"])
+            self._place = {key: row for row, key in enumerate(keys)}
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{path} is missing or broken: {COMMAND}") from error
+        tensors = self._file.keys()
+        self.names = [name for name in tensors if not name.endswith(OFFSETS)]
+        self._offsets = {
+            name: self._file.get_tensor(name + OFFSETS)
+            for name in self.names
+            if name + OFFSETS in tensors
+        }
+        if about and metadata.get("hash", about.hash) != about.hash:
+            raise UserError(
+                f"{path} was made by another encoder ({metadata['hash']}) than its manifest says "
+                f"({about.hash}): remove it, then {COMMAND}"
+            )
+        for name in self.names:
+            self._check(name, len(keys), about)
 
-    def row(self, shard: str, key: str) -> dict[str, Tensor]:
-        """What belongs to a sample, by batch key. Raises UserError if there is no row for it."""
-        file, rows = self._open(shard)
-        if key not in rows:
-            raise UserError(f"{self.folder} lacks {shard}/{key}: run `cascade data precompute`")
-        names = file.keys()
-        return {name: file.get_slice(name)[rows[key]] for name in names}
+    def _check(self, name: str, keys: int, about: Manifest | None) -> None:
+        shape, offsets = self._file.get_slice(name).get_shape(), self._offsets.get(name)
+        rows = _count(shape[0], offsets)
+        if rows != keys or len(self._place) != keys:
+            raise UserError(
+                f"{self.path} has {rows} rows of {name} for {len(self._place)} keys: remove it, "
+                f"then {COMMAND}"
+            )
+        size = about and about.sizes.get(name.rpartition("/")[2])
+        if size and shape[-1] != size:
+            raise UserError(
+                f"{self.path} has rows of {shape[-1]} numbers of {name}, but its manifest says "
+                f"{size}: remove it, then {COMMAND}"
+            )
 
-    def has(self, shard: str, key: str) -> bool:
-        """Whether there is a row for a sample. Raises UserError if there is none for its shard."""
-        return key in self._open(shard)[1]
+    def row(self, name: str, key: str) -> Tensor:
+        if key not in self._place:
+            raise BadSample("no embedding")
+        row, rows = self._place[key], self._file.get_slice(name)
+        if name not in self._offsets:
+            return rows[row]
+        start, end = self._offsets[name][row : row + 2].tolist()
+        if start == end:
+            raise BadSample("no embedding")
+        return rows[start:end]
 
-    def _open(self, shard: str) -> tuple[Any, dict[str, int]]:
-        if shard not in self._files:
-            path = self.folder / f"{shard}.safetensors"
-            try:
-                file = safe_open(path, framework="pt")
-                keys = json.loads(file.metadata()["keys"])
-            except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-                raise UserError(
-                    f"{path} is missing or broken: run `cascade data precompute`"
-                ) from error
-            self._files[shard] = (file, {key: row for row, key in enumerate(keys)})
-        return self._files[shard]
+
+def _count(length: int, offsets: Tensor | None) -> int:
+    """Of how many rows a tensor of this length consists; -1 if the offsets are not of it."""
+    if offsets is None:
+        return length
+    rising = len(offsets) > 0 and bool((offsets.diff() >= 0).all())
+    return len(offsets) - 1 if rising and offsets[0] == 0 and offsets[-1] == length else -1
 
 
 def write_embeddings(
@@ -71,10 +197,29 @@ def write_embeddings(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes the rows [rows, ...] of a shard, whole or not at all; `metadata`: what made them."""
-    if any(len(rows) != len(keys) for rows in tensors.values()) or len(set(keys)) != len(keys):
+    """Writes the rows of a shard, whole or not at all.
+
+    Args:
+        tensors: [rows, ...] each; where there are `offsets` of a tensor, the rows that they cut.
+        metadata: what made them: the `hash` of the encoder's weights.
+    """
+    counts = {
+        _count(len(tensor), tensors.get(name + OFFSETS))
+        for name, tensor in tensors.items()
+        if not name.endswith(OFFSETS)
+    }
+    if counts != {len(keys)} or len(set(keys)) != len(keys):
         raise ValueError(f"{shard}: {len(keys)} keys, not one for each row")
     rows = {name: tensor.contiguous() for name, tensor in tensors.items()}
     about = {**metadata, "keys": json.dumps(list(keys))}
     path = folder / f"{shard}.safetensors"
     write_atomically(path, lambda beside: save_file(rows, beside, about))
+
+
+def padded(
+    states: Sequence[Float[Tensor, "_ w"]],
+) -> dict[str, Float[Tensor, "b n w"] | Bool[Tensor, "b n"]]:
+    """`text` and `text_mask` of a batch: states of unequal length, padded to the longest."""
+    lengths = torch.tensor([len(s) for s in states])
+    text = pad_sequence(list(states), batch_first=True)
+    return {"text": text, "text_mask": torch.arange(text.shape[1]) < lengths[:, None]}

@@ -1,59 +1,201 @@
-"""CLIP image embeddings of a folder of shards, written beside them and joined to them by key.
+"""Rows of a frozen encoder for every sample of a folder of shards, a file for each shard.
 
-One file per shard; a shard whose file is there is passed over, so that an interrupted call goes on.
+Any number of processes, on any machines, may do the same work on the same folder: each shard is
+made by whoever claims it first, and a shard whose maker died by the next one. What a file holds is
+what training would have made of the same sample: the whole centre square, the caption as it is
+drawn, and no more of it than the encoder reads.
 """
 
-import json
-from collections.abc import Callable
+import glob
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from cascade.data.embeddings import MANIFEST, Embeddings, write_embeddings
-from cascade.data.shards import Shards, loader
-from cascade.data.transforms import Pictures
+from cascade.data.claims import Claims
+from cascade.data.corpus import OpenTar
+from cascade.data.embeddings import MANIFEST, OFFSETS, Manifest, read_manifest, write_embeddings
+from cascade.data.index import scan
+from cascade.data.shards import captions_at
+from cascade.data.transforms import BadSample, Pictures
+from cascade.draws import generator
 from cascade.encoders.clip import FrozenCLIP
+from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
-from cascade.files import write_atomically
+
+Rows = Callable[[Path], tuple[list[str], dict[str, Tensor]]]  # of a tar: keys, tensors by name
+
+BATCH = 64
 
 
 def precompute(
-    data: Path, clip: FrozenCLIP, out: Path, progress: Callable[[int, int], None] | None = None
+    data: Path,
+    out: Path,
+    about: Manifest,
+    rows: Rows,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes `clip_image` of every good sample of every shard.
+    """Writes the rows of every shard into a folder; returns when all are there.
+
+    What others are at is passed over, and waited for at the end: they may die.
 
     Args:
         progress: called with (shards done, shards in all).
 
     Raises:
-        UserError: `out` holds embeddings of another CLIP.
+        UserError: `data` holds no tars, or `out` the rows of another encoder, or it cannot be
+            written to.
     """
-    about = {"encoder": clip.name, "hash": clip.hash, "dim": str(clip.dim)}
-    before = Embeddings(out).about
-    if before.get("hash", clip.hash) != clip.hash:
-        raise UserError(
-            f"{out} holds embeddings of another CLIP ({before['hash']}) than {clip.name} "
-            f"({clip.hash}): choose another folder"
-        )
-    write_atomically(out / MANIFEST, lambda path: path.write_text(json.dumps(about) + "\n"))
     tars = sorted(data.glob("*.tar"))
     if not tars:
         raise UserError(f"{data} holds no .tar shards")
-    for done, tar in enumerate(tars):
-        if not (out / f"{tar.stem}.safetensors").exists():
-            keys, rows = _embedded(tar, clip)
-            write_embeddings(out, tar.stem, keys, {"clip_image": rows}, about)
-        if progress:
-            progress(done + 1, len(tars))
+    try:
+        with Claims(out) as claims:
+            with claims.held(MANIFEST, wait=True):
+                _agree(out, about)
+            _share(tars, out, about, rows, claims, progress or (lambda *_: None))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write to {out}: {error}") from error
+
+
+def _share(
+    tars: Sequence[Path],
+    out: Path,
+    about: Manifest,
+    rows: Rows,
+    claims: Claims,
+    progress: Callable[[int, int], None],
+) -> None:
+    there = {path.stem for path in out.glob("*.safetensors")}
+    left = [tar for tar in tars if tar.stem not in there]
+    progress(len(tars) - len(left), len(tars))
+    for wait in (False, True):
+        for tar in list(left):
+            with claims.held(tar.stem, wait) as mine:
+                if mine:
+                    _make(tar, out, about, rows)
+                    left.remove(tar)
+                    progress(len(tars) - len(left), len(tars))
+
+
+def _agree(out: Path, about: Manifest) -> None:
+    before = read_manifest(out)
+    if before is None:
+        about.write(out)
+        return
+    ours = replace(about, encoder=before.encoder)  # the same weights may lie elsewhere
+    for field in fields(Manifest):
+        theirs, own = getattr(before, field.name), getattr(ours, field.name)
+        if theirs != own:
+            raise UserError(
+                f"{out} holds rows of {before.encoder} with {field.name}={theirs}, not {own}: "
+                "choose another folder to write to"
+            )
+
+
+def _make(tar: Path, out: Path, about: Manifest, rows: Rows) -> None:
+    path = out / f"{tar.stem}.safetensors"
+    if path.exists():  # another made it, before it let go of its claim
+        return
+    for half in out.glob(f".{glob.escape(path.name)}.*"):  # left by one that was killed
+        half.unlink(missing_ok=True)
+    keys, tensors = rows(tar)
+    write_embeddings(out, tar.stem, keys, tensors, {"hash": about.hash})
+
+
+def about_pictures(clip: FrozenCLIP) -> Manifest:
+    """Of the rows that `picture_rows` makes."""
+    sizes = {"clip_image": clip.dim}
+    return Manifest(clip.name, clip.hash, sizes, {"clip_image": "float32"}, ["clip_image"])
 
 
 @torch.inference_mode()
-def _embedded(tar: Path, clip: FrozenCLIP) -> tuple[list[str], torch.Tensor]:
-    shards = Shards([tar], Pictures((clip.image_size,)), shuffle=False)
-    keys, rows = [], []
-    count = len(shards)
-    for batch in loader(shards, 64, batches=-(-count // 64)):
-        keys += batch["key"]
-        rows.append(clip.image(batch[f"image_{clip.image_size}"]).cpu())
-    unique = {key.split("/", 1)[1]: i for i, key in enumerate(keys[:count])}
-    return list(unique), torch.cat(rows)[list(unique.values())]
+def picture_rows(
+    tar: Path, clip: FrozenCLIP, captions: Sequence[str], workers: int = 0
+) -> tuple[list[str], dict[str, Tensor]]:
+    """`clip_image` of each good picture that has one of some captions."""
+    keys, rows = [], [torch.empty(0, clip.dim)]
+    for samples in _samples(tar, captions, clip.image_size, workers):
+        keys += [key for key, _, _ in samples]
+        pictures = torch.stack([picture for _, _, picture in samples])
+        rows.append(clip.image(pictures).float().cpu())
+    return keys, {"clip_image": torch.cat(rows)}
+
+
+def about_captions(encoder: FrozenT5 | FrozenCLIP, captions: Sequence[str]) -> Manifest:
+    """Of the rows that `caption_rows` makes."""
+    unit = sorted(encoder.sizes.keys() & {"clip_text"})
+    dtypes = {"text": "bfloat16", **dict.fromkeys(unit, "float32")}
+    length, names = encoder.length, list(captions)
+    return Manifest(encoder.name, encoder.hash, encoder.sizes, dtypes, unit, names, length)
+
+
+@torch.inference_mode()
+def caption_rows(
+    tar: Path, encoder: FrozenT5 | FrozenCLIP, captions: Sequence[str], workers: int = 0
+) -> tuple[list[str], dict[str, Tensor]]:
+    """For each caption field its `text` [n, w] in bfloat16, and a CLIP's `clip_text`.
+
+    The states of a whole shard are held in memory. A sample without a caption in some field has an
+    empty row there.
+    """
+    samples = [s for batch in _samples(tar, captions, None, workers) for s in batch]
+    tensors = {}
+    for field in captions:
+        named = _encoded(encoder, [texts.get(field) for _, texts, _ in samples])
+        tensors |= {f"{field}/{name}": rows for name, rows in named.items()}
+    return [key for key, _, _ in samples], tensors
+
+
+def _encoded(encoder: FrozenT5 | FrozenCLIP, captions: Sequence[str | None]) -> dict[str, Tensor]:
+    sizes = encoder.sizes
+    states = [torch.empty(0, sizes["text"], dtype=torch.bfloat16)] * len(captions)
+    out = {key: torch.zeros(len(captions), sizes[key]) for key in sizes.keys() - {"text"}}
+    there = [i for i, caption in enumerate(captions) if caption]
+    there.sort(key=lambda i: len(captions[i]))  # captions of a length need little padding
+    for start in range(0, len(there), BATCH):
+        chosen = there[start : start + BATCH]
+        found = encoder({"caption": [captions[i] for i in chosen]})
+        text, mask = found["text"].bfloat16().cpu(), found["text_mask"].cpu()
+        for i, own, tokens in zip(chosen, text, mask):
+            states[i] = own[tokens]
+        for key, rows in out.items():
+            rows[chosen] = found[key].float().cpu()
+    lengths = torch.tensor([0, *map(len, states)])
+    out["text"] = torch.cat([torch.empty(0, sizes["text"], dtype=torch.bfloat16), *states])
+    return {**out, f"text{OFFSETS}": lengths.cumsum(0)}
+
+
+class _Samples(Dataset):
+    """The samples of a tar: key, captions by field, the picture if a size is given; None: bad."""
+
+    def __init__(self, tar: Path, captions: Sequence[str], size: int | None):
+        members = {"txt" if field == "txt" else "json" for field in captions}
+        self.tar, self.captions = OpenTar(scan(tar), members), captions
+        self.pictures = Pictures((size,) if size else ())
+
+    def __len__(self) -> int:
+        return len(self.tar)
+
+    def __getitem__(self, place: int) -> tuple[str, dict[str, str], Tensor | None] | None:
+        try:
+            texts = captions_at(self.tar, place, self.captions)
+            picture = self.tar.read(place, "picture") if self.pictures.sizes else b""
+            views = self.pictures(picture, generator(0, "crop", 0))  # of the whole: nothing drawn
+        except BadSample:
+            return None
+        return self.tar.key(place), texts, next(iter(views.values()), None)
+
+
+def _samples(
+    tar: Path, captions: Sequence[str], size: int | None, workers: int
+) -> Iterator[list[tuple[str, dict[str, str], Tensor | None]]]:
+    """The good samples of a tar, some at a time."""
+    samples = _Samples(tar, captions, size)
+    for batch in DataLoader(samples, BATCH, collate_fn=list, num_workers=workers):
+        if good := [sample for sample in batch if sample]:
+            yield good

@@ -1,28 +1,30 @@
 """Training samples from WebDataset tars: the sample number alone says what is read.
 
-Sample n is place n mod N in the permutation of epoch n div N, whatever the batch, the rank and the
-number of workers are, so that a run that goes on needs one integer. What is joined to a sample is
-joined by (shard, key), never by row. A bad sample is replaced by the next good one of the
-permutation, and counted. Nothing here unpickles: shards yield bytes, JSON and safetensors.
+Neither batch, rank nor the number of workers has a part in it, so that a run that goes on needs one
+integer. What is joined to a sample is joined by (shard, key), never by row. A bad sample is
+replaced by the next good one of its block, and named. Nothing here unpickles: shards yield bytes,
+JSON and safetensors.
 """
 
-import json
 import logging
 import mmap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from itertools import count, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cascade.conditioning import Batch
-from cascade.data.embeddings import Embeddings
-from cascade.data.index import Entry, Paths, counted, samples
+from cascade.data.corpus import Corpus, OpenTar
+from cascade.data.embeddings import Embeddings, padded
+from cascade.data.index import Paths, counted
+from cascade.data.order import Order
 from cascade.data.transforms import BadSample, Pictures, decode
 from cascade.draws import generator
 from cascade.errors import UserError
@@ -30,14 +32,24 @@ from cascade.errors import UserError
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 2 * 2**30
+IDLE = np.random.default_rng(0)  # where nothing is drawn: to make a stream takes a while
+PATIENCE = 1000  # bad samples in a row, and nobody waits for a good one
+
+
+class Skip(NamedTuple):
+    """A bad sample ("shard/key") that was met on the way to the item of number `sample`."""
+
+    sample: int
+    key: str
+    reason: str
 
 
 class Shards(Dataset):
     """The samples of a folder of shards, indexed by sample number n = 0, 1, 2, ... without end.
 
     An item has `sample`, `key` ("shard/key"), `caption`, the `image_{size}` of `pictures`, the
-    rows of `embeddings`, the `json_fields`, and `skipped`: why the bad samples were left out in
-    whose place it stands. The attribute `skipped` counts those that were never in the order.
+    rows of `embeddings`, the `json_fields`, and `skipped`: the bad samples in whose place it
+    stands. The attribute `skipped` counts those that were never in the order.
 
     Args:
         path: a folder, a glob, or a list of tars.
@@ -47,13 +59,16 @@ class Shards(Dataset):
             sample that lacks some of them is captioned by the others. None: the `txt`.
         seed: of the order, the crops and the captions.
         shuffle: whether each epoch has an order of its own; otherwise that of the tars.
+        block: how many tars are shuffled together, and open at a time.
         embeddings: precomputed folders; their names are there for a configuration to override.
         json_fields: what else of the JSON the items carry, as it is; None where it is missing.
         cache: whether to keep the decoded pictures in memory, if all fit into `CACHE_BYTES`;
             forked workers share them.
+        max_skip_fraction: of all samples, how many may be left out, and in training be bad.
 
     Raises:
-        UserError: no tars, no usable sample in them, or embeddings that lack over 1 % of them.
+        UserError: no tars, no usable sample in them, too many left out, tars that are not as they
+            were indexed, or embeddings that lack a tar.
     """
 
     def __init__(
@@ -64,94 +79,122 @@ class Shards(Dataset):
         captions: Mapping[str, float] | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        block: int = 64,
         embeddings: Mapping[str, Embeddings] | None = None,
         json_fields: Sequence[str] = (),
         cache: bool = False,
+        max_skip_fraction: float = 0.01,
     ):
-        self.pictures, self.seed, self.shuffle = pictures, seed, shuffle
+        self.pictures, self.seed, self.max_skip_fraction = pictures, seed, max_skip_fraction
         self.captions = {f: p for f, p in (captions or {"txt": 1.0}).items() if p > 0}
         self.embeddings = list((embeddings or {}).values())
         self.json_fields = tuple(json_fields)
         members = {"txt" if field == "txt" else "json" for field in self.captions}
-        self.entries, self.skipped = samples(path, split, members)
-        self._reads_json = bool(self.json_fields) or "json" in members
+        if block < 1:
+            raise UserError(f"data.block={block}: shuffle at least 1 tar at a time")
+        self.corpus = Corpus(path, split, members, block)
+        self.order = Order(self.corpus.counts, seed, block, shuffle)
+        self.skipped = self.corpus.left_out
+        self._check_left_out(path)
         for store in self.embeddings:
-            self._leave_out_what_lacks(store)
-        self._order = (-1, np.empty(0, int))
-        self._cache = _cache(len(self.entries), pictures.largest) if cache else None
+            store.require([tar.stem for tar in self.corpus.paths])
+        self._cache = _cache(self.corpus.counts, pictures.largest) if cache else None
 
-    def _leave_out_what_lacks(self, store: Embeddings) -> None:
-        lacking = [e for e in self.entries if not store.has(e.shard.stem, e.key)]
-        if not lacking:
-            return
-        # Single bad samples could not be embedded; more than that, and the folder is another's.
-        if len(lacking) > max(1, len(self.entries) // 100):
-            store.row(lacking[0].shard.stem, lacking[0].key)
-        log.warning("%s: samples left out: %d no embedding", store.folder, len(lacking))
-        self.skipped["no embedding"] += len(lacking)
-        self.entries = [e for e in self.entries if store.has(e.shard.stem, e.key)]
+    def _check_left_out(self, path: Paths) -> None:
+        left_out, share = self.skipped.total(), self.max_skip_fraction
+        if left_out > max(1, share * (left_out + len(self))):
+            raise UserError(
+                f"{path}: {left_out} of {left_out + len(self)} samples are left out "
+                f"({counted(self.skipped)}), over {share:.1%}: mend the shards, or allow more with "
+                "+data.max_skip_fraction=..."
+            )
 
     def __len__(self) -> int:
         """Samples in an epoch."""
-        return len(self.entries)
+        return len(self.order)
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        epoch, place = divmod(n, len(self))
-        order, skipped = self._permutation(epoch), []
-        for i in range(len(self)):
+        skipped = []
+        for tar, place in islice(self.order.places(n), PATIENCE):
             try:
-                item = self._item(int(order[(place + i) % len(self)]), n)
+                return {**self.item(tar, place, n), "skipped": skipped}
             except BadSample as reason:
-                skipped.append(str(reason))
-            else:
-                return {**item, "skipped": skipped}
-        raise UserError(f"all samples are bad ({counted(Counter(skipped))}): check the shards")
+                opened = self.corpus[tar]
+                skipped.append(Skip(n, f"{opened.shard}/{opened.key(place)}", str(reason)))
+        reasons = counted(Counter(skip.reason for skip in skipped))
+        raise UserError(f"all samples are bad from {skipped[0].key} on ({reasons}): check them")
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._order[0] != epoch:
-            rng = generator(self.seed, "order", epoch)
-            order = rng.permutation(len(self)) if self.shuffle else np.arange(len(self))
-            self._order = (epoch, order)
-        return self._order[1]
+    def showing(self, sizes: Sequence[int]) -> "Shards":
+        """The same samples with whole pictures of other sizes."""
+        other = copy(self)
+        other.pictures, other._cache = Pictures(tuple(sizes)), None
+        return other
 
-    def _item(self, place: int, n: int) -> dict[str, Any]:
-        entry = self.entries[place]
-        fields = _fields(entry) if self._reads_json else {}
-        item = {"sample": n, "key": f"{entry.shard.stem}/{entry.key}"}
-        item["caption"] = self._caption(entry, fields, n)
-        item |= {name: fields.get(name) for name in self.json_fields}
+    def item(self, tar: int, place: int, n: int) -> dict[str, Any]:
+        """A sample of the corpus as number n shows it. Raises BadSample if it cannot be used."""
+        opened = self.corpus[tar]
+        texts = captions_at(opened, place, self.captions)
+        caption, key = self._drawn(texts, n), opened.key(place)
+        item = {"sample": n, "key": f"{opened.shard}/{key}", "caption": texts[caption]}
+        if self.json_fields:
+            fields = opened.fields(place)
+            item |= {name: fields.get(name) for name in self.json_fields}
         if self.pictures.sizes:
-            item |= self.pictures.views(self._picture(place), generator(self.seed, "crop", n))
+            picture = self._picture(tar, place)
+            drawn = self.pictures.crop or self.pictures.degrade
+            item |= self.pictures.views(picture, generator(self.seed, "crop", n) if drawn else IDLE)
         for store in self.embeddings:
-            item |= store.row(entry.shard.stem, entry.key)
+            item |= store.row(opened.shard, key, caption)
         return item
 
-    def _caption(self, entry: Entry, fields: dict[str, Any], n: int) -> str:
-        fields = {**fields, "txt": entry.read("txt").decode(errors="replace")}
-        texts = {f: fields.get(f) for f in self.captions}
-        there = [f for f, text in texts.items() if isinstance(text, str) and text.strip()]
-        if not there:
-            raise BadSample("no caption")
-        p = np.array([self.captions[f] for f in there])
-        drawn = generator(self.seed, "caption", n).choice(len(p), p=p / p.sum())
-        return texts[there[drawn]].strip()
+    def _drawn(self, texts: Mapping[str, str], n: int) -> str:
+        there = list(texts)
+        if len(there) == 1:
+            return there[0]
+        p = np.array([self.captions[field] for field in there])
+        return there[generator(self.seed, "caption", n).choice(len(p), p=p / p.sum())]
 
-    def _picture(self, place: int) -> UInt8[np.ndarray, "s s 3"]:
+    def _picture(self, tar: int, place: int) -> UInt8[np.ndarray, "s s 3"]:
         if self._cache is None:
-            return self._decoded(place)
-        pixels, filled = self._cache
-        if not filled[place]:
-            pixels[place] = self._decoded(place)
-            filled[place] = True  # last, as another worker may be looking
-        return pixels[place]
+            return self._decoded(tar, place)
+        pixels, filled, starts = self._cache
+        at = starts[tar] + place
+        if not filled[at]:
+            pixels[at] = self._decoded(tar, place)
+            filled[at] = True  # last, as another worker may be looking
+        return pixels[at]
 
-    def _decoded(self, place: int) -> UInt8[np.ndarray, "s s 3"]:
-        entry = self.entries[place]
-        return decode(entry.read(entry.picture), self.pictures.largest)
+    def _decoded(self, tar: int, place: int) -> UInt8[np.ndarray, "s s 3"]:
+        return decode(self.corpus[tar].read(place, "picture"), self.pictures.largest)
 
 
-def _cache(n: int, size: int) -> tuple[UInt8[np.ndarray, "n s s 3"], np.ndarray] | None:
-    """Room for n pictures, and whether each is there yet; None if there is none to keep."""
+def captions_at(tar: OpenTar, place: int, captions: Iterable[str]) -> dict[str, str]:
+    """The captions that a sample has, by field, of "txt" and fields of the JSON.
+
+    Raises:
+        BadSample: it has none, or its JSON is broken.
+    """
+    texts = dict.fromkeys(captions)
+    if texts.keys() - {"txt"}:
+        fields = tar.fields(place)
+        texts = {field: fields.get(field) for field in texts}
+    if "txt" in texts:
+        texts["txt"] = tar.read(place, "txt").decode(errors="replace")
+    stripped = {field: t.strip() for field, t in texts.items() if isinstance(t, str)}
+    there = {field: text for field, text in stripped.items() if text}
+    if not there:
+        raise BadSample("no caption")
+    return there
+
+
+def _cache(
+    counts: Sequence[int], size: int
+) -> tuple[UInt8[np.ndarray, "n s s 3"], Bool[np.ndarray, " n"], Int64[np.ndarray, " t"]] | None:
+    """Room for all pictures, whether each is there yet, and where those of each tar start.
+
+    None if there are none to keep, or too many.
+    """
+    n = sum(counts)
     room = n * size * size * 3
     if room > CACHE_BYTES:
         log.warning("cache: %d pictures of %d px take %.1f GiB; not kept", n, size, room / 2**30)
@@ -160,27 +203,26 @@ def _cache(n: int, size: int) -> tuple[UInt8[np.ndarray, "n s s 3"], np.ndarray]
         return None
     # Anonymous and shared: forked workers fill one cache between them.
     pixels = np.frombuffer(mmap.mmap(-1, room), np.uint8).reshape(n, size, size, 3)
-    return pixels, np.frombuffer(mmap.mmap(-1, n), np.bool_)
-
-
-def _fields(entry: Entry) -> dict[str, Any]:
-    try:
-        fields = json.loads(entry.read("json") or "{}")
-    except (ValueError, RecursionError) as error:
-        raise BadSample("broken JSON") from error
-    if not isinstance(fields, dict):
-        raise BadSample("broken JSON")
-    return fields
+    filled = np.frombuffer(mmap.mmap(-1, n), np.bool_)
+    return pixels, filled, np.cumsum([0, *counts[:-1]], dtype=np.int64)
 
 
 def collate(items: Sequence[dict[str, Any]]) -> Batch:
-    """Tensors stacked, `sample` an int64 tensor, `skipped` counted by reason, the rest lists."""
+    """Tensors stacked, `sample` an int64 tensor, `skipped` one list, the rest lists of values.
+
+    `text` may be longer in one item than in another: it is padded, and `text_mask` joins it.
+    """
     batch = {}
     for key, first in items[0].items():
         values = [item[key] for item in items]
-        batch[key] = torch.stack(values) if isinstance(first, Tensor) else values
+        if not isinstance(first, Tensor):
+            batch[key] = values
+        elif key == "text":
+            batch |= padded(values)
+        else:
+            batch[key] = torch.stack(values)
     batch["sample"] = torch.tensor(batch["sample"])
-    batch["skipped"] = dict(Counter(reason for reasons in batch["skipped"] for reason in reasons))
+    batch["skipped"] = [skip for skipped in batch["skipped"] for skip in skipped]
     return batch
 
 

@@ -30,6 +30,7 @@ from cascade.encoders.sources import (
     CLIPSource,
     clip_model,
     clip_source,
+    reading,
     weights_hash,
 )
 from cascade.encoders.text import token_mask, tokenize, trimmed
@@ -152,13 +153,8 @@ class FrozenCLIP:
     @cached_property
     def _model(self) -> open_clip.CLIP:
         model, weights = open_clip.CLIP(**self._source.model), self._source.weights
-        try:
+        with reading([weights], self.name):
             open_clip.load_checkpoint(model, str(weights), weights_only=True)
-        except Exception as error:  # damaged, pickled code, or of another architecture
-            raise UserError(
-                f"{weights} are not weights of {self.name} that can be read safely "
-                f"({type(error).__name__}): fetch its {CLIP_WEIGHTS} again"
-            ) from error
         return model.eval().requires_grad_(False).to(self.device)
 
 
@@ -208,7 +204,6 @@ class CLIPTraining(L.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         loss = self.loss(batch)
-        self.log("loss", loss.detach(), batch_size=len(batch["caption"]))
         if self.sam is None:
             return loss
         self.sam.climb(loss, self.parameters())
@@ -218,9 +213,10 @@ class CLIPTraining(L.LightningModule):
         if self.sam is not None:
             self.sam.descend()
 
-    @torch.no_grad()
-    def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
-        self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        with torch.no_grad():  # here, where average and checkpoint are still to come
+            self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def configure_optimizers(self):
         matrices = [p for p in self.parameters() if p.ndim > 1]
@@ -235,7 +231,8 @@ class CLIPTraining(L.LightningModule):
 
     def export(self, run: Path) -> None:
         """Writes the weights as they are now, as a directory that `FrozenCLIP` reads."""
-        save_clip(self.architecture, self.clip, run)
+        if self.global_rank == 0:
+            save_clip(self.architecture, self.clip, run)
 
     def restore(self, run: Path) -> None:
         """Loads what `export` wrote.
@@ -245,7 +242,9 @@ class CLIPTraining(L.LightningModule):
         """
         if not (run / CLIP_WEIGHTS).exists():
             raise UserError(f"{run} holds no {CLIP_WEIGHTS}: train it first")
+        with reading([run / CLIP_WEIGHTS], str(run)):
+            weights = load_file(run / CLIP_WEIGHTS)
         try:
-            self.clip.load_state_dict(load_file(run / CLIP_WEIGHTS))
+            self.clip.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"{run} holds a CLIP of another size: see {CLIP_CONFIG}") from error

@@ -2,13 +2,17 @@
 
 Nothing is ever fetched: what is missing is a `UserError` that says what to fetch and where to put
 it. A model is a directory, or a name whose files are given or lie in the local Hugging Face cache.
+Weights are strangers' files: they are safetensors, or what torch loads with `weights_only`.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from cascade.errors import UserError
 
@@ -23,6 +27,33 @@ def weights_hash(files: Iterable[Path]) -> str:
         with open(path, "rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def reading(weights: Sequence[Path], whose: str) -> Iterator[None]:
+    """Within it weights are loaded, by a loader that runs no code in them.
+
+    Raises:
+        UserError: the loader raised; the message names the code that is in the files, if any.
+    """
+    try:
+        yield
+    except Exception as error:  # damaged, pickled code, or of another architecture
+        code = sorted({name for path in weights for name in _code(path)})
+        why = f"they would run {', '.join(code[:3])}" if code else type(error).__name__
+        names = ", ".join(map(str, weights))
+        raise UserError(
+            f"{names} are not weights of {whose} that can be read safely ({why}): fetch them "
+            "again, as safetensors"
+        ) from error
+
+
+def _code(path: Path) -> list[str]:
+    """What a checkpoint of torch would call when it is unpickled; it is only looked through."""
+    try:
+        return get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # no archive that torch wrote
+        return []
 
 
 class CLIPSource(NamedTuple):
@@ -56,6 +87,8 @@ def clip_source(path_or_name: str, checkpoint: str | None) -> CLIPSource:
         raise UserError(f"{path_or_name} has a text tower of its own: choose another CLIP")
     if "timm_model_name" in model["vision_cfg"]:
         model["vision_cfg"]["timm_model_pretrained"] = False  # or timm would fetch weights
+        if ":" in model["vision_cfg"]["timm_model_name"]:  # "hf-hub:...": it would fetch as well
+            raise UserError(f"{path_or_name} has a picture tower of a hub: choose another CLIP")
     mean = pictures.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = pictures.get("std", open_clip.OPENAI_DATASET_STD)
     return CLIPSource(model, tuple(mean), tuple(std), weights)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from cascade.conditioning import Batch
-from cascade.encoders.sources import T5Source, t5_source, t5_width, weights_hash
+from cascade.encoders.sources import T5Source, reading, t5_source, t5_width, weights_hash
 from cascade.errors import UserError
 from cascade.nets.layers import TransformerBlock, run
 
@@ -190,15 +190,21 @@ class FrozenT5:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        from transformers import T5Tokenizer  # AutoTokenizer would offer to run the folder's code
 
-        return AutoTokenizer.from_pretrained(self._source.directory, local_files_only=True)
+        return T5Tokenizer.from_pretrained(self._source.directory, local_files_only=True)
 
     @cached_property
     def _model(self) -> nn.Module:
         from transformers import T5EncoderModel
 
-        model = T5EncoderModel.from_pretrained(
-            self._source.directory, local_files_only=True, weights_only=True, dtype=self.dtype
-        )
+        folder, weights = self._source
+        with reading(weights, self.name):
+            model = T5EncoderModel.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=weights[0].suffix == ".safetensors",  # those that were hashed
+                weights_only=True,
+                dtype=self.dtype,
+            )
         return model.eval().requires_grad_(False).to(self.device)

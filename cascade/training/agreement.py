@@ -1,35 +1,48 @@
-"""Whether what a stage reads has the sizes, and comes from the CLIP, that it is built for.
+"""Whether what a stage reads has the sizes, and comes from the encoders, that it is built for.
 
-Asked when a stage is built, before any data is read: only models' configurations and manifests of
-embeddings are opened, and a CLIP's weights hashed. What is not on this machine is not judged; its
-first use says what is missing.
+`check` asks when a stage is built, before any data is read: only models' configurations and
+manifests of embeddings are opened, and encoders' weights hashed. What is not on this machine is not
+judged; its first use says what is missing. `verify` then encodes some samples anew.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from cascade.codecs import Pixels
 from cascade.conditioning import LowRes
-from cascade.data.embeddings import Embeddings
+from cascade.data.embeddings import Embeddings, Manifest
 from cascade.encoders.clip import FrozenCLIP
+from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
 from cascade.nets.unet import check_sides
-from cascade.stage import Stage
+from cascade.stage import Encoder, Stage
 
 SETTINGS = {"text": "text.size", "clip_text": "clip.model.dim", "clip_image": "clip.model.dim"}
+AGREE = 0.999  # cosine of a row and the same sample's encoded anew; bfloat16 alone costs 1e-4
 
 
 def check(
-    stage: Stage, stores: Collection[Embeddings], clip: FrozenCLIP, crop: int | None = None
+    stage: Stage,
+    stores: Collection[Embeddings],
+    clip: FrozenCLIP,
+    crop: int | None = None,
+    captions: Collection[str] = ("txt",),
 ) -> None:
     """Refuses a network, encoders and embeddings that do not fit the stage, or one another.
 
     Args:
         stores: the embeddings that its data will be joined with.
-        clip: whose embeddings they should be (`clip.path`).
+        clip: whose embeddings of pictures they should be (`clip.path`).
         crop: side of the pictures in training, if it is not that of the stage.
+        captions: the fields that its captions are taken from.
 
     Raises:
-        UserError: with both sizes or hashes, and what to set.
+        UserError: with both sizes, hashes, lengths or lists of fields, and what to set.
     """
     if isinstance(stage.codec, Pixels):
         check_sides(stage.net, stage.codec.size, crop or stage.codec.size)
@@ -40,14 +53,16 @@ def check(
     for encoder in stage.encoders:
         for key in sorted(sizes.keys() & encoder.sizes.keys()):
             _equal(key, sizes[key], encoder.sizes[key], encoder.name)
-    if "clip_image" not in sizes:
-        return
-    # The prior compares picture and text: its text embeddings too must be of this CLIP.
-    texts = [e for e in stage.encoders if isinstance(e, FrozenCLIP) and "clip_text" in sizes]
+    holders: dict[str, Embeddings] = {}
     for store in stores:
         if about := store.about:
-            _equal("clip_image", sizes["clip_image"], int(about["dim"]), store.folder)
-            _same_clip(store, [clip, *texts])
+            for key in about.sizes:
+                if (other := holders.setdefault(key, store)) is not store:
+                    raise UserError(f"{key} is in {other.folder} and in {store.folder}: leave one")
+            for key in sorted(sizes.keys() & about.sizes.keys()):
+                _equal(key, sizes[key], about.sizes[key], store.folder)
+            _same_makers(store, about, stage, clip)
+            _same_captions(store, about, captions)
 
 
 def _ports(stage: Stage) -> None:
@@ -78,16 +93,109 @@ def _equal(key: str, expected: int, found: int, source: object) -> None:
         )
 
 
-def _same_clip(store: Embeddings, clips: Iterable[FrozenCLIP]) -> None:
-    about = store.about
-    for clip in {clip.name: clip for clip in clips}.values():
-        try:
-            found = clip.hash
-        except UserError:
-            continue
-        if found != about["hash"]:
-            raise UserError(
-                f"{store.folder} was made by another CLIP ({about['encoder']}, {about['hash']}) "
-                f"than {clip.name} ({found}): set clip.path to the one that made it, or run "
-                "`cascade data precompute` into another folder and set embeddings to that"
+def _same_makers(store: Embeddings, about: Manifest, stage: Stage, clip: FrozenCLIP) -> None:
+    """The weights that made the rows are those that would make them here, to the same length."""
+    read = stage.conditioner.sizes
+    texts = [e for e in stage.encoders if isinstance(e, FrozenCLIP) and "clip_text" in read]
+    if "clip_image" in about.sizes and "clip_image" in {*read, stage.writes}:
+        # The prior compares picture and text: its text embeddings too must be of this CLIP.
+        for encoder in {e.name: e for e in [clip, *texts]}.values():
+            _same_hash(store, about, encoder, "another CLIP", "clip.path")
+    for encoder in stage.encoders:
+        if encoder.writes & about.sizes.keys():
+            _same_hash(store, about, encoder, "another encoder", "text")
+            # A CLIP's length is in its weights.
+            if isinstance(encoder, FrozenT5) and encoder.length != about.length:
+                raise UserError(
+                    f"text.reader.length={encoder.length}, but {store.folder} was made with "
+                    f"--length {about.length}: set text.reader.length={about.length}"
+                )
+
+
+def _same_hash(
+    store: Embeddings, about: Manifest, encoder: Encoder, what: str, setting: str
+) -> None:
+    try:
+        found = encoder.hash
+    except UserError:
+        return
+    if found != about.hash:
+        raise UserError(
+            f"{store.folder} was made by {what} ({about.encoder}, {about.hash}) than "
+            f"{encoder.name} ({found}): set {setting} to the one that made it, or run "
+            "`cascade data precompute` into another folder and set embeddings to that"
+        )
+
+
+def _same_captions(store: Embeddings, about: Manifest, captions: Collection[str]) -> None:
+    if about.captions and not set(captions) <= set(about.captions):
+        wanted = ",".join(captions)
+        raise UserError(
+            f"{store.folder} has rows for captions of {','.join(about.captions)}, but "
+            f"data.captions are {wanted}: run `cascade data precompute --captions {wanted}` into "
+            "another folder"
+        )
+
+
+@torch.inference_mode()
+def verify(
+    shards: Callable[[Sequence[int]], Any],
+    stores: Collection[Embeddings],
+    encoders: Collection[Encoder],
+    clip: FrozenCLIP,
+    count: int = 8,
+) -> None:
+    """Encodes a few samples anew, picture and caption, and compares them with their rows.
+
+    The encoders are copied first, so that what is loaded here does not stay.
+
+    Args:
+        shards: gives the training samples, joined with `stores`, with whole pictures of some
+            sizes; it is not called if there is nothing to compare.
+        encoders: of the captions.
+        clip: of the pictures; if it is not on this machine, they are not compared.
+        count: how many samples, at equal distances.
+
+    Raises:
+        UserError: a row is of something else, such as of another sample.
+    """
+    held = {key: store for store in stores if store.about for key in store.about.sizes}
+    texts = [copy(encoder) for encoder in encoders if encoder.writes & held.keys()]
+    pictures = [copy(clip)] if "clip_image" in held and _is_here(clip) else []
+    if not texts and not pictures:
+        return
+    samples = shards([clip.image_size] if pictures else [])
+    for n in range(count):
+        item = samples[n * len(samples) // count]
+        for encoder in pictures:
+            picture = item[f"image_{encoder.image_size}"][None]
+            _alike(item, held, {"clip_image": encoder.image(picture)[0]}, encoder)
+        for encoder in texts:
+            found = encoder({"caption": [item["caption"]]})
+            _alike(
+                item, held, {key: found[key][0] for key in encoder.writes & held.keys()}, encoder
             )
+
+
+def _is_here(clip: FrozenCLIP) -> bool:
+    try:
+        return bool(clip.hash)
+    except UserError:
+        return False
+
+
+def _alike(
+    item: Mapping[str, Any],
+    held: Mapping[str, Embeddings],
+    anew: Mapping[str, Tensor],
+    encoder: FrozenCLIP | FrozenT5,
+) -> None:
+    for key, expected in sorted(anew.items()):
+        row, expected = item[key], expected.cpu()
+        where = f"{held[key].folder}: {key} of {item['key']} is not what {encoder.name} makes of it"
+        remedy = "run `cascade data precompute` into another folder, and set embeddings to that"
+        if row.shape != expected.shape:
+            raise UserError(f"{where}: {len(row)} tokens, not {len(expected)}; {remedy}")
+        cosine = F.cosine_similarity(row.flatten().float(), expected.flatten().float(), dim=0)
+        if not cosine > AGREE:
+            raise UserError(f"{where}: cosine {cosine:.4f}, not over {AGREE}; {remedy}")

@@ -1,27 +1,35 @@
 """What a person sees of a training: a progress bar, a table of metrics, grids of samples.
 
-Progress is counted in images seen, so that runs with different batch sizes compare.
+Progress is counted in images seen, so that runs with different batch sizes compare. A run that
+goes on leaves out what was written behind its checkpoint, and writes it again.
 """
 
 import csv
-import json
 import time
-from collections import Counter
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from cascade.conditioning import Batch
+from cascade.files import write_atomically
 from cascade.grids import grid, to_uint8
 from cascade.training.ema import EMA
 
 
 def bar(what: str, unit: str = "images") -> Progress:
-    """A progress bar with counts, rate and time left, for any long step."""
+    """A progress bar with counts, rate and time left, for any long step.
+
+    Without a terminal (a log file, Slurm) it is a plain line now and then.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return _Lines(what, unit, console)
     return Progress(
         TextColumn(f"[bold]{what:<12}"),
         BarColumn(bar_width=28),
@@ -29,9 +37,32 @@ def bar(what: str, unit: str = "images") -> Progress:
         TextColumn("{task.fields[rate]:,.0f}/s"),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
+        console=console,
         refresh_per_second=2,
     )
+
+
+class _Lines(Progress):
+    """The first state of a task, the last, and what is between at most every `SECONDS`."""
+
+    SECONDS = 30.0
+
+    def __init__(self, what: str, unit: str, console: Console):
+        super().__init__(console=console, disable=True)  # draws nothing by itself
+        self.what, self.unit, self.next = what, unit, 0.0
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        super().update(task_id, **fields)
+        task, now = self.tasks[task_id], time.monotonic()
+        if now < self.next and not task.finished:
+            return
+        self.next = now + self.SECONDS
+        rate, note = task.fields["rate"], task.fields["note"]
+        left = f"{timedelta(seconds=int(task.remaining / rate))} left" if rate else ""
+        done = f"{task.completed:,.0f}/{task.total:,.0f} {self.unit}"
+        parts = (f"{datetime.now():%H:%M:%S} {self.what}: {done}", f"{rate:,.1f}/s", left, note)
+        line = ", ".join(part for part in parts if part)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class History(L.Callback):
@@ -50,7 +81,6 @@ class History(L.Callback):
         self.run, self.name, self.total, self.every = run, name, total, every
         self.losses: list[torch.Tensor] = []
         self.step, self.seconds = 0, 0.0
-        self.skipped: Counter[str] = Counter()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.step, self.mark = trainer.global_step, time.monotonic()
@@ -58,28 +88,28 @@ class History(L.Callback):
             return
         images = self.step * module.batch
         path = self.run / "metrics.csv"
-        rows = []
-        if path.exists():  # a resumed run goes on after its checkpoint
-            with path.open() as file:
-                rows = [r for r in csv.DictReader(file) if int(r["images"]) <= images]
-            self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
-        self.file = path.open("w", newline="")
+        rows = _rows(path, images)
+        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        write_atomically(path, lambda beside: self._write(beside, rows))
+        self.file = path.open("a", newline="")
         self.table = csv.DictWriter(self.file, self.COLUMNS)
-        self.table.writeheader()
-        self.table.writerows(rows)
-        self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=images)
+        # TensorBoard hides what came before at this step and later.
+        self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=images + 1)
         self.bar = bar(self.name)
         self.task = self.bar.add_task("", total=self.total, completed=images, rate=0, note="")
         self.bar.start()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.losses.append(outputs["loss"].detach())
-        self.skipped.update(batch.get("skipped", {}))
         steps = trainer.global_step - self.step
         last = trainer.global_step == trainer.max_steps
-        if steps == 0 or (steps % self.every and not last):
+        if steps == 0 or (trainer.global_step % self.every and not last):
             return
-        loss = torch.stack(self.losses).mean().item() * trainer.accumulate_grad_batches
+        losses = torch.stack(self.losses)  # what is not finite is of a skipped step
+        loss = (
+            losses.where(losses.isfinite(), torch.nan).nanmean() * trainer.accumulate_grad_batches
+        )
+        loss = trainer.strategy.reduce(loss).item()  # of all ranks
         now = time.monotonic()
         rate = steps * module.batch / (now - self.mark)
         self.seconds += now - self.mark
@@ -94,21 +124,29 @@ class History(L.Callback):
                 self.board.add_scalar(key, value, images)
             self.bar.update(self.task, completed=images, rate=rate, note=f"loss {loss:.4f}")
 
+    def _write(self, path: Path, rows: list[dict[str, str]]) -> None:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, self.COLUMNS)
+            table.writeheader()
+            table.writerows(rows)
+
+    def on_exception(self, trainer, module, exception: BaseException) -> None:
+        self.teardown(trainer, module, "fit")  # which Lightning then leaves out
+
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if hasattr(self, "bar"):
             self.bar.stop()
             self.board.close()
             self.file.close()
-            if self.skipped:
-                counts = ", ".join(f"{n} {reason}" for reason, n in self.skipped.most_common())
-                print(f"{self.name}: bad samples, replaced by the next good ones: {counts}")
-                (self.run / "skipped.json").write_text(json.dumps(self.skipped) + "\n")
 
-    def state_dict(self) -> dict[str, dict[str, int]]:
-        return {"skipped": dict(self.skipped)}
 
-    def load_state_dict(self, state: dict[str, dict[str, int]]) -> None:
-        self.skipped = Counter(state["skipped"])
+def _rows(path: Path, images: int) -> list[dict[str, str]]:
+    """The rows of a table up to so many images; of the last, a kill may have left a part."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    return [row for row in csv.DictReader(lines) if int(row["images"]) <= images]
 
 
 class SampleGrids(L.Callback):
@@ -134,13 +172,14 @@ class SampleGrids(L.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         seen = trainer.global_step * module.batch
-        due = [n for n in self.images if n <= seen]
-        if not due or not trainer.is_global_zero:
+        if not any(n <= seen for n in self.images):
             return
         self.images = [n for n in self.images if n > seen]
         here = module.transfer_batch_to_device(self.batch, module.device, 0)
-        with self.ema.applied(module):
-            self._save(module.sample(here, seed=0), f"{seen:010d}")
+        with self.ema.applied(module):  # on all ranks, which would wait anyway
+            pictures = module.sample(here, seed=0)
+        if trainer.is_global_zero:
+            self._save(pictures, f"{seen:010d}")
 
     def _save(self, pictures: torch.Tensor, name: str) -> None:
         folder = self.run / "samples"

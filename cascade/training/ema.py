@@ -11,9 +11,13 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from cascade.shares import placed, whole
+
 
 class EMA(L.Callback):
     """Averages after each optimizer step; the average is part of the checkpoint.
+
+    A step without gradients (`Guard` takes them away) moved nothing, and is none.
 
     Args:
         decay: the greatest decay per step.
@@ -24,17 +28,22 @@ class EMA(L.Callback):
         self.step = 0
         self.average: dict[str, Tensor] = {}
         self.swapped = False
+        self._stepped = False
 
     def on_fit_start(self, trainer, module: nn.Module) -> None:
         now = {k: p for k, p in module.named_parameters() if p.requires_grad}
         if not self.average:
             self.average = {k: p.detach().float().clone() for k, p in now.items()}
-        self.average = {k: a.to(now[k].device) for k, a in self.average.items()}
+        self.average = {k: placed(a, now[k]) for k, a in self.average.items()}
+
+    def on_before_optimizer_step(self, trainer, module: nn.Module, optimizer) -> None:
+        self._stepped = any(p.grad is not None for p in module.parameters())
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self.step:
+        if not self._stepped:
             return  # this micro-batch only accumulated
-        self.step = trainer.global_step
+        self._stepped = False
+        self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         parameters = dict(module.named_parameters())
         averages = list(self.average.values())
@@ -68,7 +77,7 @@ class EMA(L.Callback):
             raise RuntimeError("a checkpoint must not be written while the average is swapped in")
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "average": self.average}
+        return {"step": self.step, "average": whole(self.average)}
 
     def load_state_dict(self, state: dict) -> None:
         self.step, self.average = state["step"], state["average"]

@@ -3,11 +3,13 @@
 What is wrong with a configuration is a `UserError` of one line.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
@@ -16,6 +18,8 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 import cascade.conf
 from cascade.errors import UserError
+from cascade.files import write_atomically
+from cascade.verbs.targets import check_resolved, check_targets
 
 
 @contextmanager
@@ -53,22 +57,43 @@ def composed(name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def built(config: DictConfig | dict) -> Any:
-    """The object that a configuration describes; lists and dictionaries become plain ones."""
+    """The object that a configuration describes; lists and dictionaries become plain ones.
+
+    Raises:
+        UserError: it does not describe one, or calls what `TARGETS` lacks: then nothing was called.
+    """
     with one_line_errors():
+        config = OmegaConf.create(config) if isinstance(config, dict) else copy.deepcopy(config)
+        OmegaConf.resolve(config)
+        check_targets(OmegaConf.to_container(config), config._get_full_key(None))
         return instantiate(config, _convert_="all")
 
 
 def saved(config: DictConfig, path: Path) -> None:
     """Writes a resolved configuration."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(config, resolve=True))
+    text = OmegaConf.to_yaml(config, resolve=True)
+    write_atomically(path, lambda beside: beside.write_text(text))
 
 
 def loaded(path: Path) -> DictConfig:
-    """A configuration that `saved` wrote."""
+    """A configuration that `saved` wrote, or a stranger: values only.
+
+    Raises:
+        UserError: there is none, it is damaged, or has interpolations, which would read the
+            environment, or YAML's aliases, of which a few lines make terabytes.
+    """
     if not path.exists():
         raise UserError(f"{path.parent} is not a run: it has no {path.name}")
-    return OmegaConf.load(path)
+    try:
+        text = path.read_text()
+        aliases = any(isinstance(t, yaml.AliasToken) for t in yaml.scan(text, yaml.SafeLoader))
+        config = None if aliases else OmegaConf.create(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}): get it again") from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{path} is no plain configuration of names and values: write it out")
+    check_resolved(OmegaConf.to_container(config), "")
+    return config
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

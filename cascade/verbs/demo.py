@@ -13,11 +13,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from cascade.files import write_atomically
 from cascade.verbs.configuration import composed
 from cascade.verbs.data import EMBEDDINGS, embed, make_scenes
 from cascade.verbs.evaluate import evaluate
 from cascade.verbs.train import run
+from cascade.verbs.whole import measured, overrides, write_cascade
 
 
 def main(args: argparse.Namespace) -> None:
@@ -52,27 +52,10 @@ def main(args: argparse.Namespace) -> None:
 
 def train_stage(config: DictConfig, name: str, folder: Path, data: Path) -> None:
     """Trains one stage; behind the CLIP that conditions come its embeddings of all shards."""
-    overrides = [f"run={folder / name}", f"data.path={data}", f"clip.path={folder / 'clip'}"]
-    overrides += [*config.stages[name], *config.budgets.get(name, []), *config.each]
-    run(composed("train", overrides))
+    run(composed("train", overrides(config, name, folder, data)))
     gc.collect()  # Lightning's trainer and module hold each other, and so pictures and optimizer
     if name == "clip":
         embed(data, str(folder / "clip"), data / EMBEDDINGS)
-
-
-def measured(folder: Path) -> bool:
-    """Whether the report is newer than all that it is of."""
-    report = folder / "report.html"
-    parts = [folder / "cascade.yaml", *folder.glob("*/status.json")]
-    return report.exists() and all(p.stat().st_mtime < report.stat().st_mtime for p in parts)
-
-
-def write_cascade(config: DictConfig, folder: Path) -> None:
-    """Writes what `cascade sample --model` reads, if it is not there."""
-    path = folder / "cascade.yaml"
-    if not path.exists():
-        text = OmegaConf.to_yaml({"stages": config.cascade})
-        write_atomically(path, lambda beside: beside.write_text(text))
 
 
 def _command() -> str:

@@ -14,39 +14,47 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from cascade.conditioning import Batch
 from cascade.data.embeddings import Embeddings
-from cascade.data.shards import Shards, loader
+from cascade.data.preflight import preflight
+from cascade.data.shards import Shards
+from cascade.data.stream import Stream, loader
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
 from cascade.stage import Stage
-from cascade.training.agreement import check
+from cascade.training.agreement import check, verify
 from cascade.training.callbacks import History, SampleGrids
 from cascade.training.checkpoint import (
-    AtomicCheckpointIO,
+    CheckpointFolders,
     Checkpoints,
     finished,
     newest_checkpoint,
 )
 from cascade.training.ema import EMA
-from cascade.verbs.configuration import built, composed, differences, loaded, saved
-
-# What may change between two starts of the same run; the totals follow from `images`.
-FREE = ("images", "run", "trainer", "workers", "grids", "micro_batch")
-TOTALS = ("learning_rate.total", "stage.learning_rate.total")
+from cascade.training.guard import Guard, RollBack, passed_over
+from cascade.training.interruption import Interruption, deaf
+from cascade.training.precision import Bfloat16
+from cascade.training.seeding import Seeding
+from cascade.training.skips import Skips
+from cascade.training.watchdog import Watchdog
+from cascade.verbs.checks import check_identity, shares
+from cascade.verbs.configuration import built, composed, loaded, saved
+from cascade.verbs.sending import LAUNCHER, send, split
 
 
 class ShardData(L.LightningDataModule):
     """Training batches from sample number `start` on."""
 
-    def __init__(self, shards: Shards, batch: int, start: int, workers: int):
+    def __init__(self, shards: Shards | Stream, batch: int, start: int, workers: int):
         super().__init__()
         self.shards, self.batch, self.start, self.workers = shards, batch, start, workers
 
     def train_dataloader(self):
-        return loader(
+        data = loader(
             self.shards,
             self.batch,
             rank=self.trainer.global_rank,
@@ -54,6 +62,8 @@ class ShardData(L.LightningDataModule):
             start=self.start,
             workers=self.workers,
         )
+        data.worker_init_fn = deaf
+        return data
 
 
 class Measure(L.Callback):
@@ -74,7 +84,13 @@ class Measure(L.Callback):
 
 
 def main(args: argparse.Namespace) -> None:
-    config = composed("train", args.overrides)
+    own, overrides = split(args.overrides, [LAUNCHER])
+    if args.config and args.overrides:
+        raise UserError(f"--config {args.config} is whole: it takes no overrides")
+    if own and not args.show:
+        send(own, overrides)
+        return
+    config = loaded(Path(args.config)) if args.config else composed("train", overrides)
     if args.show:
         print(OmegaConf.to_yaml(config))
     else:
@@ -83,112 +99,119 @@ def main(args: argparse.Namespace) -> None:
 
 def run(config: DictConfig) -> Path:
     """Trains what `config` describes, or goes on with it. Returns the run directory."""
+    while True:
+        try:
+            return _attempt(config)
+        except RollBack as jump:
+            rank_zero_only(print)(f"{config.name}: {jump}")
+
+
+def _attempt(config: DictConfig) -> Path:
     folder = Path(config.run)
     if min(config.batch, config.images) < 1:
         raise UserError(f"batch={config.batch} images={config.images}: both are at least 1")
-    _check_identity(config, folder)
+    check_identity(config, folder)
     if finished(folder) and loaded(folder / "config.yaml").images >= config.images:
         print(f"{config.name}: finished before ({folder})")
         return folder
     _quiet()
     torch.manual_seed(config.seed)
     module = built(config.stage)
-    if isinstance(module, Stage):
-        clip = FrozenCLIP(config.clip.path, config.clip.get("checkpoint"))
-        check(module, _stores(config), clip, config.data.pictures.get("crop"))
-    shards = built(config.data)
+    shards = _checked_data(config, module)
     checkpoint = newest_checkpoint(folder)
     if not checkpoint and isinstance(module, Stage):
         # Lazily: pixels need no statistics, and so no pictures.
         module.codec.fit(map(module.completed, _first_batches(shards, config.fit_images)))
-    saved(config, folder / "config.yaml")
-    ema = EMA(config.ema)
-    callbacks = [ema]
-    if hasattr(getattr(module, "process", None), "measure"):
-        callbacks.append(Measure(ema, loader(shards, 64)))
-    callbacks.append(Checkpoints(folder, ema, config.images, config.save_seconds))
-    callbacks.append(History(folder, config.name, config.images))
-    if config.grids and hasattr(module, "sampler") and module.writes.startswith("image"):
-        marks = [config.images * (i + 1) // config.grids for i in range(config.grids)]
-        callbacks.append(SampleGrids(folder, ema, _held_out(config), marks))
-    trainer = _trainer(config, callbacks)
-    step = checkpoint[1] if checkpoint else 0
+    rank_zero_only(saved)(config, folder / "config.yaml")
+    step, start = (checkpoint.step, checkpoint.consumed) if checkpoint else (0, 0)
+    start = max(start, passed_over(folder))
+    trainer = _trainer(config, _callbacks(config, module, shards, step, start))
     share, trainer.accumulate_grad_batches = shares(
         config.batch, config.micro_batch, trainer.world_size
     )
-    data = ShardData(shards, share, step * config.batch, config.workers)
+    data = ShardData(shards, share, start, config.workers)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     module.to(memory_format=torch.channels_last)
-    trainer.fit(module, data, ckpt_path=checkpoint and str(checkpoint[0]), weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True)
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        raise KeyboardInterrupt from None
     return folder
+
+
+def _checked_data(config: DictConfig, module: L.LightningModule) -> Shards | Stream:
+    """The training data, when it fits the module: in seconds, and before a device is taken."""
+    if isinstance(module, Stage):
+        clip = FrozenCLIP(config.clip.path, config.clip.get("checkpoint"))
+        fields = [f for f, p in (config.data.get("captions") or {"txt": 1.0}).items() if p > 0]
+        check(module, _stores(config), clip, config.data.pictures.get("crop"), fields)
+    shards = built(config.data)
+    if isinstance(shards, Shards):
+        preflight(shards, config.batch)
+        if isinstance(module, Stage):
+            verify(shards.showing, shards.embeddings, module.encoders, clip)
+    return shards
+
+
+def _callbacks(
+    config: DictConfig, module: L.LightningModule, shards: Shards | Stream, step: int, start: int
+) -> list[L.Callback]:
+    """All of a run that goes on behind `step`, with sample number `start`; their order counts."""
+    folder, ema, offset = Path(config.run), EMA(config.ema), start - step * config.batch
+    checkpoints = Checkpoints(folder, ema, config.images, config.save_seconds, step, offset)
+    callbacks = [Watchdog(folder, config.watchdog), *built(config.get("faults") or {}).values()]
+    callbacks += [Guard(folder, offset, config.spike), ema]
+    if hasattr(getattr(module, "process", None), "measure"):
+        callbacks.append(Measure(ema, loader(shards, 64)))
+    callbacks += [Seeding(config.seed), History(folder, config.name, config.images)]
+    if config.grids and hasattr(module, "sampler") and module.writes.startswith("image"):
+        marks = [config.images * (i + 1) // config.grids for i in range(config.grids)]
+        callbacks.append(SampleGrids(folder, ema, _held_out(config), marks))
+    skips = Skips(folder, shards.max_skip_fraction, checkpoints.save)
+    return [*callbacks, skips, Interruption(folder, checkpoints), checkpoints]
 
 
 def _trainer(config: DictConfig, callbacks: list[L.Callback]) -> L.Trainer:
     cuda = torch.cuda.is_available()
     return L.Trainer(
         accelerator="cuda" if cuda else "cpu",
-        precision="bf16-mixed" if cuda else "32-true",
         max_steps=-(-config.images // config.batch),
         max_epochs=-1,
         gradient_clip_val=config.gradient_clip,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[CheckpointFolders(), *([Bfloat16()] if cuda else []), *_slurm()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **config.trainer,
+        **built(config.trainer),
     )
 
 
-def shares(batch: int, micro_batch: int | None, ranks: int) -> tuple[int, int]:
-    """Samples at a time on each rank, and over how many times gradients are accumulated.
-
-    Raises:
-        UserError: the batch is not ranks x micro_batch x a whole number.
-    """
-    micro_batch = micro_batch or max(1, batch // ranks)
-    steps, rest = divmod(batch, ranks * micro_batch)
-    if rest or not steps:
-        raise UserError(
-            f"batch={batch} is not ranks ({ranks}) x micro_batch ({micro_batch}) x a whole number: "
-            "change batch or micro_batch"
-        )
-    return micro_batch, steps
-
-
-def _check_identity(config: DictConfig, folder: Path) -> None:
-    if not (folder / "config.yaml").exists():
-        return
-    old = loaded(folder / "config.yaml")
-    paths = {line: line.split(":")[0] for line in differences(old, config)}
-    changed = [d for d, p in paths.items() if p.split(".")[0] not in FREE and p not in TOTALS]
-    if changed:
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise UserError(
-            f"{folder} was trained with another configuration: {changed[0]}{more}; "
-            "choose another run=..., or remove that folder"
-        )
+def _slurm() -> list[SLURMEnvironment]:
+    # Its requeueing saves within a signal handler, which deadlocks; `Interruption` does it.
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def _stores(config: DictConfig) -> list[Embeddings]:
     return list(built(config.data.get("embeddings") or {}).values())
 
 
-def _first_batches(shards: Shards, images: int) -> Iterable[Batch]:
-    return loader(shards, 256, batches=-(-min(images, len(shards)) // 256))
+def _first_batches(shards: Shards | Stream, images: int) -> Iterable[Batch]:
+    count = min(images, len(shards)) if isinstance(shards, Shards) else images
+    return loader(shards, 256, batches=-(-count // 256))
 
 
 def _held_out(config: DictConfig, count: int = 16) -> Batch:
     # What is sampled from is whole: BSR degrades in training only.
     pictures = {**config.data.pictures, "degrade": None}
-    as_sampled = {"cache": False, "split": config.grid_split, "shuffle": False}
-    shards = built({**config.data, **as_sampled, "pictures": pictures})
-    return next(iter(loader(shards, min(count, len(shards)), batches=1)))
+    as_sampled = {"split": config.grid_split, "shuffle": False, "pictures": pictures}
+    # Nothing is kept of them; a stream that is not shuffled ends by itself.
+    shards = built({k: v for k, v in {**config.data, **as_sampled}.items() if k != "cache"})
+    count = min(count, len(shards)) if isinstance(shards, Shards) else count
+    return next(iter(loader(shards, count, batches=1)))
 
 
 def _quiet() -> None:

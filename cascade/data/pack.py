@@ -1,0 +1,198 @@
+"""From pictures and captions to WebDataset tars in img2dataset's layout.
+
+A picture's number is its place in one shuffled order, whose first part is held out, and its key is
+that number; those that turn out to be unusable leave holes. So a shard is a function of the list
+and of its place, and a call that goes on writes just the shards that are not there.
+"""
+
+import hashlib
+import io
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import webdataset
+from PIL import Image, ImageOps
+
+from cascade.data.index import LIMITS
+from cascade.data.listing import Row
+from cascade.data.transforms import BadSample, _rgb, decode
+from cascade.draws import generator
+from cascade.errors import UserError
+from cascade.files import write_atomically
+
+MANIFEST = "pack.json"
+
+# The members of a sample that are not captions.
+OWN_FIELDS = ("key", "file", "width", "height", "original_width", "original_height")
+
+_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_QUALITY = 95
+_AHEAD = 64  # pictures in memory at a time
+
+
+class Fitted(NamedTuple):
+    """A picture as a shard holds it."""
+
+    extension: str
+    data: bytes
+    size: tuple[int, int]
+    original: tuple[int, int]
+
+
+def fitted(data: bytes, short: int | None = None) -> Fitted:
+    """A JPEG, PNG or WebP file as it is, if it decodes; one of a longer short side made smaller.
+
+    Args:
+        short: greatest short side in pixels; None: any.
+
+    Raises:
+        BadSample: as `decode` does.
+    """
+    decode(data, 1, scaled=False)
+    image = Image.open(io.BytesIO(data), formats=tuple(_EXTENSIONS))
+    kind = "JPEG" if image.format == "MPO" else image.format  # a JPEG with a second one behind it
+    extension, size = _EXTENSIONS[kind], image.size
+    if short is None or min(size) <= short:
+        return Fitted(extension, data, size, size)
+    smaller, file = _rgb(image), io.BytesIO()
+    ImageOps.exif_transpose(smaller, in_place=True)
+    ratio = short / min(smaller.size)
+    smaller = smaller.resize([round(ratio * n) for n in smaller.size], Image.Resampling.BICUBIC)
+    smaller.save(file, kind, quality=_QUALITY)
+    return Fitted(extension, file.getvalue(), smaller.size, size)
+
+
+def held_out(val: str, pictures: int) -> int:
+    """How many pictures "100", or a share such as "0.01", holds out: less than all.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        count = math.ceil(float(val) * pictures) if "." in val else int(val)
+    except ValueError:
+        count = -1
+    if not 0 <= count < pictures:
+        raise UserError(f"--val {val}: give a number below {pictures} or a share such as 0.01")
+    return count
+
+
+def pack(
+    rows: Sequence[Row],
+    out: Path,
+    val: int,
+    short: int | None,
+    per_shard: int,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, list[str]]:
+    """Writes `val-*.tar` with `val` pictures and `train-*.tar` with the others.
+
+    A sample is a picture, `.txt` (its first caption) and `.json` (all captions, the file's name,
+    sizes). A shard appears when it is whole, behind its `_stats.json`; one that is there stays.
+
+    Args:
+        short: makes larger pictures smaller, to this short side.
+        per_shard: pictures, those that turn out to be unusable included.
+        progress: called with the number of pictures done.
+
+    Returns:
+        The names of those that could not be used, by reason.
+
+    Raises:
+        UserError: `out` holds other shards, or shards of another list.
+    """
+    if taken := {name for row in rows for name in row.captions} & set(OWN_FIELDS):
+        raise UserError(f"a caption column is called {taken.pop()}, as a field of ours: rename it")
+    choices = {"val": val, "size": short, "per_shard": per_shard, "seed": seed}
+    _claim(out, {"pictures": len(rows), **choices, "list": _digest(rows)})
+    order = generator(seed, "pack", 0).permutation(len(rows)).tolist()
+    refused = defaultdict(list)
+    for split, span in (("val", range(val)), ("train", range(val, len(rows)))):
+        for shard, start in enumerate(range(span.start, span.stop, per_shard)):
+            numbers = range(start, min(start + per_shard, span.stop))
+            path = out / f"{split}-{shard:05d}.tar"
+            stats = path.with_name(f"{path.stem}_stats.json")
+            if not path.exists():
+                some = {n: rows[order[n]] for n in numbers}
+                write_atomically(path, partial(_write, some, short, stats, progress))
+            if stats.exists():
+                for reason, names in json.loads(stats.read_text())["refused"].items():
+                    refused[reason] += names
+            if progress:
+                progress(numbers.stop)
+    return dict(refused)
+
+
+def _claim(out: Path, about: dict[str, Any]) -> None:
+    path = out / MANIFEST
+    if not path.exists():
+        if any(out.glob("*.tar")):
+            raise UserError(f"{out} holds other shards: choose another folder")
+        write_atomically(path, lambda beside: beside.write_text(json.dumps(about) + "\n"))
+        return
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: choose another folder") from error
+    if changed := [name for name in about if before.get(name) != about[name]]:
+        raise UserError(
+            f"{out} holds shards of another {' and another '.join(changed)}: choose another folder"
+        )
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.name, row.size, list(row.captions.items())]).encode())
+    return digest.hexdigest()
+
+
+def _write(
+    rows: dict[int, Row],
+    short: int | None,
+    stats: Path,
+    progress: Callable[[int], None] | None,
+    path: Path,
+) -> None:
+    """Writes a shard of rows by number, and then its statistics."""
+    refused, numbers = defaultdict(list), list(rows)
+    with webdataset.TarWriter(str(path), mtime=0) as writer, ThreadPoolExecutor() as pool:
+        for start in range(0, len(numbers), _AHEAD):
+            some = numbers[start : start + _AHEAD]
+            made = pool.map(partial(_made, short=short), map(rows.get, some))
+            for number, picture in zip(some, made):
+                if isinstance(picture, str):
+                    refused[picture].append(rows[number].name)
+                else:
+                    writer.write(_sample(number, rows[number], picture))
+                if progress:
+                    progress(number + 1)
+    counts = {"pictures": len(rows) - sum(map(len, refused.values())), "refused": refused}
+    write_atomically(stats, lambda beside: beside.write_text(json.dumps(counts) + "\n"))
+
+
+def _made(row: Row, short: int | None) -> Fitted | str:
+    """The picture of a row, or why there is none."""
+    if row.size > LIMITS["picture"]:
+        return "huge picture"
+    try:
+        return fitted(row.path.read_bytes(), short)
+    except BadSample as reason:
+        return str(reason)
+    except OSError:
+        return "missing file"
+
+
+def _sample(number: int, row: Row, picture: Fitted) -> dict[str, str | bytes]:
+    key, caption = f"{number:09d}", next(iter(row.captions.values()))
+    own = (key, row.name, *picture.size, *picture.original)
+    fields = {"caption": caption, **row.captions, **dict(zip(OWN_FIELDS, own))}
+    members = {picture.extension: picture.data, "txt": caption, "json": json.dumps(fields).encode()}
+    return {"__key__": key, **members}

@@ -1,0 +1,64 @@
+"""What can be known about a configuration's data before a device is taken: seconds, not hours."""
+
+import os
+from collections import Counter
+
+import numpy as np
+
+from cascade.data.index import counted
+from cascade.data.shards import Shards
+from cascade.data.transforms import BadSample
+from cascade.errors import UserError
+
+LOOKS = 32  # samples that are looked at, evenly over the tars
+
+
+def preflight(shards: Shards, batch: int) -> None:
+    """Looks at every tar's rights and at some samples, as training would read them.
+
+    How many workers there are plays no part: each may read any tar.
+
+    Args:
+        batch: of all ranks together.
+
+    Raises:
+        UserError: tars that cannot be read, fewer samples than a batch, over a quarter of those
+            looked at are bad (damaged pictures, no embeddings), or fields that none of them has.
+    """
+    closed = [tar for tar in shards.corpus.paths if not os.access(tar, os.R_OK)]
+    if closed:
+        raise UserError(f"cannot read {closed[0]} ({len(closed)} such tars): change their rights")
+    if len(shards) < batch:
+        raise UserError(
+            f"batch={batch}, but there are {len(shards)} samples: choose a smaller batch, as no "
+            "sample may come twice in one"
+        )
+    reasons: Counter[str] = Counter()
+    found: set[str] = set()
+    ends = np.cumsum(shards.corpus.counts)
+    for n in range(looks := min(LOOKS, len(shards))):
+        at = n * len(shards) // looks
+        tar = int(np.searchsorted(ends, at, side="right"))
+        try:
+            found |= _look(shards, tar, at - int(ends[tar] - shards.corpus.counts[tar]))
+        except BadSample as reason:
+            reasons[str(reason)] += 1
+    if 4 * reasons.total() > looks:
+        raise UserError(
+            f"of {looks} samples looked at {reasons.total()} are bad ({counted(reasons)}): mend "
+            "the shards, or what was precomputed of them"
+        )
+    if missing := sorted({*shards.captions, *shards.json_fields} - found):
+        raise UserError(
+            f"none of {looks} samples looked at has {missing[0]}, but {', '.join(sorted(found))}: "
+            "set data.captions and data.json_fields to what there is"
+        )
+
+
+def _look(shards: Shards, tar: int, place: int) -> set[str]:
+    """Reads a sample as training would. Returns the names of its fields, and "txt"."""
+    shards.item(tar, place, 0)
+    opened = shards.corpus[tar]
+    fields = opened.fields(place) if {*shards.captions, *shards.json_fields} - {"txt"} else {}
+    there = {name for name, value in fields.items() if value is not None}
+    return there | ({"txt"} if opened.read(place, "txt") else set())

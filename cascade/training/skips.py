@@ -1,0 +1,133 @@
+"""Bad samples by name: each is written down once in a run, and too many of them end it.
+
+`skipped.jsonl` has a line for each: the number of the sample, "shard/key", and the reason. The
+ranks tell each other what they met every few steps and before each checkpoint, so that a run that
+goes on from one meets again what is not written yet.
+"""
+
+import json
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.distributed as dist
+
+from cascade.data.index import counted
+from cascade.data.shards import Skip
+from cascade.errors import UserError
+from cascade.training.events import event
+
+SKIPPED = "skipped.jsonl"
+
+
+class Skips(L.Callback):
+    """Names the bad samples in the place of which others came, and counts them.
+
+    It has to come before the callback that saves checkpoints.
+
+    Args:
+        run: the run's directory.
+        fraction: above this fraction of bad samples among the last ones the run stops
+            (`data.max_skip_fraction`).
+        save: saves a checkpoint, before the run is stopped; called on all ranks.
+        window: how many samples "the last ones" are.
+        every: optimizer steps between two exchanges among the ranks.
+
+    Raises:
+        UserError: on all ranks, when the run stops.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        fraction: float,
+        save: Callable[[L.Trainer, L.LightningModule], None],
+        window: int = 10_000,
+        every: int = 20,
+    ):
+        self.run, self.fraction, self.save = run, fraction, save
+        self.window, self.every = window, every
+        self.met: list[Skip] = []  # on this rank, since the last exchange
+        self.recent: deque[tuple[int, int]] = deque()  # samples and bad ones between exchanges
+        self.step, self.new = 0, 0
+        self.reasons: dict[str, str] = {}  # by key; on rank 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.step = trainer.global_step
+        if trainer.is_global_zero:
+            self.reasons = _written(self.run / SKIPPED)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.met += batch.get("skipped", [])
+        last = trainer.global_step == trainer.max_steps
+        if trainer.global_step == self.step or (
+            trainer.global_step - self.step < self.every and not last
+        ):
+            return
+        self._exchange(trainer, module)
+        samples, bad = (sum(column) for column in zip(*self.recent))
+        if bad > self.fraction * max(self.window, samples):
+            self.save(trainer, module)
+            raise UserError(
+                f"{bad} of the last {samples} samples are bad, over {self.fraction:.1%}: mend what "
+                f"{self.run / SKIPPED} names, or allow more with +data.max_skip_fraction=...; "
+                f"step {trainer.global_step} is saved, and the same command goes on from there"
+            )
+
+    def on_save_checkpoint(self, trainer, module, checkpoint) -> None:
+        self._exchange(trainer, module)
+
+    def _exchange(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Gathers what all ranks met; writes it on rank 0."""
+        skips, self.met = gathered(self.met, trainer.strategy.root_device), []
+        steps, self.step = trainer.global_step - self.step, trainer.global_step
+        # By their numbers: two in a row are met twice, and are two.
+        self.recent.append((steps * module.batch, len({skip.sample for skip in skips})))
+        while sum(samples for samples, _ in self.recent) - self.recent[0][0] >= self.window:
+            self.recent.popleft()
+        if trainer.is_global_zero:
+            self._write(skips)
+
+    def _write(self, skips: list[Skip]) -> None:
+        lines = []
+        for skip in sorted(skips):
+            if skip.key not in self.reasons:
+                self.reasons[skip.key] = skip.reason
+                lines.append(json.dumps(skip._asdict()) + "\n")
+        if lines:
+            with (self.run / SKIPPED).open("a") as file:
+                file.writelines(lines)
+        self.new += len(lines)
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if self.new:
+            totals = Counter(self.reasons.values())
+            print(f"{self.run}: bad samples, replaced by the next good ones: {counted(totals)}")
+            event(self.run, "bad samples", **totals)
+
+
+def gathered(skips: list[Skip], device: torch.device) -> list[Skip]:
+    """The skips of all ranks, on each of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return skips
+    count = torch.tensor(len(skips), device=device)
+    dist.all_reduce(count)
+    if not count:
+        return []
+    lists: list[list[Skip]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, skips)
+    return [skip for part in lists for skip in part]
+
+
+def _written(path: Path) -> dict[str, str]:
+    """The reasons by key of a run's earlier part; a line that was cut short is removed."""
+    if not path.exists():
+        return {}
+    whole = path.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    with path.open("r+b") as file:
+        file.truncate(len(whole))
+    lines = map(json.loads, whole.splitlines())
+    return {line["key"]: line["reason"] for line in lines}

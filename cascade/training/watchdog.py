@@ -1,0 +1,117 @@
+"""A run that hangs is ended: stacks to where they can be read, and exit code 75.
+
+What hangs is usually a collective that one rank never joins. Then nothing in Python may be waited
+for, the other ranks least of all: each rank watches itself.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+
+from cascade.training.events import event
+
+TRY_AGAIN = 75
+SLOW = 3
+
+
+class Progress(NamedTuple):
+    step: int
+    phase: str
+    at: float  # time.monotonic()
+
+
+class Watchdog(L.Callback):
+    """Ends this process when a training step makes no progress for `seconds`.
+
+    What lies between two steps (saving, sampling, waiting for data), before the first is over
+    (compilation) and behind the last may take `SLOW` times as long. A long piece of work calls
+    `beat` now and then. It stands before all other callbacks, which are then between steps.
+
+    The run's directory gets `heartbeats/rank{i}.json` (`step`, `phase`, and the `time` of the last
+    progress; written every 10 s, or 4 times in `seconds`) and in the end `stacks-rank{i}.txt`.
+
+    Args:
+        run: the run's directory.
+        seconds: without progress.
+    """
+
+    def __init__(self, run: Path, seconds: float):
+        self.run, self.seconds = run, seconds
+        self.progress = Progress(0, "start", time.monotonic())
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def beat(self, phase: str, step: int | None = None) -> None:
+        """Notes progress; `step` is the one before unless given."""
+        step = self.progress.step if step is None else step
+        self.progress = Progress(step, phase, time.monotonic())
+
+    def setup(self, trainer, module, stage: str) -> None:
+        self.rank = trainer.global_rank
+        self.beat("start")
+        self._over.clear()
+        self._arm()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if self.progress.phase != "start":
+            self.beat("step", trainer.global_step)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.beat("between steps", trainer.global_step)
+
+    def on_train_end(self, trainer, module) -> None:
+        self.beat("end", trainer.global_step)
+
+    def teardown(self, trainer, module, stage: str) -> None:
+        self._stop()
+
+    def on_exception(self, trainer, module, exception) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        self._over.set()
+        if self._thread:  # an error may come before it
+            self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _arm(self) -> None:
+        # Should something hold Python's lock, or the thread wait for a dead disk, then
+        # faulthandler's own thread ends the process (with 1: it knows no other).
+        faulthandler.dump_traceback_later(2 * SLOW * self.seconds, exit=True)
+
+    def _watch(self) -> None:
+        every = min(10.0, self.seconds / 4)
+        while not self._over.wait(every):
+            self._arm()
+            progress, now = self.progress, time.monotonic()
+            facts = {"step": progress.step, "phase": progress.phase}
+            self._write({**facts, "time": round(time.time() - (now - progress.at), 3)})
+            limit = self.seconds * (1 if progress.phase == "step" else SLOW)
+            if now - progress.at > limit:
+                self._end({"rank": self.rank, **facts, "seconds": round(now - progress.at, 1)})
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        path = self.run / "heartbeats" / f"rank{self.rank}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".tmp")
+        beside.write_text(json.dumps(facts) + "\n")
+        os.replace(beside, path)
+
+    def _end(self, facts: dict[str, Any]) -> None:
+        try:
+            print("cascade: no progress, ending this process:", facts, file=sys.__stderr__)
+            faulthandler.dump_traceback(sys.__stderr__)
+            with (self.run / f"stacks-rank{self.rank}.txt").open("w") as file:
+                faulthandler.dump_traceback(file)
+            event(self.run, "hung", **facts)
+        finally:
+            os._exit(TRY_AGAIN)

@@ -1,0 +1,103 @@
+"""`cascade launch`: a whole cascade as a chain of jobs, each link behind those that it needs.
+
+    scenes -> CLIP -> embeddings -> prior, decoder, super-resolution -> evaluation
+
+Each link has its directory in the cascade's. What is finished is passed over, so that the same
+command again, behind a failure, does only what is missing.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from cascade.slurm.plan import DONE, Launcher, Link, Task, launch
+from cascade.verbs import whole
+from cascade.verbs.configuration import built, composed
+from cascade.verbs.sending import training
+
+
+def main(args: argparse.Namespace) -> None:
+    config = composed("launch", args.overrides)
+    launcher, root = built(config.launcher), Path(config.run)
+    links = chain(config, launcher)
+    whole.write_cascade(config, root)
+    launch(launcher, root, links)
+
+
+def chain(config: DictConfig, launcher: Launcher) -> list[Link]:
+    """The links of a cascade, in an order in which each stands behind those that it needs.
+
+    Raises:
+        UserError: the configuration of a stage is wrong, or its directory is another's.
+    """
+    root, data = Path(config.run), Path(config.data.path)
+    resources = OmegaConf.to_container(config.resources)
+    links: dict[str, Link] = {}
+
+    def add(name: str, tasks: Sequence[Task], after: Sequence[str], alone: bool = True) -> None:
+        before = [one for one in after if one in links]
+        links[name] = Link(name, tasks, before, alone, resources.get(name, {}))
+
+    trainings = {
+        name: training(whole.overrides(config, name, root, data), launcher, resources.get(name))
+        for name in config.stages
+    }
+    # A CLIP generates nothing; what generates may need what it says of the pictures.
+    clips = [name for name, (_, own) in trainings.items() if "codec" not in own.stage]
+    # By store, one of the trainings that are joined with it.
+    stores = {
+        name: own for _, own in trainings.values() for name in own.data.get("embeddings") or {}
+    }
+    if config.scenes:
+        add("scenes", [_scenes(config, root, data)], [])
+    for name in clips:
+        add(name, [trainings[name][0]], ["scenes"], alone=False)
+    if stores:
+        tasks = [_precompute(stores, root, data, i) for i in range(config.precompute)]
+        add("precompute", tasks, ["scenes", "clip"])
+    for name in [name for name in trainings if name not in clips]:
+        add(name, [trainings[name][0]], ["scenes", "precompute"], alone=False)
+    ended = all(task.done for link in links.values() for task in link.tasks)
+    add("evaluation", [_evaluation(config, root, data, ended)], list(links))
+    return list(links.values())
+
+
+def _task(folder: Path, command: Sequence[object], done: bool) -> Task:
+    return Task(folder.absolute(), [str(word) for word in command], done=done)
+
+
+def _scenes(config: DictConfig, root: Path, data: Path) -> Task:
+    scenes = config.scenes
+    counts = [word for split, count in scenes.counts.items() for word in (f"--{split}", count)]
+    how = ["--level", scenes.level, "--size", scenes.size, "--seed", config.seed]
+    folder = root / "scenes"
+    return _task(folder, ["data", "scenes", data, *how, *counts], (folder / DONE).exists())
+
+
+def _precompute(stores: Mapping[str, DictConfig], root: Path, data: Path, number: int) -> Task:
+    """One of the jobs that share the work among themselves."""
+    folder = root / "precompute" / str(number)
+    done, command = (folder / DONE).exists(), ["data", "precompute", data]
+    if own := stores.get("clip"):
+        command += ["--clip", own.clip.path, "--out", own.data.embeddings.clip.folder]
+        if checkpoint := own.clip.get("checkpoint"):
+            command += ["--checkpoint", checkpoint]
+        status = Path(own.clip.path) / "status.json"
+        if done and status.exists():  # of the CLIP as it is now
+            done = status.stat().st_mtime < (folder / DONE).stat().st_mtime
+    if own := stores.get("text"):
+        reader = own.text.reader
+        command += ["--text", reader.path_or_name, "--text-out", own.data.embeddings.text.folder]
+        command += ["--length", reader.length] if "length" in reader else []
+        command += ["--captions", ",".join(own.data.captions)] if "captions" in own.data else []
+    return _task(folder, command, done)
+
+
+def _evaluation(config: DictConfig, root: Path, data: Path, ended: bool) -> Task:
+    split, count = next(iter(config.evaluate.counts.items()))
+    command = ["evaluate", "--model", root, "--data", data, "--judge", config.judge]
+    command += ["--split", split, "--count", count, "--seed", config.seed]
+    command += ["--guidance", ",".join(map(str, config.evaluate.guidance))]
+    return _task(root / "evaluation", command, ended and whole.measured(root))

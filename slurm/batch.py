@@ -1,0 +1,179 @@
+"""Tasks as jobs of Slurm: each link of a plan is one array, each task of it one element.
+
+The batch script runs `srun` with one process for each GPU, and decides from the exit code of the
+first that ended badly: 75 is a checkpoint, 134, 137 and 138 are a death by a signal that another
+attempt may outlive, and all of these requeue that one element, `max_restarts` times at most.
+Whatever says why it failed is never requeued.
+"""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cascade.errors import UserError
+from cascade.slurm.plan import DONE, FAILURE, LOG, Link, Sent, Task
+from cascade.slurm.queue import COMMENT, Job, jobs, slurm
+
+_SCRIPT = """\
+#!/usr/bin/env bash
+{directives}
+
+case $SLURM_ARRAY_TASK_ID in
+{tasks}
+esac
+exec >>"$folder/{log}" 2>&1
+export CASCADE_FAILURE=$folder/{failure} CASCADE_FIRST=$folder/first
+rm -f "$CASCADE_FAILURE" "$CASCADE_FIRST"
+restarts=${{SLURM_RESTART_COUNT:-0}}
+job=${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}
+echo "cascade: job $job on $SLURM_JOB_NODELIST, restart $restarts, $(date --iso-8601=seconds)"
+{preamble}
+export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1
+# The greatest exit code, which is srun's, is often that of a process that was ended for another.
+srun --kill-on-bad-exit=1 {each} sh -c 'trap : TERM USR1 USR2; "$@"; code=$?; set -C
+[ $code = 0 ] || {{ echo $code >"$CASCADE_FIRST"; }} 2>/dev/null; exit $code' sh \\
+    {python} -m cascade "${{command[@]}}"
+code=$?
+[ $code = 0 ] || read -r code 2>/dev/null <"$CASCADE_FIRST"
+case $code in
+0) touch "$folder/{done}" ;;
+75 | 134 | 137 | 138)
+    if [ -e "$CASCADE_FAILURE" ]; then
+        :
+    elif [ "$restarts" -ge {max_restarts} ]; then
+        echo "exit code $code behind restart $restarts, the last that max_restarts allows" \\
+            >"$CASCADE_FAILURE"
+    elif scontrol requeue "$job"; then
+        echo "cascade: exit code $code, requeued"
+        sleep 60 # until Slurm ends this attempt
+    fi
+    ;;
+*) [ -e "$CASCADE_FAILURE" ] || echo "exit code $code" >"$CASCADE_FAILURE" ;;
+esac
+exit $code
+"""
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """Sends tasks to Slurm, and does not wait for them.
+
+    Args:
+        partition, account, constraint: as sbatch has them.
+        time: limit of one attempt, as sbatch has it ("08:00:00", or minutes).
+        nodes: of each training.
+        gpus: of each node, a process for each; 0: one process on CPUs.
+        cpus: of each process.
+        container: what stands between srun and python: pyxis' options (`--container-image=IMG`),
+            or a command (`apptainer exec --nv IMG.sif`).
+        preamble: lines of shell before srun (`module load ...`).
+        options: further options of sbatch (`--qos=high`).
+        max_restarts: how often a job is requeued for the sake of its exit code.
+        signal_seconds: how long before the limit a training is told to write its checkpoint.
+        at_once: how many elements of an array run at a time; None: as many as Slurm lets.
+        python: the interpreter, if it is not this one.
+    """
+
+    partition: str | None
+    account: str | None
+    time: str | int | None
+    nodes: int
+    gpus: int
+    cpus: int | None
+    constraint: str | None
+    container: str | None
+    preamble: str | None
+    options: Sequence[str]
+    max_restarts: int
+    signal_seconds: int
+    at_once: int | None
+    python: str | None
+
+    def ranks(self, resources: Mapping[str, Any]) -> Mapping[str, int]:
+        own = self._with(resources)
+        return {"devices": max(own.gpus, 1), "num_nodes": own.nodes}
+
+    def held(self, folders: Sequence[Path]) -> Mapping[Path, Job]:
+        found = jobs()
+        return {folder: found[folder] for folder in folders if folder in found}
+
+    def start(self, sent: Sent) -> None:
+        """One job array for each link that has something left."""
+        arrays: dict[str, str] = {}
+        for link in sent.links:
+            tasks = sent.left[link.name]
+            if not tasks:
+                continue
+            before = [arrays[name] for name in link.after if name in arrays]
+            before += [
+                str(sent.held[task.folder].id)
+                for earlier in sent.links
+                if earlier.name in link.after
+                for task in earlier.tasks
+                if task.folder in sent.held
+            ]
+            path = sent.record(link).with_name("script.sh")
+            alone = {"nodes": 1, "gpus": min(self.gpus, 1)} if link.alone else {}
+            own = self._with({**alone, **link.resources})
+            path.write_text(own.script(link, sent, before))
+            arrays[link.name] = slurm("sbatch", "--parsable", str(path)).strip().split(";")[0]
+            print(f"{link.name}: job {arrays[link.name]}, {len(tasks)} to run")
+
+    def _with(self, resources: Mapping[str, Any]) -> "Slurm":
+        known = [field.name for field in fields(self)]
+        if unknown := resources.keys() - set(known):
+            raise UserError(f"resources: {min(unknown)} is none of {', '.join(known)}")
+        return replace(self, **resources)
+
+    def script(self, link: Link, sent: Sent, before: Sequence[str]) -> str:
+        """The batch script of what is left of a link; `before`: jobs that must have ended well."""
+        tasks = sent.left[link.name]
+        cpus = f"--cpus-per-task={self.cpus}" if self.cpus else ""  # srun does not ask sbatch
+        return _SCRIPT.format(
+            directives="\n".join(
+                f"#SBATCH {shlex.quote(option)}" for option in self._options(link, sent, before)
+            ),
+            tasks="\n".join(_case(i, task) for i, task in enumerate(tasks)),
+            log=LOG,
+            done=DONE,
+            preamble=self.preamble or "",
+            failure=FAILURE,
+            code=shlex.quote(str(sent.code)),
+            each=" ".join(filter(None, [cpus, self.container])),
+            python=shlex.quote(self.python or sys.executable),
+            max_restarts=self.max_restarts,
+        )
+
+    def _options(self, link: Link, sent: Sent, before: Sequence[str]) -> list[str]:
+        record = sent.record(link)
+        throttle = f"%{self.at_once}" if self.at_once else ""
+        given = {
+            "job-name": f"{sent.root.name}/{link.name}",
+            "comment": f"{COMMENT}{record}",
+            "array": f"0-{len(sent.left[link.name]) - 1}{throttle}",
+            "chdir": Path.cwd(),
+            "output": f"{record.parent}/%a.txt",
+            "open-mode": "append",
+            "signal": f"USR1@{self.signal_seconds}",
+            "nodes": self.nodes,
+            "ntasks-per-node": max(self.gpus, 1),
+            "gpus-per-node": self.gpus or None,
+            "cpus-per-task": self.cpus,
+            "time": self.time,
+            "partition": self.partition,
+            "account": self.account,
+            "constraint": self.constraint,
+            "dependency": "afterok:" + ":".join(before) if before else None,
+            "kill-on-invalid-dep": "yes" if before else None,
+        }
+        stated = [f"--{name}={value}" for name, value in given.items() if value is not None]
+        return ["--requeue", *stated, *self.options]
+
+
+def _case(index: int, task: Task) -> str:
+    """The line of the script that says which task an element of the array is."""
+    folder = shlex.quote(str(task.folder))
+    return f"{index}) folder={folder} command=({shlex.join(task.command)}) ;;"

@@ -1,0 +1,216 @@
+"""What a run directory tells of its run, without importing what trained it.
+
+`status.json` is as old as the last checkpoint, `metrics.csv` a few steps; heartbeats say that a
+process is there, `events.jsonl` how the last one ended, and Slurm's queue what is to come.
+"""
+
+import csv
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cascade.slurm.plan import DONE, FAILURE, FROZEN, LOG
+from cascade.slurm.queue import Job, locked
+
+CONFIG = "config.yaml"
+_MARKS = {CONFIG, FROZEN, LOG}  # each makes a folder a run
+_INSIDE = {"checkpoints", "samples", "tensorboard", "launch", "heartbeats", "drill"}
+_SILENT = 60.0  # seconds after the last heartbeat, of which there is one every 10
+_TAIL = 4096  # bytes
+_WORKING = ("running", "requeued", "preempted")
+_COLORS = {"running": "cyan", "finished": "green", "failed": "red", "preempted": "yellow"}
+
+
+@dataclass(frozen=True)
+class State:
+    """A run as it is now.
+
+    Args:
+        word: queued, running, preempted, requeued, finished, failed, stopped or not started.
+        images: seen, as far as is known.
+        total: images in all.
+        rate: images per second, of the last row of metrics.
+        note: whose it is, what it waits for, why it failed.
+    """
+
+    word: str
+    images: int | None = None
+    total: int | None = None
+    rate: float | None = None
+    loss: float | None = None
+    note: str = ""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of training, at the last rate; None where it is not known or nobody will train."""
+        if self.word not in _WORKING or None in (self.images, self.total) or not self.rate:
+            return None
+        return max(0, self.total - self.images) / self.rate
+
+
+def runs(folder: Path) -> Iterator[Path]:
+    """All run directories in a folder, itself included, in order."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    if any(entry.name in _MARKS for entry in entries):
+        yield folder
+    for entry in entries:
+        hidden = entry.name.startswith(".") or entry.name in _INSIDE
+        if not hidden and entry.is_dir(follow_symlinks=False):
+            yield from runs(Path(entry.path))
+
+
+def seen(folder: Path) -> int:
+    """Images in the last checkpoint."""
+    return _json(folder / "status.json").get("images", 0)
+
+
+def state(folder: Path, job: Job | None) -> State:
+    """The state of a run; `job` is what Slurm has of it."""
+    row, status = _last_row(folder / "metrics.csv"), _json(folder / "status.json")
+    total = status.get("total") or _planned(folder)
+    images = max(int(row.get("images", 0)), status.get("images", 0)) if total else None
+    word, note = _word(folder, job, bool(images and images >= total))
+    return State(
+        word,
+        images,
+        total,
+        float(row["images_per_second"]) if row else None,
+        float(row["loss"]) if row else None,
+        note,
+    )
+
+
+def _word(folder: Path, job: Job | None, complete: bool) -> tuple[str, str]:
+    last = _last_event(folder)
+    if job and job.state != "PENDING":
+        again = f", restart {job.restarts}" if job.restarts else ""
+        return "running", f"{job}{again}"
+    if job:
+        waits = f"{job}: {job.reason}"
+        if not job.restarts:
+            return "queued", waits
+        return ("preempted" if last.get("signal") == "SIGTERM" else "requeued"), waits
+    if locked(folder):
+        return "running", "on this machine"
+    if (folder / FAILURE).exists():
+        return "failed", (folder / FAILURE).read_text().strip()
+    if complete or (folder / DONE).exists():
+        return "finished", ""
+    if _alive(folder):
+        return "running", ""
+    if not (folder / CONFIG).exists() and not (folder / LOG).exists():
+        return "not started", ""
+    return "stopped", f"by {last['signal']}" if "signal" in last else ""
+
+
+def _alive(folder: Path) -> bool:
+    beats = [path.stat().st_mtime for path in folder.glob("heartbeats/rank*.json")]
+    return bool(beats) and time.time() - max(beats) < _SILENT
+
+
+def _planned(folder: Path) -> int | None:
+    for name in (FROZEN, CONFIG):
+        try:
+            config = yaml.load(
+                (folder / name).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            )
+            return int(config["images"])
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            continue
+    return None
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _tail(path: Path) -> list[str]:
+    """The last whole lines of a file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            return file.read().decode(errors="replace").rpartition("\n")[0].splitlines()
+    except OSError:
+        return []
+
+
+def _last_row(path: Path) -> dict[str, str]:
+    lines = _tail(path)
+    try:
+        with path.open() as file:
+            names = next(csv.reader(file))
+    except (OSError, StopIteration):
+        return {}
+    row = dict(zip(names, lines[-1].split(","))) if lines else {}
+    return row if row.keys() == set(names) and row["images"].isdigit() else {}
+
+
+def _last_event(folder: Path) -> dict:
+    for line in reversed(_tail(folder / "events.jsonl")):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return {}
+
+
+def table(states: Mapping[str, State]) -> Table:
+    """States by name, to be printed."""
+    out = Table("run", "state", "images", "of", "images/s", "loss", "left", "", box=None)
+    for column in out.columns[2:7]:
+        column.justify = "right"
+    for name, one in states.items():
+        color = _COLORS.get(one.word, "")
+        word = f"[{color}]{one.word}[/]" if color else one.word
+        out.add_row(escape(name), word, *_figures(one), escape(one.note))
+    return out
+
+
+def screen(stderr: bool = False) -> Console:
+    """Where tables are printed; in a file nothing is cut off."""
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = 200
+    return console
+
+
+def _figures(one: State) -> Iterable[str]:
+    yield "" if one.images is None else f"{one.images:,}"
+    yield "" if one.total is None else f"{one.total:,}"
+    yield "" if one.rate is None else f"{one.rate:,.1f}"
+    yield "" if one.loss is None else f"{one.loss:.4g}"
+    yield "" if one.seconds_left is None else duration(one.seconds_left)
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units: "3 d 4 h", "12 min 5 s"."""
+    units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
+    words, rest = [], round(seconds)
+    first = next((i for i, (_, size) in enumerate(units) if rest >= size), len(units) - 1)
+    for unit, size in units[first : first + 2]:
+        count, rest = divmod(rest, size)
+        words.append(f"{count} {unit}")
+    return " ".join(words)
+
+
+def states(folders: Sequence[Path], jobs: Mapping[Path, Job], root: Path) -> dict[str, State]:
+    """The states of some runs, by name: the path from a folder, if it lies in that."""
+    out, root = {}, root.absolute()
+    for path in (folder.absolute() for folder in folders):
+        inside = path != root and path.is_relative_to(root)
+        out[str(path.relative_to(root) if inside else path)] = state(path, jobs.get(path))
+    return out

@@ -1,0 +1,626 @@
+"""Sending runs off: what is frozen, the batch script, grids, chains, processes here, the table."""
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import cascade.conf
+from cascade.cli import main
+from cascade.errors import Failed, TryAgain, UserError
+from cascade.slurm import queue, state
+from cascade.slurm.batch import Slurm
+from cascade.slurm.code import copied
+from cascade.slurm.local import Local
+from cascade.slurm.plan import Link, Sent, Task, launch
+from cascade.slurm.queue import Job
+from cascade.verbs.configuration import built, composed
+from cascade.verbs.launch import chain
+from cascade.verbs.sending import split, training
+from cascade.verbs.sweep import joined, points
+
+CONF = Path(next(iter(cascade.conf.__path__)))
+SMALL = ["stage=sr256", "size=16", "low=8", "crop=null", "batch=4", "images=48", "data.path=none"]
+
+
+def launcher(*overrides):
+    return built(composed("launcher", overrides).launcher)
+
+
+def program(folder, name, text):
+    """A program of this name that the shell finds in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Stand-ins for Slurm's programs: what they were asked is in `asked`."""
+    folder = tmp_path / "bin"
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    note = f'echo "$(basename $0) $*" >> {folder}/asked'
+    program(folder, "squeue", f"[ ! -e {folder}/queue ] || cat {folder}/queue")
+    program(folder, "sbatch", f"{note}\necho $(($(grep -c ^sbatch {folder}/asked) + 100))")
+    program(folder, "scontrol", note)
+    program(folder, "sleep", note)
+    return folder
+
+
+def in_queue(programs, *rows):
+    """Lets squeue print jobs: (id, state, restarts, reason, record, index)."""
+    lines = (f"{i}|{n}|{s}|{r}|{why}|cascade:{record}" for i, s, r, why, record, n in rows)
+    (programs / "queue").write_text("".join(f"{line:<200}\n" for line in lines))
+
+
+def stand_in(folder, text):
+    """A python that does what `text` says, in the folder of the task."""
+    return str(program(folder, "python", f'cd "$(dirname "$CASCADE_FAILURE")"\n{text}'))
+
+
+def tasks(root, *names):
+    return [Task(root / name, ["train", name]) for name in names]
+
+
+def sent(root, *links):
+    left = {link.name: link.tasks for link in links}
+    return Sent(root, root / "launch" / "1", root / "code", links, left, {})
+
+
+# The batch script
+
+
+def test_the_script_asks_for_a_process_on_each_gpu_and_for_a_signal(tmp_path):
+    asked = ["launcher.gpus=8", "launcher.nodes=4", "launcher.time='08:00:00'"]
+    asked += ["launcher.partition=gpu", "launcher.account=art", "launcher.constraint=h100"]
+    asked += ["launcher.cpus=6", "launcher.container='--container-image=x.sqsh'"]
+    asked += ["launcher.preamble='module load cuda'", "launcher.options=['--qos=high']"]
+    link = Link("sweep", tasks(tmp_path, "a", "b", "c"), after=["clip"])
+    one = launcher("launcher=slurm", "launcher.at_once=2", *asked)
+    text = one.script(link, sent(tmp_path, link), ["7", "9_1"])
+    directives = [line[8:] for line in text.splitlines() if line.startswith("#SBATCH ")]
+    expected = """
+        --requeue --open-mode=append --signal=USR1@300 --nodes=4 --ntasks-per-node=8
+        --gpus-per-node=8 --cpus-per-task=6 --time=08:00:00 --partition=gpu --account=art
+        --constraint=h100 --array=0-2%2 --dependency=afterok:7:9_1 --kill-on-invalid-dep=yes
+        --qos=high"""
+    assert set(expected.split()) <= set(directives)
+    python = shlex.quote(sys.executable)
+    assert (
+        "module load cuda\n"
+        f"export PYTHONPATH={tmp_path}/code${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1\n"
+    ) in text
+    assert "srun --kill-on-bad-exit=1 --cpus-per-task=6 --container-image=x.sqsh sh -c" in text
+    assert f'{python} -m cascade "${{command[@]}}"\n' in text
+
+
+def test_what_is_not_asked_for_is_left_to_the_cluster(tmp_path):
+    link = Link("train", tasks(tmp_path, "a"))
+    text = launcher("launcher=slurm", "launcher.gpus=0").script(link, sent(tmp_path, link), [])
+    for word in ("partition", "account", "time=", "constraint", "gpus", "cpus", "dependency"):
+        assert word not in text
+    assert "--ntasks-per-node=1" in text
+
+
+def attempt(root, code, *, index=1, restarts=None, failure=None, srun=":", **choices):
+    """Runs the script of two tasks as Slurm would, with an srun that ends with `code`."""
+    link = Link("sweep", tasks(root / "a b", "first", "it's"))
+    for task in link.tasks:
+        task.folder.mkdir(parents=True, exist_ok=True)
+    record = sent(root, link)
+    one = launcher("launcher=slurm", *(f"launcher.{k}={v}" for k, v in choices.items()))
+    told = f'echo {failure} > "$CASCADE_FAILURE"' if failure else ":"
+    program(root / "bin", "srun", f'echo "srun $*"\n{told}\n{srun}\nexit {code}')
+    script = program(root, "script.sh", one.script(link, record, []))
+    env = {**os.environ, "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": str(index)}
+    env |= {"SLURM_JOB_NODELIST": "n1"}
+    if restarts is not None:
+        env["SLURM_RESTART_COUNT"] = str(restarts)
+    done = subprocess.run(["bash", "-u", script], env=env, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    return done.returncode, link.tasks[index].folder
+
+
+@pytest.mark.parametrize("code", [75, 134, 137, 138])
+def test_a_checkpoint_and_a_killed_process_requeue_this_task_alone(code, programs, tmp_path):
+    assert attempt(tmp_path, code)[0] == code
+    assert (programs / "asked").read_text().splitlines() == ["scontrol requeue 5_1", "sleep 60"]
+
+
+@pytest.mark.parametrize(
+    ("code", "failure", "says"),
+    [
+        (2, "data.path is not given", "data.path is not given"),
+        (1, None, "exit code 1"),
+        (143, None, "exit code 143"),
+        (137, "a bad file", "a bad file"),  # one rank said why, and the others were killed for it
+    ],
+)
+def test_a_failure_is_never_requeued_and_says_why(code, failure, says, programs, tmp_path):
+    ended, folder = attempt(tmp_path, code, failure=failure)
+    assert ended == code
+    assert not (programs / "asked").exists()
+    assert (folder / "failure.txt").read_text().strip() == says
+    assert not (folder / "done").exists()
+
+
+@pytest.mark.parametrize(("first", "again"), [(137, True), (75, True), (1, False), (2, False)])
+def test_the_first_that_ends_decides(first, again, programs, tmp_path):
+    """srun returns 143 whenever it ended the other processes for the sake of one."""
+    python = stand_in(tmp_path / "python", f"exit {first}")
+    ranks = 'while [[ $1 = --* ]]; do shift; done\n"$@"\n"$@"'
+    attempt(tmp_path, 143, srun=ranks, python=python)
+    assert (programs / "asked").exists() == again
+
+
+def test_the_restarts_have_a_cap(programs, tmp_path):
+    attempt(tmp_path, 75, restarts=2, max_restarts=3)
+    assert (programs / "asked").exists()
+    (programs / "asked").unlink()
+    code, folder = attempt(tmp_path, 75, restarts=3, max_restarts=3)
+    assert code == 75
+    assert not (programs / "asked").exists()
+    assert "restart 3" in (folder / "failure.txt").read_text()
+
+
+def test_a_task_that_ends_well_leaves_a_mark_and_its_log(programs, tmp_path):
+    (tmp_path / "a b" / "first").mkdir(parents=True)
+    (tmp_path / "a b" / "first" / "failure.txt").write_text("of the attempt before")
+    code, folder = attempt(tmp_path, 0, index=0)
+    assert code == 0
+    assert (folder / "done").exists()
+    assert not (folder / "failure.txt").exists()
+    log = (folder / "log.txt").read_text()
+    assert "job 5_0 on n1" in log
+    assert "-m cascade train first" in log
+
+
+# What is frozen
+
+
+def test_a_copy_of_the_code_is_complete_and_comes_first(tmp_path):
+    copy = copied(tmp_path)
+    assert copied(tmp_path) == copy
+    code = (
+        "import cascade, cascade.conf, cascade.eval, cascade.slurm.plan as p, sys\n"
+        "for m in (cascade, cascade.conf, cascade.eval, p): print(m.__file__ or m.__path__[0])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}
+    repository = Path(__file__).parent.parent  # whose working tree must not be what is run
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=repository, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith(str(copy)) for line in done.stdout.splitlines())
+    originals = {p.relative_to(CONF) for p in CONF.rglob("*.yaml")}
+    assert {p.relative_to(copy / "cascade/conf") for p in copy.rglob("*.yaml")} == originals
+
+
+def test_a_training_is_frozen_when_it_is_sent(programs, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["train", *SMALL, f"run={run}", "launcher=slurm", "launcher.gpus=2"]
+    assert main(arguments) == 0
+    frozen = yaml.safe_load((run / "frozen.yaml").read_text())
+    assert frozen["images"] == 48
+    assert frozen["trainer"]["devices"] == 2
+    assert "launcher" not in frozen
+    assert "${" not in (run / "frozen.yaml").read_text()
+    record = json.loads((run / "launch" / "1" / "train" / "tasks.json").read_text())
+    assert Path(record["code"], "cascade", "cli.py").exists()
+    assert len(record["commit"]) == 40
+    script = (run / "launch" / "1" / "train" / "script.sh").read_text()
+    assert f"folder={run} command=(train --config {run}/frozen.yaml)" in script
+
+
+def test_what_waits_is_not_sent_again_nor_changed(programs, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["train", *SMALL, f"run={run}", "launcher=slurm"]
+    assert main(arguments) == 0
+    record = run / "launch" / "1" / "train" / "tasks.json"
+    in_queue(programs, ("101_0", "PENDING", 0, "Priority", record, 0))
+    assert main(arguments) == 0
+    assert "1 queued or running" in capsys.readouterr().out
+    assert main([*arguments, "optim.lr=1"]) == 2
+    assert "scancel 101_0" in capsys.readouterr().err
+    assert (programs / "asked").read_text().count("sbatch") == 1
+    in_queue(programs, ("101_0", "PENDING", 0, "DependencyNeverSatisfied", record, 0))
+    assert main([*arguments, "optim.lr=1"]) == 0
+
+
+def test_what_cannot_work_is_refused_when_it_is_sent(programs, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["train", *SMALL, f"run={run}", "launcher=slurm"]
+    assert main([*arguments, "launcher.gpus=3"]) == 2
+    assert "not ranks (3)" in capsys.readouterr().err
+    run.mkdir()
+    (run / "config.yaml").write_text(training([*SMALL, f"run={run}"], Local(1, 0, None))[0].config)
+    assert main([*arguments, "seed=5"]) == 2
+    assert "seed: 0 -> 5" in capsys.readouterr().err
+    assert not (programs / "asked").exists()
+    program(programs, "sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1")
+    assert main(arguments) == 2
+    assert "invalid partition" in capsys.readouterr().err
+
+
+def test_a_whole_configuration_takes_no_overrides(tmp_path, capsys):
+    assert main(["train", "--config", str(tmp_path / "frozen.yaml"), "images=3"]) == 2
+    assert "takes no overrides" in capsys.readouterr().err
+
+
+def test_a_job_says_why_it_failed_where_its_launcher_looks(tmp_path, monkeypatch):
+    monkeypatch.setenv("CASCADE_FAILURE", str(tmp_path / "failure.txt"))
+    assert main(["train", "--config", str(tmp_path / "frozen.yaml")]) == 2
+    assert "frozen.yaml" in (tmp_path / "failure.txt").read_text()
+
+
+def test_without_slurm_it_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["train", *SMALL, f"run={tmp_path / 'run'}", "launcher=slurm"]) == 2
+    assert "launcher=local" in capsys.readouterr().err
+
+
+# Grids
+
+
+def test_a_grid_is_every_combination_by_name():
+    axes = {"text": {"small": ["a=1", "b=2"], "large": []}, "net": {"x": ["net=x"]}}
+    assert list(points(axes)) == [("small-x", ["a=1", "b=2", "net=x"]), ("large-x", ["net=x"])]
+
+
+def test_the_last_of_several_overrides_counts():
+    assert joined(["stage=a", "+x=1"], ["stage=b"], ["x=2", "y=3"]) == ["stage=b", "x=2", "y=3"]
+    assert split(["run=x", "launcher.gpus=2", "+launcher=a", "runs=3"], ["run", "launcher"]) == (
+        ["run=x", "launcher.gpus=2", "+launcher=a"],
+        ["runs=3"],
+    )
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "sweep").glob("*.yaml"))])
+def test_every_point_of_every_sweep_builds(name):
+    config = composed("sweep", [f"sweep={name}"])
+    for _, point in points(config.axes):
+        own = composed("train", joined(config.base, ["data.path=none"], point))
+        with torch.device("meta"):
+            built(own.stage)
+
+
+def test_a_sweep_is_one_array_and_goes_on_with_what_is_missing(programs, tmp_path):
+    root = tmp_path / "sweep"
+    arguments = ["sweep", "sweep=text_x_unet", "launcher=slurm", f"run={root}", "data.path=none"]
+    assert main(arguments) == 0
+    script = (root / "launch/1/sweep/script.sh").read_text()
+    assert "--array=0-5" in script
+    finished, queued = root / "text_48-unet_tiny", root / "text_96-unet_small"
+    total = yaml.safe_load((finished / "frozen.yaml").read_text())["images"]
+    (finished / "status.json").write_text(json.dumps({"images": total, "total": total}))
+    index = [
+        f.name for f in sorted(root.glob("text*"), key=lambda f: script.index(f" folder={f} "))
+    ]
+    index = index.index(queued.name)
+    record = root / "launch/1/sweep/tasks.json"
+    in_queue(programs, (f"101_{index}", "RUNNING", 0, "None", record, index))
+    assert main(arguments) == 0
+    again = (root / "launch/2/sweep/script.sh").read_text()
+    assert "--array=0-3" in again
+    assert f"folder={finished} " not in again
+    assert f"folder={queued} " not in again
+
+
+def test_two_points_of_one_directory_are_refused(programs, tmp_path):
+    axes = {"a": {"x": [], "x-y": []}, "b": {"y-z": [], "z": []}}
+    names = [name for name, _ in points(axes)]
+    with pytest.raises(UserError, match="x-y-z would be the directory of two"):
+        launch(launcher("launcher=slurm"), tmp_path, [Link("sweep", tasks(tmp_path, *names))])
+    assert not (programs / "asked").exists()
+
+
+# Chains
+
+
+def links_of(name, tmp_path, *overrides):
+    config = composed("launch", [f"cascade={name}", f"run={tmp_path / 'c'}", *overrides])
+    return by_name(chain(config, launcher("launcher=slurm")))
+
+
+def by_name(links):
+    return {link.name: link for link in links}
+
+
+def test_unclip_is_a_chain_from_its_clip_to_its_evaluation(tmp_path):
+    links = links_of("unclip", tmp_path, "data.path=shards", "precompute=3", "run=c")
+    assert {name: list(link.after) for name, link in links.items()} == {
+        "clip": [],
+        "judge": [],
+        "precompute": ["clip"],
+        "prior": ["precompute"],
+        "decoder": ["precompute"],
+        "sr256": ["precompute"],
+        "sr1024": ["precompute"],
+        "evaluation": ["clip", "judge", "precompute", "prior", "decoder", "sr256", "sr1024"],
+    }
+    alone = {name for name, link in links.items() if link.alone}
+    assert alone == {"precompute", "evaluation"}
+    assert len(links["precompute"].tasks) == 3
+    command = " ".join(links["precompute"].tasks[0].command)
+    assert command == "data precompute shards --clip c/clip --out shards/embeddings"
+    assert "--judge c/judge --split val" in " ".join(links["evaluation"].tasks[0].command)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "cascade").glob("*.yaml"))])
+def test_every_cascade_is_a_chain(name, tmp_path):
+    links = links_of(name, tmp_path, "data.path=shards")
+    assert list(links)[-1] == "evaluation"
+    config = composed("launch", [f"cascade={name}", "data.path=shards"])
+    assert set(config.cascade) < set(config.stages)
+    assert config.judge != f"{config.run}/judge" or "judge" in config.stages
+    for link in links.values():
+        for task in link.tasks:
+            if task.config:
+                with torch.device("meta"):
+                    built(yaml.safe_load(task.config)["stage"])
+
+
+def test_without_a_clip_nothing_is_embedded(tmp_path):
+    config = composed("launch", ["cascade=unclip", f"run={tmp_path}", "data.path=x"])
+    config.stages = {"decoder": ["stage=decoder_text"], "sr256": ["stage=sr256"]}
+    links = by_name(chain(config, launcher("launcher=slurm")))
+    assert {name: list(link.after) for name, link in links.items()} == {
+        "decoder": [],
+        "sr256": [],
+        "evaluation": ["decoder", "sr256"],
+    }
+
+
+def test_what_a_cascade_reads_precomputed_is_precomputed(tmp_path):
+    config = composed("launch", ["cascade=unclip", f"run={tmp_path}", "data.path=x"])
+    decoder = ["stage=decoder_text", "text=t5_small", "precomputed=text", "data=recaptioned"]
+    config.stages = {"decoder": decoder}
+    links = by_name(chain(config, launcher("launcher=slurm")))
+    command = " ".join(links["precompute"].tasks[0].command)
+    text = "--text google/t5-v1_1-small --text-out x/text --captions long_caption,txt"
+    assert command == f"data precompute x {text}"
+
+
+def test_links_differ_in_what_they_ask_for(programs, tmp_path):
+    arguments = ["launch", "cascade=unclip", "data.path=x", f"run={tmp_path}", "launcher=slurm"]
+    asked = ["+resources.sr256={nodes: 4, gpus: 8}", "+resources.evaluation.time=60"]
+    assert main([*arguments, *asked]) == 0
+    scripts = {p.parent.name: p.read_text() for p in tmp_path.glob("launch/1/*/script.sh")}
+    assert "--nodes=4" in scripts["sr256"]
+    assert "--time=60" in scripts["evaluation"]
+    assert yaml.safe_load((tmp_path / "sr256/frozen.yaml").read_text())["trainer"]["num_nodes"] == 4
+    assert main([*arguments, "+resources.clip.node=4"]) == 2
+
+
+def test_jobs_of_a_chain_depend_on_those_before_them(programs, tmp_path):
+    root = tmp_path / "chain"
+    names = ("clip", "precompute", "prior", "evaluation")
+    after = ([], ["clip"], ["precompute"], ["clip", "prior"])
+    links = [Link(n, tasks(root, n), after=a) for n, a in zip(names, after)]
+    launch(launcher("launcher=slurm"), root, links)
+
+    def dependencies(number):
+        found = {}
+        for path in root.glob(f"launch/{number}/*/script.sh"):
+            lines = path.read_text().splitlines()
+            given = [line for line in lines if line.startswith("#SBATCH --dependency=")]
+            found[path.parent.name] = given[0].partition("afterok:")[2] if given else ""
+        return found
+
+    assert dependencies(1) == {
+        "clip": "",
+        "precompute": "101",
+        "prior": "102",
+        "evaluation": "101:103",
+    }
+    record = root / "launch" / "1" / "precompute" / "tasks.json"
+    in_queue(programs, ("102_0", "RUNNING", 0, "None", record, 0))
+    links[0] = Link("clip", [Task(root / "clip", ["train"], done=True)])
+    launch(launcher("launcher=slurm"), root, links)
+    assert dependencies(2) == {"prior": "102_0", "evaluation": "105"}
+
+
+# Processes of this machine
+
+
+def run_here(root, links, text, at_once=2):
+    local = Local(at_once, 0, stand_in(root / "bin", text))
+    launch(local, root, links)
+
+
+def test_what_fails_stops_what_hangs_on_it_and_nothing_else(tmp_path, capsys):
+    links = [
+        Link("data", tasks(tmp_path, "data")),
+        Link("bad", tasks(tmp_path, "bad"), after=["data"]),
+        Link("good", tasks(tmp_path, "good", "better"), after=["data"]),
+        Link("report", tasks(tmp_path, "report"), after=["bad", "good"]),
+    ]
+    text = "echo ran; [[ $PWD = */bad && ! -e ../mended ]] && exit 3; exit 0"
+    with pytest.raises(Failed, match=r"1 failed: bad \(exit code 3.*not started for that: report"):
+        run_here(tmp_path, links, text)
+    assert not (tmp_path / "report" / "log.txt").exists()
+    assert all((tmp_path / name / "done").exists() for name in ("data", "good", "better"))
+    (tmp_path / "mended").touch()
+    links = [
+        Link(
+            l.name,
+            [Task(t.folder, t.command, done=(t.folder / "done").exists()) for t in l.tasks],
+            l.after,
+        )
+        for l in links
+    ]
+    run_here(tmp_path, links, text)
+    counts = {p.parent.name: p.read_text().count("ran") for p in tmp_path.glob("*/log.txt")}
+    assert counts == {"data": 1, "bad": 2, "good": 1, "better": 1, "report": 1}
+
+
+def test_several_run_at_a_time_and_no_more(tmp_path):
+    """Each waits for another to be there, which none alone would see."""
+    text = """
+        mkdir ../at-work-$$
+        for i in $(seq 200); do
+            n=$(ls -d ../at-work-* | wc -l); [ $n -gt 2 ] && touch ../too-many
+            [ $n -ge 2 ] && touch ../together; [ -e ../together ] && break; sleep 0.05
+        done
+        sleep 0.1; rmdir ../at-work-$$; [ -e ../together ]"""
+    run_here(tmp_path, [Link("sweep", tasks(tmp_path, *"abcd"))], text)
+    assert (tmp_path / "together").exists()
+    assert not (tmp_path / "too-many").exists()
+
+
+def test_a_checkpoint_of_a_process_here_is_no_failure(tmp_path):
+    with pytest.raises(TryAgain, match="not finished: a"):
+        run_here(
+            tmp_path,
+            [Link("sweep", tasks(tmp_path, "a", "b"))],
+            "[[ $PWD = */a ]] && exit 75; exit 0",
+        )
+
+
+def test_a_process_runs_the_copy_and_says_why_it_failed(tmp_path):
+    text = "echo $PYTHONPATH $PYTHONSAFEPATH; echo because > $CASCADE_FAILURE; exit 2"
+    with pytest.raises(Failed, match="because"):
+        run_here(tmp_path, [Link("sweep", tasks(tmp_path, "a"))], text)
+    assert f"{tmp_path}/launch/code-" in (tmp_path / "a" / "log.txt").read_text()
+
+
+def test_ending_the_launch_ends_all_that_it_started(tmp_path):
+    script = tmp_path / "launch.py"
+    python = stand_in(
+        tmp_path / "bin",
+        "trap 'touch saved; exit 75' TERM; touch started; while :; do sleep 0.1; done",
+    )
+    script.write_text(
+        "from pathlib import Path\n"
+        "from cascade.slurm.local import Local\n"
+        "from cascade.slurm.plan import Link, Task, launch\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        "links = [Link('sweep', [Task(root / name, ['train']) for name in 'abc'])]\n"
+        f"launch(Local(2, 0, {python!r}), root, links)\n"
+    )
+    process = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
+    started = [tmp_path / name / "started" for name in "ab"]
+    while not all(path.exists() for path in started):
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert queue.locked(tmp_path / "a")
+    assert state.state(tmp_path / "a", None).word == "running"
+    again = Local(2, 0, python)
+    folders = [tmp_path / name for name in "abc"]
+    assert sorted(again.held(folders)) == folders[:2]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() != 0
+    assert all((tmp_path / name / "saved").exists() for name in "ab")
+    assert not (tmp_path / "c" / "started").exists()
+    assert not queue.locked(tmp_path / "a")
+
+
+# The table
+
+
+def a_run(folder, images=0, total=100, **files):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"images: {total}\n")
+    if images:
+        (folder / "status.json").write_text(json.dumps({"images": images, "total": total}))
+        head, row = "images,loss,lr,images_per_second,seconds", f"{images},0.25,1e-3,10.0,4.0"
+        (folder / "metrics.csv").write_text(f"{head}\n4,9,9,9,9\n{row}\n")
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_the_table_has_a_word_for_every_state(tmp_path):
+    def word(name, job=None, images=0, **files):
+        return state.state(a_run(tmp_path / name, images, **files), job).word
+
+    term = json.dumps({"event": "interrupted", "signal": "SIGTERM"}) + "\n"
+    assert word("a", Job("1_0", "PENDING", 0, "Priority")) == "queued"
+    assert word("b", Job("1_0", "RUNNING", 2, "None"), failure_txt="old") == "running"
+    assert word("c", Job("1_0", "PENDING", 1, "BeginTime"), 40) == "requeued"
+    assert word("d", Job("1_0", "PENDING", 1, "BeginTime"), 40, events_jsonl=term) == "preempted"
+    assert word("e", images=100) == "finished"
+    assert word("f", images=40, failure_txt="no .tar is there") == "failed"
+    assert word("g", images=40, events_jsonl=term) == "stopped"
+    assert word("h", images=40, heartbeats__rank0_json="{}") == "running"
+    assert word("i", done="") == "finished"
+    (tmp_path / "j").mkdir()
+    (tmp_path / "j" / "frozen.yaml").write_text("images: 7\n")
+    assert state.state(tmp_path / "j", None) == state.State("not started", 0, 7)
+
+
+def test_the_table_says_how_far_a_run_is(tmp_path):
+    found = state.state(a_run(tmp_path / "a", 40), Job("1_0", "RUNNING", 1, "None"))
+    assert (found.images, found.total, found.rate, found.loss) == (40, 100, 10.0, 0.25)
+    assert found.seconds_left == 6.0
+    assert found.note == "job 1_0, restart 1"
+    with (tmp_path / "a" / "metrics.csv").open("a") as file:
+        file.write("60,0.2")  # killed in the middle of a row
+    assert state.state(tmp_path / "a", None).images == 40
+    assert [state.duration(s) for s in (0.4, 59.9, 65.0, 7300.0, 90_000.0)] == [
+        "0 s",
+        "1 min 0 s",
+        "1 min 5 s",
+        "2 h 1 min",
+        "1 d 1 h",
+    ]
+
+
+def test_runs_prints_directories_and_the_queue(programs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_run(tmp_path / "runs" / "deep" / "decoder", 40, failure_txt="ran out of [disk]")
+    a_run(tmp_path / "runs" / "deep" / "decoder" / "checkpoints" / "x")
+    record = tmp_path / "tasks.json"
+    record.write_text(json.dumps({"tasks": [{"folder": str(tmp_path / "runs" / "prior")}]}))
+    row = ("7_0", "PENDING", 0, "Dependency", record, 0)
+    in_queue(programs, row, ("8", "RUNNING", 0, "None", "somebody/else", "N/A"))
+    assert main(["runs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1].split()[:4] == ["runs/deep/decoder", "failed", "40", "100"]
+    assert "ran out of [disk]" in lines[1]
+    assert lines[2].split() == ["runs/prior", "queued", "job", "7_0:", "Dependency"]
+
+
+def test_runs_works_without_slurm_and_imports_nothing_heavy(tmp_path):
+    a_run(tmp_path / "runs" / "a", 40)
+    code = (
+        "import sys; from cascade.cli import main\n"
+        "assert main(['runs', sys.argv[1]]) == 0\n"
+        "heavy = {'torch', 'lightning', 'numpy', 'hydra', 'omegaconf'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    env = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "stopped" in done.stdout
+
+
+def test_a_lock_is_seen_while_its_holder_lives(tmp_path):
+    assert not queue.locked(tmp_path)
+    with (tmp_path / queue.LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert queue.locked(tmp_path)
+    assert not queue.locked(tmp_path)
+
+
+def test_resources_are_the_launchers(tmp_path):
+    with pytest.raises(UserError, match="gpu is none of"):
+        launcher("launcher=slurm").ranks({"gpu": 4})
+    assert isinstance(launcher("launcher=slurm"), Slurm)
+    assert launcher("launcher=slurm").ranks({"nodes": 4}) == {"devices": 1, "num_nodes": 4}

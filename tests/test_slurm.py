@@ -1,0 +1,204 @@
+"""Runs on a real Slurm, which lives as long as these tests: `make test-slow`.
+
+Where what is tested is the batch script, a stand-in takes python's place; one run is real.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cascade.data.scenes import write_scenes
+from cascade.slurm import queue, state
+from cascade.slurm.code import copied
+from cascade.slurm.plan import Link, Task, launch
+from cascade.verbs import train
+from cascade.verbs.configuration import built, composed
+from tests.cluster import Cluster, free_ports, missing
+from tests.processes import Job
+
+pytestmark = pytest.mark.slow
+
+TINY = ["stage=sr256", "size=16", "low=8", "crop=null", "batch=4", "warmup=8", "grids=0"]
+TINY += ["net.net.channels=8", "net.net.patch=2", "net.net.embed=16", "ema=0.9"]
+TINY += ["learning_rate=constant", "save_seconds=1.0"]
+SWEEP = f"# @package _global_\nname: one\nbase: [{', '.join(TINY)}]\naxes: {{point: {{run: []}}}}\n"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    if absent := missing():
+        pytest.skip(f"Slurm is not on this machine: it lacks {', '.join(absent)}")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    one = Cluster(folder)
+    try:
+        one.start()
+        with pytest.MonkeyPatch.context() as patch:
+            for key in os.environ.keys() - one.env.keys():
+                patch.delenv(key)
+            for key, value in one.env.items():
+                patch.setenv(key, value)
+            yield one
+    finally:
+        one.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def ended(cluster):
+    cluster.hurry()
+    return not queue.jobs()
+
+
+def slurm(python, *overrides):
+    own = ["launcher=slurm", "launcher.gpus=0", f"launcher.python={python}", *overrides]
+    return built(composed("launcher", own).launcher)
+
+
+def stand_in(folder, text):
+    """A python that does what `text` says in the folder of the task, and counts its attempts."""
+    path = folder / "python"
+    path.write_text(
+        f'#!/usr/bin/env bash\ncd "$(dirname "$CASCADE_FAILURE")"\necho >> attempts\n{text}\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def attempts(folder):
+    path = folder / "attempts"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_tasks_of_an_array_requeue_themselves_alone_and_not_without_end(cluster, tmp_path):
+    text = """
+        n=$(wc -l < attempts)
+        case $PWD in
+        */well) exit 0 ;;
+        */again) [ $n -gt 1 ] || exit 75 ;;
+        */killed) [ $n -gt 1 ] || kill -9 $$ ;;
+        */capped) exit 75 ;;
+        */refused) echo no such file > "$CASCADE_FAILURE"; exit 2 ;;
+        esac"""
+    root = tmp_path / "a b"
+    root.mkdir()
+    names = ("well", "again", "killed", "capped", "refused")
+    tasks = [Task(root / name, ["train"]) for name in names]
+    one = slurm(stand_in(root, text), "launcher.max_restarts=2")
+    launch(one, root, [Link("sweep", tasks)])
+    cluster.wait(lambda: ended(cluster), "the array")
+    assert [attempts(root / name) for name in names] == [1, 2, 2, 3, 1]
+    words = {name: state.state(root / name, None) for name in names}
+    assert [words[name].word for name in names] == ["finished"] * 3 + ["failed"] * 2
+    assert words["refused"].note == "no such file"
+    assert "restart 2, the last" in words["capped"].note
+
+
+def test_a_failed_link_stops_what_hangs_on_it_and_is_mended_by_sending_again(cluster, tmp_path):
+    def links():
+        after = {"clip": [], "bad": ["clip"], "good": ["clip"], "more": ["good"]}
+        after["report"] = ["bad", "more"]
+        return [
+            Link(name, [Task(folder, ["train"], done=(folder / "done").exists())], before)
+            for name, before in after.items()
+            for folder in [tmp_path / name]
+        ]
+
+    def counts():
+        return [attempts(tmp_path / link.name) for link in links()]
+
+    text = """
+        case $PWD in
+        */bad) [ -e ../mended ] || exit 1 ;;
+        */good) [ $(wc -l < attempts) -gt 1 ] || exit 75 ;;  # which is no failure
+        esac"""
+    python = stand_in(tmp_path, text)
+    launch(slurm(python), tmp_path, links())
+    assert state.state(tmp_path / "report", queue.jobs()[tmp_path / "report"]).word == "queued"
+    cluster.wait(lambda: ended(cluster), "the chain")
+    assert counts() == [1, 1, 2, 1, 0]
+    assert state.state(tmp_path / "bad", None).word == "failed"
+    (tmp_path / "mended").touch()
+    launch(slurm(python), tmp_path, links())
+    cluster.wait(lambda: ended(cluster), "the chain, again")
+    assert counts() == [1, 2, 2, 1, 1]
+    assert {state.state(link.tasks[0].folder, None).word for link in links()} == {"finished"}
+
+
+def events(run):
+    path = run / "events.jsonl"
+    return path.read_text() if path.exists() else ""
+
+
+def reference(overrides):
+    train.run(composed("train", overrides))
+
+
+def test_a_run_outlives_a_dead_rank_its_wall_time_a_preemption_and_edits(cluster, tmp_path):
+    """Of two ranks with gloo; in the end it equals a run that nothing happened to."""
+    shards, root, source = tmp_path / "shards", tmp_path / "sweep", copied(tmp_path)
+    write_scenes(shards, "plain", "train", 20, 32, seed=0, shard_size=10)
+    (source / "cascade/conf/sweep/one.yaml").write_text(SWEEP)
+    run, free = root / "run", ["launcher=slurm", "launcher.gpus=0", "launcher.nodes=2"]
+    address = f"MASTER_ADDR=127.0.0.1 MASTER_PORT={free_ports(1)[0]}"  # nodes have no real names
+    preamble = f"export {address} OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="
+    options = ["launcher.time=60", f"launcher.preamble='{preamble}'"]
+
+    def send(*more):
+        command = [sys.executable, "-m", "cascade", "sweep", "sweep=one", *free, *options, *more]
+        env = {**os.environ, "PYTHONPATH": str(source), "PYTHONSAFEPATH": "1"}
+        subprocess.run([*command, f"run={root}", f"data.path={shards}"], env=env, check=True)
+
+    def job():
+        return queue.jobs().get(run)
+
+    def steps():
+        return state.state(run, None).images or 0
+
+    def goes_on():
+        before = steps()
+        cluster.wait(lambda: cluster.hurry() or steps() > before + 80, "training", 240)
+
+    def requeued(times, word):
+        cluster.wait(lambda: (j := job()) and j.restarts == times, f"requeue {times}")
+        cluster.wait(lambda: job().state == "PENDING", f"the end of attempt {times - 1}")
+        assert state.state(run, job()).word == word
+
+    faults = ["faults=kill", "faults.kill.step=20", "faults.kill.rank=1"]
+    send("images=10_000_000", *faults, "launcher.options=[--hold]")
+    edited = {source / "cascade/conf/train.yaml": "seed: 1", source / "cascade/__main__.py": "1/0"}
+    texts = {path: path.read_text() for path in edited}
+    for path, text in edited.items():
+        path.write_text(texts[path] + "\n" + text + "\n")
+    cluster("scontrol", "release", job().id.partition("_")[0])
+    requeued(1, "requeued")  # rank 1 was killed
+    goes_on()
+    assert state.state(run, job()).word == "running"
+    cluster("scontrol", "update", f"JobId={job().id}", "TimeLimit=5")
+    requeued(2, "requeued")  # told by SIGUSR1
+    assert '"SIGUSR1"' in events(run)
+    cluster("scontrol", "update", f"JobId={job().id}", "TimeLimit=60")
+    goes_on()
+    nodes = cluster("squeue", "-h", "-j", job().id, "-o", "%N").strip()
+    cluster("sbatch", "-p", "high", f"--nodelist={nodes}", "-o", "/dev/null", "--wrap", "true")
+    requeued(3, "preempted")
+    assert '"SIGTERM"' in events(run)
+    cluster("scancel", job().id)
+    cluster.wait(lambda: not job(), "its cancellation")
+    for path, text in texts.items():
+        path.write_text(text)
+    images = f"images={steps() + 80}"
+    send(images)
+    cluster.wait(lambda: not job(), "the end", 240)
+    assert state.state(run, None).word == "finished"
+    overrides = [*TINY, images, f"data.path={shards}", f"run={tmp_path / 'whole'}"]
+    whole = Job(reference, [[*overrides, "trainer.devices=2"]], out=tmp_path / "out", ranks=2)
+    assert whole.wait(120) == [0, 0], whole.output()
+    a, b = (load_file(folder / "weights.safetensors") for folder in (run, tmp_path / "whole"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)

@@ -1,15 +1,8 @@
 """Real trainings, minutes each: `make test-slow`."""
 
 import csv
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from cascade.data.scenes import write_scenes
 from cascade.verbs import train
@@ -33,27 +26,3 @@ def test_a_text_decoder_learns_the_plain_scenes(shards, tmp_path):
     folder = train.run(composed("train", [*overrides, *more, "+data.cache=true", "grids=1"]))
     losses = [float(row["loss"]) for row in csv.DictReader((folder / "metrics.csv").open())]
     assert sum(losses[-3:]) / 3 < 0.13
-
-
-def test_a_run_killed_without_warning_equals_an_unkilled_one(shards, tmp_path):
-    def start(run):
-        argv = ["stage=sr256", "size=32", "low=8", "crop=null", "batch=4", "images=400", "grids=0"]
-        argv += [f"data.path={shards}", f"run={tmp_path / run}", "save_seconds=1.0"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, "-m", "cascade", "train", *argv],
-            env=environment,
-            stderr=subprocess.DEVNULL,
-        )
-
-    assert start("whole").wait() == 0
-    killed = start("killed")
-    while not list((tmp_path / "killed").glob("checkpoints/step-*")):
-        time.sleep(0.05)
-        assert killed.poll() is None
-    time.sleep(0.5)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert start("killed").wait() == 0
-    a, b = (load_file(tmp_path / run / "weights.safetensors") for run in ("whole", "killed"))
-    assert all(torch.equal(a[key], b[key]) for key in a)

@@ -55,6 +55,14 @@ def parser() -> argparse.ArgumentParser:
         help="cascade=NAME, launcher=..., data.path=DIR, run=DIR, +resources.LINK.nodes=4, "
         "'+budgets.STAGE=[\"images=...\"]'",
     )
+    cells = verb("cells", "Measure one point of a sweep at every cell (what `sweep` sends).")
+    cells.add_argument("file", help="the point's evaluation/frozen.yaml")
+    report = verb("report", "Write the page of a sweep, or of half a sweep, and its figures.")
+    report.add_argument("dir", help="folder of a sweep, or of several")
+    report.add_argument("--out", help="where pages, tables and figures go (default: DIR)")
+    report.add_argument(
+        "--findings", help="page of findings (.md) to bring up to date; its tables lie beside it"
+    )
     runs = verb(
         "runs", "Show what is queued, running, preempted, finished or failed, and how far it is."
     )
@@ -71,14 +79,48 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--batch", type=int, default=16, help="pictures at a time (default 16)")
     _sampling_options(sample)
 
-    evaluate = verb("evaluate", "Measure a cascade on held-out captions; write a report.")
-    evaluate.add_argument("--model", required=True, help="directory of a cascade (runs/demo)")
-    evaluate.add_argument("--data", required=True, help="folder of shards with held-out splits")
-    evaluate.add_argument("--judge", required=True, help="the CLIP that judges: a directory")
-    evaluate.add_argument("--out", help="folder for metrics.json and report.html (default: model)")
+    generate = verb(
+        "generate",
+        "Paint many prompts into a folder, to be measured there or by others' scorers.",
+        "the same command again goes on; any number of processes may share the work",
+    )
+    generate.add_argument("--model", required=True, help="directory of a cascade (runs/demo)")
+    generate.add_argument(
+        "--prompts", required=True, help=".txt, .jsonl, .csv or .tsv, or coco:DIR (COCO-30k)"
+    )
+    generate.add_argument("--out", required=True, help="folder to write to")
+    generate.add_argument("--layout", choices=["plain", "geneval", "compbench"], default="plain")
+    generate.add_argument(
+        "--per-prompt", type=int, help="pictures (default: the layout's: 1, 4, 10)"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="of all noise (default 0)")
+    generate.add_argument("--batch", type=int, default=16, help="pictures at a time (default 16)")
+    _shard_option(generate)
+    _sampling_options(generate)
+
+    evaluate = verb(
+        "evaluate",
+        "Measure a cascade on held-out captions, or pictures of any system; write a report.",
+    )
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="directory of a cascade (runs/demo)")
+    what.add_argument("--pictures", help="folder or tar of pictures, by whatever system")
+    evaluate.add_argument("--data", help="of --model: folder of shards with held-out splits")
+    evaluate.add_argument("--judge", help="of --model: the CLIP that judges, a directory")
+    _picture_options(evaluate)
+    evaluate.add_argument(
+        "--out", help="folder for numbers and report.html (default: model, PICTURES.evaluation)"
+    )
     evaluate.add_argument("--split", default="val", help="held-out split (default val)")
     evaluate.add_argument("--count", type=int, default=320, help="captions of each kind (320)")
     evaluate.add_argument("--guidance", default="1,2,4", help="decoder's scales to sweep (1,2,4)")
+    evaluate.add_argument(
+        "--geneval",
+        type=int,
+        default=0,
+        metavar="N",
+        help="score GenEval's six tasks on scenes, with N prompts each (0: leave it out)",
+    )
     evaluate.add_argument("--seed", type=int, default=0, help="of all noise (default 0)")
     _sampling_options(evaluate)
 
@@ -145,6 +187,32 @@ def _sampling_options(verb: argparse.ArgumentParser) -> None:
         metavar="STAGE.OPTION=VALUE",
         help="a sampling choice, such as decoder.scale=3, prior.best_of=4 or sr64.steps=8",
     )
+
+
+def _shard_option(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="this process's share, I from 0 (default: torchrun's, srun's)",
+    )
+
+
+def _picture_options(verb: argparse.ArgumentParser) -> None:
+    of = verb.add_argument_group("of --pictures")
+    of.add_argument("--reference", help="folder, tar, .npz of statistics, or coco:DIR (COCO-30k)")
+    of.add_argument("--captions", help=".jsonl, .csv or .txt with ids (default: beside pictures)")
+    of.add_argument("--inception", metavar="FILE", help="weights of the FID's Inception")
+    of.add_argument("--clip", help="a CLIP: a directory, or open_clip's name with --checkpoint")
+    of.add_argument("--checkpoint", help="weights file or tag, for a name of open_clip's")
+    of.add_argument("--dino", metavar="DIR", help="a DINOv2 in transformers' format")
+    of.add_argument(
+        "--resize",
+        choices=["clean", "pytorch", "tensorflow"],
+        help="to Inception's 299 px (clean); given, pictures may be of several sizes",
+    )
+    of.add_argument("--bootstrap", type=int, default=200, help="draws for intervals (200; 0: none)")
+    of.add_argument("--cache", metavar="DIR", help="of features (default: NAME.features)")
+    _shard_option(verb)
 
 
 def _note(error: Exception) -> None:

@@ -54,6 +54,57 @@ class BestOf:
 
 
 @dataclass(frozen=True)
+class Untold:
+    """A stage that is sampled without some of its conditions, to see what they contribute.
+
+    Args:
+        without: sources, such as "caption".
+    """
+
+    stage: Link
+    without: tuple[str, ...]
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.stage.reads
+
+    @property
+    def writes(self) -> str:
+        return self.stage.writes
+
+    def completed(self, batch: Batch) -> Batch:
+        return self.stage.completed(batch)
+
+    def sample(self, batch: Batch, seed: int, purpose: str = "", progress=None) -> torch.Tensor:
+        return self.stage.sample(batch, seed, purpose, progress, without=self.without)
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """The caption's CLIP embedding in place of a picture's that a prior would draw.
+
+    unCLIP (section 5.1) asks with it what a prior is worth.
+    """
+
+    stage: Link
+    by: str = "clip_text"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.stage.reads
+
+    @property
+    def writes(self) -> str:
+        return self.stage.writes
+
+    def completed(self, batch: Batch) -> Batch:
+        return self.stage.completed(batch)
+
+    def sample(self, batch: Batch, seed: int, progress=None) -> torch.Tensor:
+        return self.completed(batch)[self.by]
+
+
+@dataclass(frozen=True)
 class Cascade:
     """Stages in order; every key that one reads is given, or written by an earlier one."""
 

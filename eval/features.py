@@ -1,33 +1,46 @@
-"""Named feature spaces for evaluation: pictures [b, 3, h, w] in [-1, 1] to rows [b, d].
+"""Named feature spaces for evaluation: pictures [b, 3, h, w] to rows [b, d].
 
-A distance is named after its space, and is called FID only where the features are those of the
-Inception network with which the FID is defined, down to the hash of its weights.
+Every space looks at 8-bit pictures, as they would lie in a file: uint8, or floats in [-1, 1] that
+are rounded first. Pictures that are not square are squashed. A distance is named after its space,
+and is called FID only where the features are those of the Inception network with which the FID is
+defined, down to the hash of its weights.
 """
 
 import hashlib
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.inception import Inception3
 
+from cascade.encoders.sources import reading, weights_hash
 from cascade.errors import UserError
 
 _FILE = "pt_inception-2015-12-05-6726825d.pth"
 FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_SIDE = 299  # of the pictures that Inception sees
 
 
 @runtime_checkable
 class Features(Protocol):
-    """A feature space: `name` says which, `dim` how wide, and the call gives float32 rows."""
+    """A feature space: the call gives float32 rows.
+
+    `name` says which, `dim` how wide, `hash` identifies the weights, and `resize` says in words how
+    pictures are brought to the size that the network sees.
+    """
 
     name: str
     dim: int
+    hash: str
+    resize: str
 
-    def __call__(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]: ...
+    def __call__(self, pictures: Shaped[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]: ...
 
 
 @runtime_checkable
@@ -41,34 +54,168 @@ class CLIP(Protocol):
     def image(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]: ...
 
 
+def eight_bit(pictures: Shaped[Tensor, "*any"]) -> UInt8[Tensor, "b 3 h w"]:
+    """Pictures as bytes: those that are, and floats in [-1, 1], rounded.
+
+    Raises:
+        UserError: they are neither, or not RGB. (Floats in [0, 1] cannot be told from dark ones.)
+    """
+    if pictures.ndim != 4 or pictures.shape[1] != 3:
+        shape = list(pictures.shape)
+        raise UserError(f"pictures are [b, 3, h, w], not {shape}: convert them to RGB, of one size")
+    if pictures.dtype == torch.uint8:
+        return pictures
+    if not pictures.is_floating_point():
+        raise UserError(f"pictures are {pictures.dtype}: convert them to 8 bits a channel")
+    levels = ((pictures.float() + 1) * 127.5).round()
+    if not ((levels >= 0) & (levels <= 255)).all():
+        low, high = pictures.aminmax()
+        raise UserError(
+            f"pictures are in [{low:.3g}, {high:.3g}]: give floats in [-1, 1], or 8-bit integers"
+        )
+    return levels.byte()
+
+
 class CLIPFeatures:
     """The unit-norm picture embeddings of a CLIP: judge with another one than conditions."""
+
+    resize = "antialiased bicubic to the size that the CLIP sees"
 
     def __init__(self, clip: CLIP):
         self.clip = clip
         self.name = f"CLIP features of {clip.name}, {clip.hash[:8]}"
-        self.dim = clip.dim
+        self.hash, self.dim = clip.hash, clip.dim
 
     @torch.no_grad()
-    def __call__(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        return F.normalize(self.clip.image(pictures).float(), dim=-1)
+    def __call__(self, pictures: Shaped[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        x = eight_bit(pictures) / 127.5 - 1
+        with _full_precision():
+            return F.normalize(self.clip.image(x).float(), dim=-1)
+
+
+class DINOv2Features(nn.Module):
+    """The CLS token behind the last norm of a DINOv2, for FD_DINOv2 (arXiv 2306.04675: ViT-L/14).
+
+    Pictures are 224 px, antialiased bicubic, in ImageNet's normalisation. The position embeddings
+    are brought to their 16 x 16 patches as the published code does it, a tenth of a patch wider
+    than transformers does.
+
+    Args:
+        folder: a local copy of the published repository in the format of transformers.
+
+    Raises UserError where a file is missing or unreadable, or of another architecture.
+    """
+
+    resize = "antialiased bicubic to 224 px"
+
+    def __init__(self, folder: str | Path):
+        super().__init__()
+        weights = Path(folder) / "model.safetensors"
+        for file in (Path(folder) / "config.json", weights):
+            if not file.is_file():
+                raise UserError(f"no {file.name} in {folder}: copy facebook/dinov2-large's there")
+        self.hash = weights_hash([weights])
+        self.name = f"DINOv2 features of {Path(folder).name}, {self.hash[:8]}"
+        with reading([weights], f"a DINOv2 in {folder}"):
+            self.net = _dinov2(Path(folder))
+        self.dim = self.net.config.hidden_size
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, pictures: Shaped[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        x = eight_bit(pictures).to(self.net.device).float()
+        x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 255) / 255
+        mean, std = (
+            torch.tensor(values, device=x.device).view(3, 1, 1)
+            for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        )
+        with _full_precision():
+            return self.net((x - mean) / std).last_hidden_state[:, 0]
+
+
+def _dinov2(folder: Path) -> nn.Module:
+    """Raises if the configuration or a tensor is of another architecture."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    if json.loads((folder / "config.json").read_text())["model_type"] != "dinov2":
+        raise TypeError("the model type is not dinov2")
+    net, found = Dinov2Model.from_pretrained(
+        folder,
+        config=Dinov2Config.from_pretrained(folder, local_files_only=True),
+        local_files_only=True,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    if found["missing_keys"]:
+        raise KeyError(f"{len(found['missing_keys'])} tensors are missing")
+    patches = 224 // net.config.patch_size
+    table = _positions(net.embeddings.position_embeddings, patches)
+    net.embeddings.position_embeddings = nn.Parameter(table)
+    return net
+
+
+def _positions(table: Float[Tensor, "1 n d"], side: int) -> Float[Tensor, "1 m d"]:
+    """Position embeddings for side x side patches, as facebookresearch/dinov2 interpolates them."""
+    old = int((table.shape[1] - 1) ** 0.5)
+    if old == side:
+        return table.detach()
+    grid = table[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=(side + 0.1) / old, mode="bicubic")
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1).detach()
+
+
+class Resize(NamedTuple):
+    """A convention for bringing 8-bit pictures to what Inception is fed: [b, 3, 299, 299]."""
+
+    name: str
+    words: str
+    feed: Callable[[UInt8[Tensor, "b 3 h w"]], Float[Tensor, "b 3 299 299"]]
+
+
+def _clean(x: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 299 299"]:
+    size = (_SIDE, _SIDE)
+    x = F.interpolate(x.float(), size, mode="bicubic", antialias=True).clamp(0, 255)
+    return (x - 128) / 128
+
+
+def _pytorch_fid(x: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 299 299"]:
+    return 2 * F.interpolate(x / 255, (_SIDE, _SIDE), mode="bilinear", align_corners=False) - 1
+
+
+def _tensorflow(x: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 299 299"]:
+    x = x.float()
+    for axis in (3, 2):
+        size = x.shape[axis]
+        at = torch.arange(_SIDE, dtype=torch.float32, device=x.device) * (size / _SIDE)
+        low = at.long()
+        a, b = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=size - 1))
+        x = a + (b - a) * (at - low).view([-1 if i == axis else 1 for i in range(4)])
+    return (x - 128) / 128
+
+
+# clean-fid's own (arXiv 2104.11222), its "legacy_pytorch", and its "legacy_tensorflow", which is
+# torch-fidelity's and the original's: corners are aligned to the left, and nothing is antialiased.
+CLEAN = Resize("clean", "clean-fid: antialiased bicubic to 299 px, not quantised", _clean)
+PYTORCH_FID = Resize("pytorch-fid", "pytorch-fid: bilinear to 299 px", _pytorch_fid)
+TENSORFLOW = Resize("tensorflow", "TensorFlow 1: bilinear to 299 px", _tensorflow)
 
 
 class InceptionFeatures(nn.Module):
     """The 2048 pooled features of the Inception-v3 that the FID is defined by.
 
-    Weights: a local copy of pytorch-fid's pt_inception-2015-12-05-6726825d.pth (also distributed as
-    torch-fidelity's weights-inception-2015-12-05-6726825d.pth), refused unless its SHA-256 is
-    `sha256`. Resizing is clean-fid's (arXiv 2104.11222): 8-bit pictures, antialiased bicubic to
-    299 x 299, clipped but not quantised, then (x - 128) / 128.
+    Args:
+        path: a local copy of pytorch-fid's pt_inception-2015-12-05-6726825d.pth (also distributed
+            as torch-fidelity's weights-inception-2015-12-05-6726825d.pth).
+        sha256: of that file; another is refused.
+        resize: `CLEAN`, `PYTORCH_FID` or `TENSORFLOW`; distances differ, and do not compare.
 
     Raises UserError where the file is missing or another one.
     """
 
-    name = "Inception-v3 pooled features, clean-fid resizing"
     dim = 2048
 
-    def __init__(self, path: str | Path, sha256: str = FID_SHA256):
+    def __init__(self, path: str | Path, sha256: str = FID_SHA256, resize: Resize = CLEAN):
         super().__init__()
         if not Path(path).is_file():
             raise UserError(f"no Inception weights at {path}: copy {_FILE} there by hand")
@@ -76,16 +223,30 @@ class InceptionFeatures(nn.Module):
             self.hash = hashlib.file_digest(file, "sha256").hexdigest()
         if self.hash != sha256:
             raise UserError(f"{path} has SHA-256 {self.hash}, not {sha256}: copy {_FILE} again")
+        self.name, self.resize = f"Inception-v3 pooled features, {self.hash[:8]}", resize.words
+        self._feed = resize.feed
         self.net = inception()
         self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.net.fc = nn.Identity()  # past the pooled features lie only the 1008 logits
+        self.register_buffer("_classes", self.net.fc.weight.detach().clone())
+        self.net.fc = nn.Identity()
+        self.net.to(memory_format=torch.channels_last)  # a third faster on CPUs
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 2048"]:
-        x = ((pictures.float() + 1) * 127.5).round().clamp(0, 255)
-        x = F.interpolate(x, (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
-        return self.net((x - 128) / 128)
+    def forward(self, pictures: Shaped[Tensor, "b 3 h w"]) -> Float[Tensor, "b 2048"]:
+        x = eight_bit(pictures).to(self._classes.device)
+        with _full_precision():
+            return self.net(self._feed(x))
+
+    @torch.no_grad()
+    def logits(self, features: Float[Tensor, "b 2048"]) -> Float[Tensor, "b 1008"]:
+        """For the Inception score, of the pooled features, without biases as in the original."""
+        return features.to(self._classes) @ self._classes.T
+
+
+def _full_precision() -> AbstractContextManager[None]:
+    """Convolutions in full float32 on GPUs as on CPUs: TF32 would show in the third digit."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def inception() -> Inception3:
@@ -96,23 +257,21 @@ def inception() -> Inception3:
     """
     net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-        net.get_submodule(f"Mixed_{name}").register_forward_hook(_repool_average)
-    net.Mixed_7c.register_forward_hook(_repool_max)
+        block = net.get_submodule(f"Mixed_{name}")
+        block.branch_pool.register_forward_pre_hook(_leave_padding_out)
+    net.Mixed_7c.register_forward_hook(_pool_by_maximum)
     return net
 
 
-def _repool_average(block: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-    pooled = F.avg_pool2d(args[0], 3, stride=1, padding=1, count_include_pad=False)
-    return _repool(block, pooled, output)
+def _leave_padding_out(_: nn.Module, args: tuple[Tensor]) -> Tensor:
+    """Averages of 3 x 3 with zeros around them, without the zeros."""
+    share = F.avg_pool2d(torch.ones_like(args[0][:1, :1]), 3, stride=1, padding=1)
+    return args[0] / share
 
 
-def _repool_max(block: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-    return _repool(block, F.max_pool2d(args[0], 3, stride=1, padding=1), output)
-
-
-def _repool(block: nn.Module, pooled: Tensor, output: Tensor) -> Tensor:
+def _pool_by_maximum(block: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
     """The block's output with its last channels, those of the pooled branch, computed again."""
-    branch = block.branch_pool(pooled)
+    branch = block.branch_pool(F.max_pool2d(args[0], 3, stride=1, padding=1))
     return torch.cat([output[:, : -branch.shape[1]], branch], dim=1)
 
 

@@ -5,31 +5,30 @@ mailed, and reads on a phone and in the dark. All text that comes from outside i
 """
 
 import base64
-import csv
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Container, Sequence
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from jaxtyping import UInt8
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cascade.errors import UserError
+from cascade.eval.plots import GREY, PALETTE, loss_columns, plot
 
-Value = str | int | float | None
+# A pair is a mean and its deviation over seeds, None where there is one seed.
+Value = str | int | float | tuple[float, float | None] | None
 
-_GREY = "#80868f"  # of lines and letters in plots: legible on the white page and on the dark one
-_BLUE = "#3d83e6"
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #1c2128; --soft: #626a75; --line: #dfe3e8;
   --stripe: #f6f8fa; --accent: #2265c7; --good: #157a3a; --bad: #c02626; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171c; --text: #e4e7eb; --soft: #9aa3ae;
   --line: #303741; --stripe: #1b2027; --accent: #79aefc; --good: #57c97c; --bad: #ff7b72; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; background: var(--page);
+body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; background: var(--page);
   color: var(--text); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: .5rem 0 1rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: 1rem;
@@ -49,6 +48,14 @@ td.number { white-space: nowrap; }
 .missed { color: var(--bad); font-weight: 600; }
 figure { margin: 1.2rem 0; }
 img { display: block; max-width: 100%; height: auto; border-radius: .4rem; }
+.row { display: flex; gap: 1rem; overflow-x: auto; margin: .6rem 0 1.4rem; }
+.row figure { flex: 0 0 min(26rem, 85vw); margin: 0; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
+  gap: .8rem; }
+ul { padding-left: 1.2rem; max-width: 46rem; }
+li { margin: .8rem 0; }
+strong { color: var(--accent); }
+a { color: var(--accent); }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; max-width: 46rem; }
 """
 _PAGE = """<!doctype html>
@@ -78,6 +85,11 @@ class Report:
         self._headings: list[str] = []
         self._body: list[str] = []
 
+    @property
+    def size(self) -> int:
+        """Characters so far."""
+        return sum(map(len, self._body))
+
     def heading(self, text: str) -> None:
         """Opens a section; the page's head links to it."""
         self._headings.append(text)
@@ -86,10 +98,23 @@ class Report:
     def paragraph(self, text: str) -> None:
         self._body.append(f"<p>{escape(text)}</p>")
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> None:
+    def links(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        """Files beside this page: rows of (relative address, name, what it is)."""
+        items = "".join(
+            f'<li><a href="{escape(quote(to))}">{escape(name)}</a> {escape(what)}</li>'
+            for to, name, what in rows
+        )
+        self._body.append(f"<ul>{items}</ul>")
+
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Value]],
+        best: Container[tuple[int, int]] = (),
+    ) -> None:
         """Floats get four significant digits, None a dash; ValueError where a row's length is off.
 
-        A column of numbers (and dashes) is set flush right.
+        A column of numbers (and dashes) is set flush right. `best`: (row, column) of cells to mark.
         """
         if any(len(row) != len(columns) for row in rows):
             raise ValueError(f"every row of this table needs {len(columns)} cells")
@@ -99,7 +124,11 @@ class Report:
         ]
         head = "".join(f"<th{k}>{escape(c)}</th>" for k, c in zip(kinds, columns))
         body = [
-            "".join(f"<td{k}>{escape(_text(v))}</td>" for k, v in zip(kinds, row)) for row in rows
+            "".join(
+                f"<td{k}>{_marked(escape(text(v)), (i, j) in best)}</td>"
+                for j, (k, v) in enumerate(zip(kinds, row))
+            )
+            for i, row in enumerate(rows)
         ]
         self._table(head, body)
 
@@ -113,23 +142,32 @@ class Report:
             verdict = "reached" if reached else "missed"
             body.append(
                 f"<td>{escape(what)}</td>"
-                f'<td class="number">{escape(_text(asked))}</td>'
-                f'<td class="number">{escape(_text(measured))}</td>'
+                f'<td class="number">{escape(text(asked))}</td>'
+                f'<td class="number">{escape(text(measured))}</td>'
                 f'<td class="{verdict}">{verdict}</td>'
             )
         self._table(head, body)
 
     def picture(self, picture: Image.Image | UInt8[np.ndarray, "h w 3"], caption: str) -> None:
         image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-        file = io.BytesIO()
-        image.save(file, "PNG", optimize=True)
-        self._image(file.getvalue(), image.width, caption)
+        self._body.append(_figure(*_png(image), caption))
+
+    def row(self, pictures: Sequence[tuple[Image.Image, str]], caption: str) -> None:
+        """Pictures side by side, each with its name under it; a narrow page scrolls along them."""
+        shown = "".join(_figure(*_png(image), name) for image, name in pictures)
+        self._body.append(f'<p>{escape(caption)}</p><div class="row">{shown}</div>')
 
     def figure(self, figure: Figure, caption: str) -> None:
         """A matplotlib figure, 160 dots per inch; a transparent ground takes the page's colour."""
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=160, facecolor=figure.get_facecolor())
-        self._image(file.getvalue(), round(figure.get_figwidth() * 100), caption)
+        self._body.append(_figure(*_drawn(figure), caption))
+
+    def panels(self, figures: Sequence[Figure], caption: str) -> None:
+        """Figures side by side where the page is wide enough, else one under another."""
+        shown = "".join(_image(*_drawn(figure), caption) for figure in figures)
+        self._body.append(
+            f'<figure><div class="panels">{shown}</div>'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+        )
 
     def curve(
         self,
@@ -141,8 +179,8 @@ class Report:
         caption: str,
     ) -> None:
         """One curve through labelled points, such as distance against CLIP score over guidance."""
-        figure, axes = _plot(xlabel, ylabel)
-        axes.plot(x, y, "-o", color=_BLUE, linewidth=1.8, markersize=5)
+        figure, axes = plot(xlabel, ylabel)
+        axes.plot(x, y, "-o", color=PALETTE[0], linewidth=1.8, markersize=5)
         for *point, label in zip(x, y, labels):  # below: on the outer side of a convex curve
             axes.annotate(
                 label,
@@ -151,7 +189,7 @@ class Report:
                 textcoords="offset points",
                 ha="center",
                 va="top",
-                color=_GREY,
+                color=GREY,
             )
         axes.margins(0.12)
         self.figure(figure, caption)
@@ -161,11 +199,11 @@ class Report:
 
         Raises UserError where the file is missing or has no loss in it.
         """
-        figure, axes = _plot("images", "loss")
-        for name, steps, values in _loss_columns(Path(path)):
+        figure, axes = plot("images", "loss")
+        for name, steps, values in loss_columns(Path(path)):
             axes.plot(steps, values, linewidth=1.2, label=name)
         axes.set_yscale("log")
-        axes.legend(frameon=False, labelcolor=_GREY)
+        axes.legend(frameon=False, labelcolor=GREY)
         self.figure(figure, caption)
 
     def save(self, path: str | Path) -> None:
@@ -189,43 +227,44 @@ class Report:
             f"<tbody>\n{body}\n</tbody></table></div>"
         )
 
-    def _image(self, png: bytes, width: int, caption: str) -> None:
-        data = base64.b64encode(png).decode("ascii")
-        self._body.append(
-            f'<figure><img width="{width}" alt="{escape(caption)}" '
-            f'src="data:image/png;base64,{data}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
+
+def _png(image: Image.Image) -> tuple[bytes, int]:
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue(), image.width
 
 
-def _text(value: Value) -> str:
+def _drawn(figure: Figure) -> tuple[bytes, int]:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=160, facecolor=figure.get_facecolor())
+    return file.getvalue(), round(figure.get_figwidth() * 100)
+
+
+def _image(png: bytes, width: int, alt: str) -> str:
+    data = base64.b64encode(png).decode("ascii")
+    return f'<img width="{width}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def _figure(png: bytes, width: int, caption: str) -> str:
+    image = _image(png, width, caption)
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def text(value: Value) -> str:
+    """As a reader wants it: a mean has four digits, or two that its deviation has too."""
     if value is None:
         return "–"
+    if isinstance(value, tuple):
+        mean, deviation = value
+        if not deviation or deviation < 1e-9 * abs(mean):
+            return text(float(mean))
+        digits = 1 - math.floor(math.log10(deviation))
+        if mean:
+            digits = min(digits, 3 - math.floor(math.log10(abs(mean))))
+        digits = max(0, digits)
+        return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _plot(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 4), facecolor="none", layout="constrained")
-    axes = figure.add_subplot(facecolor="none")
-    axes.set_xlabel(xlabel, color=_GREY)
-    axes.set_ylabel(ylabel, color=_GREY)
-    axes.tick_params(which="both", colors=_GREY)
-    axes.grid(color=_GREY, alpha=0.2, linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GREY)
-    return figure, axes
-
-
-def _loss_columns(path: Path) -> list[tuple[str, list[int], list[float]]]:
-    """(name, images, values) of every loss; a row holds only what was logged then."""
-    if not path.is_file():
-        raise UserError(f"no losses at {path}: name the metrics.csv of a training run")
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = []
-    for name in [name for name in (rows[0] if rows else []) if "loss" in name]:
-        logged = [(int(row["images"]), float(row[name])) for row in rows if row[name]]
-        columns.append((name, *map(list, zip(*logged))))
-    if not columns:
-        raise UserError(f"{path} has no column with a loss: name the metrics.csv of a training run")
-    return columns
+def _marked(cell: str, best: bool) -> str:
+    return f"<strong>{cell}</strong>" if best else cell

@@ -162,7 +162,8 @@ class _Work:
 
     def _name(self, task: Task) -> str:
         root = self.sent.root
-        return str(task.folder.relative_to(root) if task.folder != root else root.name)
+        inside = task.folder != root and task.folder.is_relative_to(root)
+        return str(task.folder.relative_to(root)) if inside else task.folder.name
 
     def stop(self) -> None:
         """Asks what still runs to write its checkpoint and end; asked twice, ends it."""

@@ -377,7 +377,7 @@ def test_every_choice_makes_training_data(stage, choice):
     x = torch.rand(4, 3, 16, 16)
     batch = {f"image_{config.low}": x}
     seen, kept = (corrupt(batch, Draws(0, "c", range(4)), training) for training in (True, False))
-    assert torch.equal(seen[f"image_{config.low}"], x) == choice.startswith("bsr")
+    assert torch.equal(seen[f"image_{config.low}"], x) == choice.startswith(("bsr", "clean"))
     noisy = choice in ("noise", "imagen", "deepfloyd")
     assert (seen[f"image_{config.low}_level"] > 0).all() == noisy
     assert kept[f"image_{config.low}_level"].tolist() == [0] * 4

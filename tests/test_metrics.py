@@ -1,15 +1,23 @@
-"""Claims about the metrics: closed-form values, sums that reduce across ranks, honest names."""
+"""Claims about the metrics: closed forms, and one number whatever ranks, batches and order."""
 
-import hashlib
+import json
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from cascade.errors import UserError
-from cascade.eval import features as feature_spaces
-from cascade.eval.features import CLIPFeatures, InceptionFeatures, distance_name, inception
-from cascade.eval.metrics import CLIPScore, FrechetDistance, frechet, retrieval_at_1
+from cascade.eval.kernels import cmmd, kid
+from cascade.eval.manifold import density_coverage, precision_recall
+from cascade.eval.metrics import (
+    CLIPScore,
+    FrechetDistance,
+    InceptionScore,
+    TwoSamples,
+    factor,
+    frechet,
+)
+from tests.processes import Job
 
 
 def tensors(*values):
@@ -21,28 +29,16 @@ def normal(n, d, seed, shift=0.0):
     return torch.randn(n, d, generator=generator) + shift
 
 
-@pytest.mark.parametrize(
-    ("mu1", "cov1", "mu2", "cov2", "expected"),
-    [
-        ([1.0], [[4.0]], [3.0], [[9.0]], 5.0),
-        (
-            [0.0, 0.0],
-            [[2.0, 0.5], [0.5, 1.0]],
-            [1.0, -1.0],
-            [[1.0, -0.3], [-0.3, 1.5]],
-            2.4634711896064756,
-        ),
-        (
-            [0.5, -1.0, 2.0],
-            [[2.0, 0.3, -0.2], [0.3, 1.5, 0.4], [-0.2, 0.4, 1.0]],
-            [0.0, -0.5, 1.0],
-            [[1.0, 0.1, 0.0], [0.1, 0.8, -0.3], [0.0, -0.3, 2.2]],
-            2.240579501026284,
-        ),
-    ],
-)
-def test_frechet_equals_the_closed_form(mu1, cov1, mu2, cov2, expected):
-    assert frechet(*tensors(mu1, cov1, mu2, cov2)) == pytest.approx(expected, abs=1e-9)
+@pytest.mark.parametrize("case", ["g2", "g3"])
+def test_frechet_equals_the_closed_form(vectors, case):
+    values = vectors["fid"][case]
+    gaussians = tensors(*(values[key] for key in ("mu1", "S1", "mu2", "S2")))
+    assert frechet(*gaussians) == pytest.approx(values["fid"], abs=1e-9)
+    assert frechet(*gaussians[2:], *gaussians[:2]) == pytest.approx(values["fid"], abs=1e-9)
+
+
+def test_frechet_in_one_dimension():
+    assert frechet(*tensors([1.0], [[4.0]], [3.0], [[9.0]])) == pytest.approx(5, abs=1e-9)
 
 
 def test_frechet_of_scaled_covariance_and_of_singular_ones():
@@ -54,13 +50,58 @@ def test_frechet_of_scaled_covariance_and_of_singular_ones():
     assert frechet(mu, cov, mu, 4 * cov) == pytest.approx(cov.trace().item(), rel=1e-9)
 
 
-def test_distance_of_samples_has_unbiased_covariances():
-    real = torch.tensor([[0, 1], [2, 3], [4, 1], [1, 0], [3, 5], [2, 2]]).float()
-    fake = torch.tensor([[1, 1], [2, 4], [5, 3], [0, 2], [3, 3]]).float()
+def test_frechet_of_moments_equals_that_of_rows_where_rank_is_deficient():
+    """With X and Y the centred rows, tr (S1 S2)^(1/2) is the nuclear norm of X Y'."""
+    for n, m, d in ((30, 40, 200), (300, 20, 64)):
+        scale = torch.logspace(0, -4, d, dtype=torch.float64)
+        x, y = (normal(k, d, seed).double() * scale for k, seed in ((n, 10), (m, 11)))
+        a, b = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+        expected = (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum()
+        expected -= 2 * torch.linalg.svdvals(a @ b.T).sum()
+        found = frechet(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+        assert found == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_the_factor_has_the_rank_of_the_covariance():
+    cov = normal(20, 256, 0).double().T.cov()
+    root = factor(cov)
+    assert root.shape == (256, 19)
+    torch.testing.assert_close(root @ root.T, cov, rtol=0, atol=1e-13)
+    assert factor(torch.zeros(3, 3)).shape == (3, 0)
+
+
+def test_features_that_are_not_finite_are_refused():
     metric = FrechetDistance(2, minimum=2)
-    metric.update(real, real=True)
-    metric.update(fake, real=False)
-    assert metric.compute().item() == pytest.approx(1.0967030828202695, abs=1e-9)
+    metric.update(normal(4, 2, 0), real=True)
+    metric.update(torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [1.0, 1.0]]), real=False)
+    with pytest.raises(ValueError, match="not finite"):
+        metric.compute()
+
+
+def test_distance_of_samples_has_unbiased_covariances(vectors):
+    values = vectors["fid"]["samples_ddof1"]
+    metric = FrechetDistance(2, minimum=2)
+    metric.update(*tensors(values["A"]), real=True)
+    metric.update(*tensors(values["B"]), real=False)
+    assert metric.compute().item() == pytest.approx(values["fid"], abs=1e-9)
+
+
+def test_two_rows_are_at_no_distance_from_themselves(vectors):
+    metric = FrechetDistance(2, minimum=2)
+    for real in (True, False):
+        metric.update(*tensors(vectors["fid"]["samples_ddof1"]["A"][:2]), real=real)
+    assert metric.compute() < 1e-12
+
+
+def test_a_reference_takes_the_place_of_real_pictures():
+    real, fake = normal(60, 8, 1).double(), normal(50, 8, 2)
+    both, metric = FrechetDistance(8), FrechetDistance(8, reference=(real.mean(0), real.T.cov()))
+    both.update(real, real=True)
+    for either in (both, metric):
+        either.update(fake, real=False)
+    assert metric.compute().item() == pytest.approx(both.compute().item(), rel=1e-9)
+    with pytest.raises(ValueError, match="reference is given"):
+        metric.update(real, real=True)
 
 
 def test_summed_states_of_two_ranks_give_the_distance_of_one():
@@ -94,83 +135,127 @@ def test_too_few_pictures_on_either_side_are_refused():
     assert metric.compute() > 0
 
 
-def test_clip_score_is_the_mean_raw_cosine():
-    image = torch.tensor([[0.2, 0.4, 0.4, 0.8]]).double()
-    text = torch.tensor([[0.1, 0.9, 0.3, 0.3]]).double()
+def test_clip_score_is_the_mean_raw_cosine(vectors):
+    values = vectors["clip_score"]
+    image, text = tensors([values["image"]], [values["text"]])
     metric = CLIPScore()
     metric.update(image, 7 * text)
-    assert metric.compute().item() == pytest.approx(0.74, abs=1e-7)
+    assert metric.compute().item() == pytest.approx(values["cosine"], abs=1e-9)
     metric.update(image, -text)  # not clamped
     assert metric.compute().item() == pytest.approx(0, abs=1e-12)
 
 
-def test_retrieval_accepts_equivalents_and_only_them():
-    gallery = torch.eye(4)
-    queries = gallery[[0, 2, 1, 3]]  # 1 and 2 find each other
-    same = torch.zeros(4, 4, dtype=torch.bool)
-    assert retrieval_at_1(queries, gallery) == 0.5
-    same[1, 2] = True
-    assert retrieval_at_1(queries, gallery, same) == 0.75
+def test_inception_score_of_certain_classes_is_their_number():
+    metric = InceptionScore(classes=6, splits=2)
+    ids = torch.arange(12)
+    metric.update(1000 * torch.eye(6).repeat_interleave(2, 0), ids)  # all six in either split
+    assert metric.compute() == pytest.approx({"inception_score": 6, "inception_score_std": 0})
+    metric.reset()
+    metric.update(torch.zeros(12, 6), ids)
+    assert metric.compute()["inception_score"] == pytest.approx(1)
+    metric.reset()
+    metric.update(torch.zeros(1, 6), ids[:1])
+    with pytest.raises(ValueError, match="no picture"):
+        metric.compute()
 
 
-class TinyCLIP:
-    name, hash, dim = "tiny-b", "0123456789abcdef", 12
-
-    def image(self, pictures):
-        return pictures.flatten(1)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A seeded network in the file format of the real one, and the hash of that file."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("inception") / "pt_inception.pth"
-    torch.save(inception().state_dict(), path)
-    return path, hashlib.sha256(path.read_bytes()).hexdigest()
+def test_inception_score_is_the_mean_over_splits_by_id():
+    logits, ids = 3 * normal(40, 6, 7).double(), torch.randperm(40)
+    metric, scores = InceptionScore(classes=6, splits=4), []
+    metric.update(logits, ids)
+    for split in range(4):
+        p = logits[ids % 4 == split].softmax(1)
+        kl = (p * (p.log() - p.mean(0).log())).sum(1)
+        scores.append(kl.mean().exp())
+    found = metric.compute()
+    assert found["inception_score"] == pytest.approx(torch.stack(scores).mean().item(), rel=1e-9)
+    std = torch.stack(scores).std(correction=0).item()
+    assert found["inception_score_std"] == pytest.approx(std, rel=1e-9)
 
 
-def test_only_the_inception_of_the_fid_is_called_fid(weights, monkeypatch):
-    clip = CLIPFeatures(TinyCLIP())
-    assert clip(torch.rand(3, 3, 2, 2)).norm(dim=1) == pytest.approx(torch.ones(3), abs=1e-6)
-    assert distance_name(clip) == "Fréchet distance (CLIP features of tiny-b, 01234567)"
-    path, sha256 = weights
-    space = InceptionFeatures(path, sha256)
-    assert distance_name(space).startswith("Fréchet distance (Inception-v3")
-    monkeypatch.setattr(feature_spaces, "FID_SHA256", sha256)
-    assert distance_name(space) == "FID"
+SETS = ((True, 90), (False, 70))  # real or not, and how many
 
 
-def test_inception_refuses_missing_and_other_weights(weights, tmp_path):
-    with pytest.raises(UserError, match="no Inception weights"):
-        InceptionFeatures(tmp_path / "absent.pth")
-    with pytest.raises(UserError, match="SHA-256"):
-        InceptionFeatures(weights[0])
+def measures():
+    """Every metric, and the updates that a picture i in `real` or not asks of it."""
+    both = [FrechetDistance(6, minimum=2)]
+    rows = [
+        TwoSamples(6, partial(kid, subsets=5, size=20)),
+        TwoSamples(6, cmmd),
+        TwoSamples(6, precision_recall),
+        TwoSamples(6, density_coverage),
+    ]
+    return both, rows, [InceptionScore(classes=6, splits=3)], [CLIPScore()]
 
 
-def test_inception_reads_the_state_dict_of_the_reference(weights):
-    state = torch.load(weights[0], weights_only=True)
-    assert len(state) == 566  # as many tensors as the published file
-    assert state["fc.weight"].shape == (1008, 2048)
-    assert state["Mixed_7c.branch_pool.conv.weight"].shape == (192, 2048, 1, 1)
+def updated(metrics, ids, real):
+    both, rows, scores, pairs = metrics
+    x = normal(90, 6, 8 + real, shift=0.2 * (not real))[ids]
+    for metric in both:
+        metric.update(x, real=real)
+    for metric in rows:
+        metric.update(x, ids, real=real)
+    if not real:
+        for metric in scores:
+            metric.update(x, ids)
+        for metric in pairs:
+            metric.update(x, x.roll(1, 1))
 
 
-def test_inception_features_depend_on_the_8_bit_picture_alone(weights):
-    space = InceptionFeatures(*weights)
-    pictures = torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    stored = ((pictures + 1) * 127.5).round() / 127.5 - 1
-    rows = space(pictures)
-    assert rows.shape == (2, space.dim)
-    assert rows.std() > 0
-    torch.testing.assert_close(rows, space(stored), rtol=0, atol=0)
+def numbers(metrics):
+    found = []
+    for metric in (metric for group in metrics for metric in group):
+        value = metric.compute()
+        found += value.values() if isinstance(value, dict) else [float(value)]
+    return found
 
 
-@pytest.mark.parametrize(("name", "size"), [("5c", 9), ("6d", 7), ("7b", 5), ("7c", 5)])
-def test_pooled_branches_pool_as_the_tensorflow_graph_does(name, size):
-    torch.manual_seed(0)
-    block = inception().eval().get_submodule(f"Mixed_{name}")
-    x = torch.rand(1, block.branch_pool.conv.in_channels, size, size)
-    windows = F.unfold(F.pad(x, (1, 1, 1, 1), value=torch.nan), 3).unflatten(1, (-1, 9))
-    kept = windows.nan_to_num(-1).amax(2) if name == "7c" else windows.nanmean(2)
-    with torch.no_grad():
-        output, branch = block(x), block.branch_pool(kept.unflatten(2, (size, size)))
-    torch.testing.assert_close(output[:, -branch.shape[1] :], branch)
+def test_neither_batches_nor_order_change_a_number():
+    whole, parts = measures(), measures()
+    for real, count in SETS:
+        updated(whole, torch.arange(count), real)
+        for batch in torch.randperm(count).split(17):
+            updated(parts, batch, real)
+    assert len(numbers(whole)) == 12
+    assert numbers(parts) == pytest.approx(numbers(whole), rel=1e-9)
+
+
+def rank(folder, shared):
+    """One of two ranks: rank 1 sees every other real picture if they are shared, or nothing."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
+    number, metrics = torch.distributed.get_rank(), measures()
+    for real, count in SETS:
+        ids = torch.arange(count).flip(0)
+        own = ids[number::2] if real and shared else ids[: count * (number == 0)]
+        if len(own):
+            updated(metrics, own, real)
+    (folder / f"{number}.json").write_text(json.dumps([numbers(metrics), numbers(metrics)]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_ranks_give_the_numbers_of_one_though_one_has_no_pictures(tmp_path, shared):
+    one = measures()
+    for real, count in SETS:
+        updated(one, torch.arange(count), real)
+    job = Job(rank, [tmp_path, shared], out=tmp_path / "out", ranks=2)
+    assert job.wait(180) == [0, 0], job.output()  # of which most is imports
+    for number in range(2):
+        for found in json.loads((tmp_path / f"{number}.json").read_text()):
+            assert found == pytest.approx(numbers(one), rel=1e-9)
+
+
+def test_no_picture_is_counted_twice_and_none_is_too_few():
+    metric = TwoSamples(3, cmmd)
+    metric.update(normal(4, 3, 0), torch.arange(4), real=True)
+    with pytest.raises(ValueError, match="0 generated pictures"):
+        metric.compute()
+    metric.update(normal(3, 3, 1), torch.tensor([7, 5, 6]), real=False)
+    metric.compute()
+    metric.update(normal(1, 3, 2), torch.tensor([5]), real=False)
+    with pytest.raises(ValueError, match="generated picture 5 was counted twice"):
+        metric.compute()
+    metric.reset()
+    metric.update(normal(4, 3, 0), torch.arange(4), real=True)
+    metric.update(normal(4, 3, 0), torch.arange(4), real=False)
+    assert metric.compute() == pytest.approx(0, abs=1e-12)

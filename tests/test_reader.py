@@ -13,8 +13,9 @@ from cascade.data.captions import Object, Scene
 from cascade.data.drawing import COLORS, SHAPES, blank, paint
 from cascade.data.scenes import SIZES, SPLITS, render, sample_scene
 from cascade.draws import generator
+from cascade.eval.interval import of_share
 from cascade.eval.reader import judge, read
-from cascade.eval.scene_accuracy import SceneAccuracy
+from cascade.eval.scene_accuracy import MEASURES, SceneAccuracy
 
 
 def some(count):
@@ -238,6 +239,8 @@ def test_scene_accuracy_is_the_share_of_right_pictures():
         "whole": 1 / 2,
         "count": 4,
     }
+    asked = {measure: 3 if measure == "relations" else 4 for measure in MEASURES}
+    expected["intervals"] = {m: of_share(expected[m], n) for m, n in asked.items()}
     whole = SceneAccuracy()
     whole.update(torch.tensor(np.stack(arrays)).permute(0, 3, 1, 2), scenes)
     assert whole.compute() == expected
@@ -254,3 +257,22 @@ def test_a_measure_that_no_scene_asks_for_has_no_rate():
     metric = SceneAccuracy()
     metric.update([render(Scene((RED,), "white"), 64)], [Scene((RED,), "white")])
     assert "relations" not in metric.compute()
+
+
+@pytest.mark.parametrize(
+    ("rate", "n", "expected"),
+    [
+        (0.8, 10, (0.490162, 0.943318)),
+        (0.0, 10, (0.0, 0.277533)),
+        (1.0, 10, (0.722467, 1.0)),
+        (81 / 263, 263, (0.255290, 0.366210)),  # Newcombe 1998, table I
+    ],
+)
+def test_intervals_of_rates_are_wilsons(rate, n, expected):
+    assert of_share(rate, n) == pytest.approx(expected, abs=6e-5)
+
+
+def test_what_is_no_rate_has_no_interval():
+    for rate, n in ((1.1, 10), (-0.1, 10), (0.5, 0)):
+        with pytest.raises(ValueError, match="no share"):
+            of_share(rate, n)

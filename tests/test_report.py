@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cascade.errors import UserError
+from cascade.eval.plots import plot
 from cascade.eval.report import Report
 from cascade.grids import grid
 
@@ -82,6 +83,24 @@ def test_losses_need_a_file_with_losses(tmp_path, losses):
     losses.write_text("images,lr\n0,0.1\n")
     with pytest.raises(UserError, match="no column with a loss"):
         Report("run").losses(losses, "")
+
+
+def test_pictures_stand_side_by_side_and_the_best_stands_out(tmp_path):
+    report = Report("sweep")
+    report.row([(grid(pictures(2), columns=1), name) for name in ("<a>", "b")], "guidance & 2")
+    figures = [plot("x", "y")[0] for _ in range(3)]
+    report.panels(figures, "three")
+    report.table(["n", "accuracy"], [[1, (0.5, 0.01)], ["not run", None]], best={(0, 1)})
+    before = report.size
+    report.links([("a b/report.html", "<a>", "5 < 6")])
+    assert report.size > before
+    report.save(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    row, panels = (re.search(f'<div class="{c}">(.*?)</div>', page)[1] for c in ("row", "panels"))
+    assert re.findall("<figcaption>(.*?)</figcaption>", row) == ["&lt;a&gt;", "b"]
+    assert (row.count("<img"), panels.count("<img")) == (2, 3)
+    assert '<td class="number"><strong>0.500 ± 0.010</strong></td>' in page
+    assert '<a href="a%20b/report.html">&lt;a&gt;</a> 5 &lt; 6' in page
 
 
 def test_grid_places_enlarged_pictures_in_rows():

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.slow
 TINY = ["stage=sr256", "size=16", "low=8", "crop=null", "batch=4", "warmup=8", "grids=0"]
 TINY += ["net.net.channels=8", "net.net.patch=2", "net.net.embed=16", "ema=0.9"]
 TINY += ["learning_rate=constant", "save_seconds=1.0"]
-SWEEP = f"# @package _global_\nname: one\nbase: [{', '.join(TINY)}]\naxes: {{point: {{run: []}}}}\n"
+SWEEP = f"# @package _global_\nname: one\nbase: [{', '.join(TINY)}]\n"
+SWEEP += "train: sr\naxes: {a: {b: []}}\n"
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_a_run_outlives_a_dead_rank_its_wall_time_a_preemption_and_edits(cluster
     shards, root, source = tmp_path / "shards", tmp_path / "sweep", copied(tmp_path)
     write_scenes(shards, "plain", "train", 20, 32, seed=0, shard_size=10)
     (source / "cascade/conf/sweep/one.yaml").write_text(SWEEP)
-    run, free = root / "run", ["launcher=slurm", "launcher.gpus=0", "launcher.nodes=2"]
+    run, free = root / "b-s0" / "sr", ["launcher=slurm", "launcher.gpus=0", "launcher.nodes=2"]
     address = f"MASTER_ADDR=127.0.0.1 MASTER_PORT={free_ports(1)[0]}"  # nodes have no real names
     preamble = f"export {address} OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="
     options = ["launcher.time=60", f"launcher.preamble='{preamble}'"]

@@ -93,6 +93,12 @@ class FrozenCLIP:
         return self._model.context_length
 
     @property
+    def text_parameters(self) -> int:
+        """Of the text tower, without its table of tokens (as Imagen counts its encoders)."""
+        named = self._model.named_parameters()
+        return sum(p.numel() for k, p in named if not k.startswith(("visual", "token_embedding")))
+
+    @property
     def image_size(self) -> int:
         """Side of the pictures that it looks at, in pixels."""
         return self._source.model["vision_cfg"]["image_size"]

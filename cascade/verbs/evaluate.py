@@ -18,29 +18,36 @@ from cascade.data.shards import Shards, collate, put_rows
 from cascade.data.transforms import Pictures
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
+from cascade.eval.attribution import attribution, superresolution
 from cascade.eval.features import CLIPFeatures
-from cascade.eval.protocol import (
-    HeldOut,
-    Metrics,
-    distance,
-    picture_metrics,
-    prior_metrics,
-    superresolution_metrics,
-    without_text,
-)
+from cascade.eval.geneval import level_of, measure, prompts, write_lines
+from cascade.eval.prior import measure_prior
+from cascade.eval.protocol import HeldOut, Metrics, distance, picture_metrics, without_text
 from cascade.eval.summary import write_report
 from cascade.files import write_atomically
+from cascade.grids import to_uint8
 from cascade.pipeline import Cascade
 from cascade.stage import Stage
+from cascade.training.checkpoint import Checkpoint, newest_checkpoint
 from cascade.verbs.data import EMBEDDINGS
 from cascade.verbs.sample import device, load_cascade, paint
+from cascade.verbs.whole import CASCADE, stage_runs
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.pictures:
+        from cascade.verbs import score  # most evaluations need none of it
+
+        score.main(args)
+        return
+    if not (args.data and args.judge):
+        raise UserError("--model is measured on --data SHARDS with a --judge CLIP: give both")
     try:
         guidance = [float(scale) for scale in args.guidance.split(",") if scale]
     except ValueError:
         raise UserError(f"--guidance {args.guidance}: give scales such as 1,2,4") from None
+    if args.geneval < 0:
+        raise UserError(f"--geneval {args.geneval}: give a number of prompts, or leave it out")
     out = evaluate(
         Path(args.model),
         Path(args.data),
@@ -49,7 +56,8 @@ def main(args: argparse.Namespace) -> None:
         guidance,
         args.seed,
         choices=args.set,
-        out=Path(args.out or args.model),
+        out=Path(args.out) if args.out else None,
+        geneval=args.geneval,
     )
     print(f"{out / 'metrics.json'}, {out / 'report.html'}")
 
@@ -64,6 +72,7 @@ def evaluate(
     targets: Mapping[str, Any] | None = None,
     choices: Sequence[str] = (),
     out: Path | None = None,
+    geneval: int = 0,
 ) -> Path:
     """Measures a cascade; returns the folder of metrics.json and report.html.
 
@@ -72,10 +81,17 @@ def evaluate(
             taken apart stage by stage, the others are measured beside it.
         guidance: scales of the first painting stage.
         targets: by measure (a dotted path into the metrics), "at_least" or "at_most".
+        geneval: prompts of each of GenEval's tasks, of such scenes as the first split has.
+
+    Raises:
+        UserError: the data lack what the cascade is measured with.
     """
-    out = out or model
     begin = time.monotonic()
-    cascade = load_cascade(model, choices)
+    file = model if model.suffix == ".yaml" else model / CASCADE
+    out = out or file.parent
+    cascade, runs = load_cascade(file, choices), stage_runs(file, choices)
+    writers = dict(zip((stage.writes for stage in cascade.stages), runs.values()))
+    checkpoint = newest_checkpoint(writers["clip_image"]) if "clip_image" in writers else None
     clip = FrozenCLIP(str(judge)).to(device())
     features = CLIPFeatures(clip)
     main_split = next(iter(counts))
@@ -83,24 +99,55 @@ def evaluate(
     shown: dict[str, Batch] = {}
     for split, count in counts.items():
         held_out = held_out_split(data, split, count, cascade, data / EMBEDDINGS)
+        check(cascade, held_out, geneval, data)
         painted = paint(cascade, held_out.captions, seed, what=split)
         shown[split] = _evenly(painted, held_out.captions)
         metrics[split] = picture_metrics(painted, held_out, held_out.truth, features, clip)
         metrics[split]["count"] = len(held_out)
         if split == main_split:
-            metrics |= _stage_by_stage(cascade, held_out, painted, features, seed)
+            metrics |= _stage_by_stage(
+                cascade, list(runs), held_out, painted, features, seed, checkpoint
+            )
             metrics["real_halves"] = _halves(held_out.truth, features)
             metrics["guidance"] = _sweep(cascade, held_out, painted, guidance, features, clip, seed)
             shown["truth"] = _evenly(held_out.truth, held_out.captions)
+            level = level_of(held_out.scenes) if geneval else None
         del held_out, painted  # pictures by the hundred, before as many more are decoded
+    if geneval:
+        metrics["geneval"] = _geneval(cascade, level, geneval, seed, out)
     metrics["seconds"] = round(time.monotonic() - begin, 1)
     if targets:
         metrics["targets"] = _against(targets, metrics)
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(metrics, indent=2) + "\n"
     write_atomically(out / "metrics.json", lambda path: path.write_text(text))
-    write_report(out / "report.html", model, metrics, shown)
+    write_report(out / "report.html", file.parent, metrics, shown)
     return out
+
+
+def check(cascade: Cascade, data: HeldOut, geneval: int, folder: Path) -> None:
+    """Raises UserError where the data lack what the cascade is to be measured with."""
+    last = cascade.stages[-1].writes
+    if "clip_image" in {s.writes for s in cascade.stages} and "clip_image" not in data.truth:
+        raise UserError(f"{folder} has no embeddings: `cascade data precompute` makes them")
+    if geneval and not data.scenes:
+        raise UserError(f"{folder} has no scenes: leave --geneval out, and use its own scorer")
+    if geneval and data.truth[last].shape[-1] < 64:
+        raise UserError(f"--geneval reads pictures of 64 px or more, not {last}")
+
+
+def _geneval(cascade: Cascade, level: str, count: int, seed: int, out: Path) -> Metrics:
+    """The scores; prompts and results, picture by picture, lie beside the metrics."""
+
+    def pictures(captions: Sequence[str], task: str) -> Any:
+        done = paint(cascade, captions, seed, what=f"GenEval, {task}")
+        return to_uint8(done[cascade.stages[-1].writes])
+
+    asked = prompts(level, count, seed)
+    scores, lines = measure(asked, pictures)
+    write_lines(out / "geneval_prompts.jsonl", asked)
+    write_lines(out / "geneval_results.jsonl", lines)
+    return {"level": level, **scores}
 
 
 def _evenly(pictures: Batch, captions: Sequence[str], count: int = 24) -> Batch:
@@ -147,34 +194,31 @@ def held_out_split(
 
 
 def _stage_by_stage(
-    cascade: Cascade, data: HeldOut, painted: Batch, features: CLIPFeatures, seed: int
+    cascade: Cascade,
+    names: Sequence[str],
+    data: HeldOut,
+    painted: Batch,
+    features: CLIPFeatures,
+    seed: int,
+    checkpoint: Checkpoint | None,
 ) -> Metrics:
     def repaint(cascade: Cascade, captions: Sequence[str], given: Batch, what: str) -> Batch:
         return paint(cascade, captions, seed, given=given, what=what)
 
-    out: Metrics = {}
-    some = data.where(range(min(len(data), 5 * features.dim)))
-    if sum(stage.writes.startswith("image_") for stage in cascade.stages) > 1:
-        out["superresolution"] = superresolution_metrics(cascade, some, features, repaint)
+    some = data.first(5 * features.dim)
+    begun = {key: value[: len(some)] for key, value in painted.items()}
+    table = attribution(cascade, names, some, begun, features, repaint)
+    out: Metrics = {"attribution": table}
+    if beside := superresolution(cascade, some, table, features):
+        out["superresolution"] = beside
     if "clip_image" in painted:
-        true = data.truth["clip_image"]
-        prior = next(stage for stage in cascade.stages if stage.writes == "clip_image")
-        text = torch.cat(
-            [
-                prior.completed({"caption": data.captions[i : i + 64]})["clip_text"].cpu()
-                for i in range(0, len(data), 64)
-            ]
-        )
-        out["prior"] = prior_metrics(painted["clip_image"], text, true)
+        out["prior"] = measure_prior(cascade, data, painted["clip_image"], repaint, checkpoint)
         rows = data.kind("one") or list(range(len(data)))
         some = data.where(rows)
-        small = cascade_to(cascade, 64)
-        for name, z in (
-            ("prior", painted["clip_image"][rows]),
-            ("truth", some.truth["clip_image"]),
-        ):
+        small = without_text(cascade_to(cascade, 64))
+        for name, z in (("prior", painted), ("truth", data.truth)):
             done = repaint(
-                without_text(small), some.captions, {"clip_image": z}, f"no text, {name}"
+                small, some.captions, {"clip_image": z["clip_image"][rows]}, f"no text, {name}"
             )
             clip = features.clip
             out[f"no_text_{name}"] = picture_metrics(done, some, some.truth, features, clip)
@@ -245,7 +289,7 @@ def _against(targets: Mapping[str, Any], metrics: Metrics) -> list[Metrics]:
         for part in path.split("."):
             value = value[part]
         least, most = target.get("at_least"), target.get("at_most")
-        reached = value >= least if most is None else value <= most
+        reached = value is not None and (value >= least if most is None else value <= most)
         asked = f"at least {least}" if most is None else f"at most {most}"
         row = {"what": target["what"], "asked": asked, "measured": value, "reached": reached}
         rows.append({"path": path, **row})

@@ -33,35 +33,52 @@ def chain(config: DictConfig, launcher: Launcher) -> list[Link]:
         UserError: the configuration of a stage is wrong, or its directory is another's.
     """
     root, data = Path(config.run), Path(config.data.path)
-    resources = OmegaConf.to_container(config.resources)
+    asked = {name: whole.overrides(config, name, root, data) for name in config.stages}
+    links = trainings(config, root, asked, launcher)
+    ended = all(task.done for link in links for task in link.tasks)
+    tasks, after = [_evaluation(config, root, data, ended)], [link.name for link in links]
+    resources = OmegaConf.to_container(config.resources).get("evaluation", {})
+    return [*links, Link("evaluation", tasks, after, alone=True, resources=resources)]
+
+
+def trainings(
+    config: DictConfig, root: Path, asked: Mapping[str, Sequence[str]], launcher: Launcher
+) -> list[Link]:
+    """Trainings by name, behind the scenes, CLIPs and embeddings that they need.
+
+    Args:
+        config: says `data`, `scenes`, `seed`, `precompute` and `resources`.
+        root: has the directories of scenes and embeddings.
+        asked: each training's overrides.
+    """
+    data, resources = Path(config.data.path), OmegaConf.to_container(config.resources)
     links: dict[str, Link] = {}
 
     def add(name: str, tasks: Sequence[Task], after: Sequence[str], alone: bool = True) -> None:
         before = [one for one in after if one in links]
         links[name] = Link(name, tasks, before, alone, resources.get(name, {}))
 
-    trainings = {
-        name: training(whole.overrides(config, name, root, data), launcher, resources.get(name))
-        for name in config.stages
-    }
+    sent = {name: training(own, launcher, resources.get(name)) for name, own in asked.items()}
     # A CLIP generates nothing; what generates may need what it says of the pictures.
-    clips = [name for name, (_, own) in trainings.items() if "codec" not in own.stage]
+    clips = [name for name, (_, own) in sent.items() if "codec" not in own.stage]
     # By store, one of the trainings that are joined with it.
-    stores = {
-        name: own for _, own in trainings.values() for name in own.data.get("embeddings") or {}
-    }
+    stores = {name: own for _, own in sent.values() for name in own.data.get("embeddings") or {}}
     if config.scenes:
         add("scenes", [_scenes(config, root, data)], [])
     for name in clips:
-        add(name, [trainings[name][0]], ["scenes"], alone=False)
+        add(name, [sent[name][0]], ["scenes"], alone=False)
     if stores:
         tasks = [_precompute(stores, root, data, i) for i in range(config.precompute)]
-        add("precompute", tasks, ["scenes", "clip"])
-    for name in [name for name in trainings if name not in clips]:
-        add(name, [trainings[name][0]], ["scenes", "precompute"], alone=False)
-    ended = all(task.done for link in links.values() for task in link.tasks)
-    add("evaluation", [_evaluation(config, root, data, ended)], list(links))
+        add("precompute", tasks, ["scenes", *map(_clip, stores.values())])
+    for name in [name for name in sent if name not in clips]:
+        task, own = sent[name]
+        add(name, [task], ["scenes", _clip(own), "precompute"], alone=False)
     return list(links.values())
+
+
+def _clip(config: DictConfig) -> str:
+    """The name of the CLIP that a training reads with, if it is trained beside it."""
+    return Path(config.clip.path).name
 
 
 def _task(folder: Path, command: Sequence[object], done: bool) -> Task:

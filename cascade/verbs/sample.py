@@ -1,7 +1,8 @@
 """`cascade sample`: captions to pictures, through a whole cascade.
 
-A cascade is a directory with `cascade.yaml`: the runs of its stages in order, and the sampling
-choices of each, which are the arguments of `chosen`.
+A cascade is a directory with `cascade.yaml`: its stages in order, and the sampling choices of each,
+which are the arguments of `chosen`. A stage's run has its name and lies beside the file, unless
+`run` says where.
 """
 
 import argparse
@@ -14,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
-from yaml import YAMLError
 
 from cascade.conditioning import Batch
 from cascade.data.shards import put_rows
 from cascade.diffusion import guidance
 from cascade.errors import UserError
 from cascade.grids import grid, to_uint8
-from cascade.pipeline import BestOf, Cascade
+from cascade.pipeline import BestOf, Cascade, Link, TextEmbedding, Untold
 from cascade.stage import Stage
 from cascade.training.callbacks import bar
-from cascade.verbs.configuration import loaded
+from cascade.verbs.configuration import built, composed, loaded
 from cascade.verbs.train import load
+from cascade.verbs.whole import CASCADE, stage_choices, stage_runs
 
 LONGEST = 2000  # characters of a caption
 
@@ -87,28 +87,21 @@ def load_cascade(folder: Path, choices: Sequence[str] = ()) -> Cascade:
         folder: or such a file; the runs lie beside it.
         choices: sampling choices that take the place of the file's, as "stage.option=value".
     """
-    file = folder if folder.suffix == ".yaml" else folder / "cascade.yaml"
-    stages, folder = OmegaConf.to_container(loaded(file).stages), file.parent
-    for choice in choices:
-        path, _, value = choice.partition("=")
-        name, _, option = path.partition(".")
-        if name not in stages or not option or not value:
-            raise UserError(f"--set {choice}: not STAGE.OPTION=VALUE of {', '.join(stages)}")
-        try:
-            given = OmegaConf.to_container(OmegaConf.from_dotlist([f"{option}={value}"]))
-        except YAMLError:
-            raise UserError(f"--set {choice}: {value} is no number, word or list") from None
-        stages[name] = {**(stages[name] or {}), **given}
-    return Cascade([chosen(folder / name, **_known(name, of)) for name, of in stages.items()])
+    file = folder if folder.suffix == ".yaml" else folder / CASCADE
+    runs, stages = stage_runs(file, choices), stage_choices(file, choices)
+    return Cascade([chosen(runs[name], **_known(name, of)) for name, of in stages.items()])
 
 
 def _known(name: str, choices: dict[str, Any] | None) -> dict[str, Any]:
     """The arguments of `chosen` for a stage. UserError if one is unknown, or no such thing."""
     names, whole = list(inspect.signature(chosen).parameters)[1:], (index, "a whole number")
     kinds = {"steps": whole, "best_of": whole, "interval": (_interval, "[low, high]")}
-    kinds["weaker"] = str, "the name of a run"
+    kinds |= {"weaker": (str, "the name of a run"), "sampler": (str, "a name of conf/sampler/")}
+    kinds |= {"without": (_sources, "[caption] or [clip_image]"), "text_embedding": (_yes, "true")}
     known = {}
     for choice, value in (choices or {}).items():
+        if choice == "run" or value is None:
+            continue
         if choice not in names:
             raise UserError(f"{name}.{choice}: the choices of a stage are {', '.join(names)}")
         kind, what = kinds.get(choice, (float, "a number"))
@@ -117,6 +110,18 @@ def _known(name: str, choices: dict[str, Any] | None) -> dict[str, Any]:
         except (TypeError, ValueError):
             raise UserError(f"{name}.{choice}={value}: give {what}") from None
     return known
+
+
+def _sources(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not set(value) <= {"caption", "clip_image"}:
+        raise ValueError
+    return tuple(value)
+
+
+def _yes(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
 
 
 def _interval(value: Any) -> tuple[float, float]:
@@ -134,7 +139,10 @@ def chosen(
     level: float | None = None,
     weaker: str | None = None,
     best_of: int = 1,
-) -> Stage | BestOf:
+    sampler: str | None = None,
+    without: Sequence[str] = (),
+    text_embedding: bool = False,
+) -> Link:
     """The stage of a run, with the sampling choices that are given.
 
     Args:
@@ -144,6 +152,9 @@ def chosen(
         level: of the noise in the low-resolution picture.
         weaker: the run beside this one from which guidance leads away (autoguidance).
         best_of: so many samples, of which the closest to the caption is kept.
+        sampler: another one than the run's, of conf/sampler/; the other choices are of it.
+        without: sources ("caption", "clip_image") that the stage is not told.
+        text_embedding: nothing is sampled; the caption's CLIP embedding stands for the picture's.
 
     Raises:
         UserError: a choice that this run's sampler does not have, or one out of range.
@@ -151,6 +162,10 @@ def chosen(
     if percentile is not None and not 0 < percentile <= 1:
         raise UserError(f"percentile={percentile}: it is above 0 and at most 1")
     stage = load(run).to(device())
+    if text_embedding:
+        return TextEmbedding(stage)
+    if sampler is not None:
+        stage.sampler = built(composed("sampler", [f"sampler={sampler}"]).sampler)
     picked = {"scale": scale, "steps": steps, "interval": interval}
     if rescale is not None:
         picked["guide"] = partial(guidance.rescale, phi=rescale)
@@ -167,7 +182,8 @@ def chosen(
         stage.corruption = dataclasses.replace(stage.corruption, level=level)
     if weaker is not None:
         stage.weaker = _weaker(run, run.parent / weaker)
-    return BestOf(stage, best_of) if best_of > 1 else stage
+    link = Untold(stage, tuple(without)) if without else stage
+    return BestOf(link, best_of) if best_of > 1 else link
 
 
 def _weaker(run: Path, other: Path) -> Stage:

@@ -1,43 +1,157 @@
-"""`cascade sweep`: one training at each point of a grid, all side by side.
+"""`cascade sweep`: a question, answered by a grid.
 
-A point's directory, named by its place in the grid, is its identity: the same command again goes
-on with what is not finished.
+    what points share -> the points, trained side by side -> each measured, cell by cell -> report
+
+A point is one value of each of the `axes`, and a seed; a cell is a point sampled with one value of
+each of the `choices`. A point's directory, named by its place in the grid, is its identity: the
+same command again goes on with what is not finished. Trainings that points share lie beside the
+sweep, in `home`, where other sweeps find them.
 """
 
 import argparse
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from cascade.slurm.plan import Link, launch
+from cascade.errors import UserError
+from cascade.files import write_atomically
+from cascade.slurm.plan import DONE, FROZEN, Launcher, Link, Task, launch
 from cascade.verbs.configuration import built, composed
+from cascade.verbs.launch import trainings
 from cascade.verbs.sending import LAUNCHER, split, training
+from cascade.verbs.whole import CASCADE
 
-_OWN = ("sweep", LAUNCHER, "run", "base", "axes")
+# Of the sweep; every other override is one of each point's training.
+_OWN = (
+    *("sweep", LAUNCHER, "home", "run", "scenes", "shared", "needs", "base", "axes", "seeds"),
+    *("train", "cascade", "choices", "evaluate", "judge", "precompute", "resources", "data.path"),
+)
 
 
 def main(args: argparse.Namespace) -> None:
     own, overrides = split(args.overrides, _OWN)
     config = composed("sweep", own)
-    root, launcher = Path(config.run), built(config.launcher)
-    tasks = []
-    for name, point in points(OmegaConf.to_container(config.axes)):
-        at = [f"run={root / name}"]
-        task, _ = training(joined(config.base, overrides, point, at), launcher)
-        tasks.append(task)
-    launch(launcher, root, [Link("sweep", tasks)])
+    launcher, root = built(config.launcher), Path(config.run)
+    links = grid(config, overrides, launcher)
+    describe(config, root)
+    launch(launcher, root, links)
 
 
-def points(
-    axes: Mapping[str, Mapping[str, Sequence[str]]],
-) -> Iterator[tuple[str, list[str]]]:
-    """Name and overrides of each point: of each axis one value, in the order of the axes."""
-    for values in itertools.product(*(axis.items() for axis in axes.values())):
-        yield "-".join(name for name, _ in values), [o for _, own in values for o in own]
+def grid(config: DictConfig, overrides: Sequence[str], launcher: Launcher) -> list[Link]:
+    """The links of a sweep.
+
+    Args:
+        overrides: of every point's training, behind those of the sweep.
+
+    Raises:
+        UserError: the sweep needs what is not shared, or a configuration is wrong.
+    """
+    root, home, data = Path(config.run), Path(config.home), Path(config.data.path)
+    if unknown := [name for name in config.needs if name not in config.shared]:
+        raise UserError(f"needs {unknown[0]}, which `shared` does not say how to train")
+    if config.axes and not config.train:
+        raise UserError("axes without train: say which stage the points train, as train=decoder")
+    asked = {
+        name: [*config.shared[name], f"run={home / name}", f"data.path={data}"]
+        for name in config.needs
+    }
+    links = trainings(config, home, asked, launcher)
+    before = [link.name for link in links]
+    tasks, measured = [], []
+    for name, seed, values, own in points(config):
+        if config.train:
+            at = [f"run={root / name / config.train}", f"data.path={data}", f"seed={seed}"]
+            tasks.append(training(joined(config.base, overrides, own, at), launcher)[0])
+        if config.cascade:
+            measured.append(_measured(config, root / name, seed, values))
+    resources = OmegaConf.to_container(config.resources)
+    if tasks:
+        links.append(Link("sweep", tasks, before, resources=resources.get("sweep", {})))
+        before = ["sweep", *before]
+    if measured:
+        own = resources.get("evaluation", {})
+        links.append(Link("evaluation", measured, before, alone=True, resources=own))
+        report = Task((root / "report").absolute(), ["report", str(root)])
+        links.append(Link("report", [report], ["evaluation"], alone=True, resources=own))
+    return links
+
+
+def points(config: DictConfig) -> Iterator[tuple[str, int, dict[str, str], list[str]]]:
+    """Name, seed, values and overrides of each point, all of the first seed first."""
+    axes = OmegaConf.to_container(config.axes)
+    for seed in config.seeds:
+        for values in itertools.product(*(axis.items() for axis in axes.values())):
+            names = [str(name) for name, _ in values]
+            own = [override for _, overrides in values for override in overrides]
+            yield "-".join([*names, f"s{seed}"]), seed, dict(zip(axes, names)), own
 
 
 def joined(*parts: Sequence[str]) -> list[str]:
     """Overrides one behind the other; the last of several for one key is the one that counts."""
     return list({o.partition("=")[0].lstrip("+"): o for part in parts for o in part}.values())
+
+
+def describe(config: DictConfig, root: Path) -> None:
+    """Writes sweep.json and each point's cascade.yaml, which the report and `sample` read."""
+    grids = {part: OmegaConf.to_container(config[part]) for part in ("axes", "choices")}
+    about = {key: config[key] for key in ("name", "question", "paper", "along", "control")}
+    about |= {part: {axis: list(of) for axis, of in grid.items()} for part, grid in grids.items()}
+    about |= {part: OmegaConf.to_container(config[part]) for part in ("at", "expected")}
+    about |= {"seeds": list(config.seeds), "features": "picture embeddings of the CLIP that judges"}
+    about |= {"reference": f"all pictures of the split {config.evaluate.split}"}
+    text = json.dumps(about, indent=1) + "\n"
+    write_atomically(root / "sweep.json", lambda path: path.write_text(text))
+    for name, *_ in points(config) if config.cascade else ():
+        stages = {stage: _placed(config, stage, root / name) for stage in config.cascade}
+        text = OmegaConf.to_yaml({"stages": stages})
+        write_atomically(root / name / CASCADE, lambda path, text=text: path.write_text(text))
+
+
+def _placed(config: DictConfig, stage: str, point: Path) -> dict[str, Any]:
+    """The sampling choices of a stage; what is shared is looked for in `home`."""
+    choices = {"run": stage, **(config.cascade[stage] or {})}
+    if stage != config.train:
+        choices["run"] = os.path.relpath(Path(config.home) / choices["run"], point)
+    return choices
+
+
+def _set(config: DictConfig, choice: str, point: Path) -> str:
+    """A sampling choice; the other run that one may name is a shared one."""
+    path, _, value = choice.partition("=")
+    if not path.endswith(".run"):
+        return choice
+    return f"{path}={os.path.relpath(Path(config.home) / value, point)}"
+
+
+def _measured(config: DictConfig, point: Path, seed: int, values: Mapping[str, str]) -> Task:
+    """The evaluation of a point, at each of its cells; what is measured already is passed over."""
+    folder = point.absolute() / "evaluation"
+    asked = {
+        "model": str(point.absolute()),
+        "data": str(Path(config.data.path).absolute()),
+        "judge": str(Path(config.judge).absolute()),
+        "point": dict(values),
+        "seed": seed,
+        "choices": {
+            axis: {value: [_set(config, one, point) for one in sets] for value, sets in of.items()}
+            for axis, of in OmegaConf.to_container(config.choices).items()
+        },
+        "trained": config.train,
+        **config.evaluate,
+    }
+    text, runs = OmegaConf.to_yaml(asked), [_placed(config, s, point) for s in config.cascade]
+    done = _current(folder, text, [point / run["run"] / "status.json" for run in runs])
+    return Task(folder, ["cells", str(folder / FROZEN)], text, done)
+
+
+def _current(folder: Path, config: str, parts: Iterable[Path]) -> bool:
+    """Whether a task ended well with this configuration, behind all that it is of."""
+    mark, frozen = folder / DONE, folder / FROZEN
+    if not mark.exists() or not frozen.exists() or frozen.read_text() != config:
+        return False
+    return all(p.exists() and p.stat().st_mtime < mark.stat().st_mtime for p in parts)

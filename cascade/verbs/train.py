@@ -40,6 +40,7 @@ from cascade.training.interruption import Interruption, deaf
 from cascade.training.precision import Bfloat16
 from cascade.training.seeding import Seeding
 from cascade.training.skips import Skips
+from cascade.training.surroundings import Surroundings
 from cascade.training.watchdog import Watchdog
 from cascade.verbs.checks import check_identity, shares
 from cascade.verbs.configuration import built, composed, loaded, saved
@@ -161,7 +162,7 @@ def _callbacks(
     folder, ema, offset = Path(config.run), EMA(config.ema), start - step * config.batch
     checkpoints = Checkpoints(folder, ema, config.images, config.save_seconds, step, offset)
     callbacks = [Watchdog(folder, config.watchdog), *built(config.get("faults") or {}).values()]
-    callbacks += [Guard(folder, offset, config.spike), ema]
+    callbacks += [Surroundings(module, shards), Guard(folder, offset, config.spike), ema]
     if hasattr(getattr(module, "process", None), "measure"):
         callbacks.append(Measure(ema, loader(shards, 64)))
     callbacks += [Seeding(config.seed), History(folder, config.name, config.images)]

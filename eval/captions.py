@@ -1,0 +1,128 @@
+"""The captions of a set of pictures: a file with ids, or texts beside the pictures.
+
+A picture without a caption, a caption without a picture and two for one are errors: a score of
+pairs is one of exactly these pairs.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cascade.data.index import PICTURES
+from cascade.data.listing import FILE_COLUMNS, one_line, table
+from cascade.encoders.text import tokenize
+from cascade.errors import UserError
+from cascade.eval.sets import PictureSet
+
+CAPTIONS = "captions.jsonl"  # in a folder that was generated
+IDS = ("id", "key", *FILE_COLUMNS)
+TEXTS = ("caption", "prompt", "prompts", "text", "txt")
+
+Row = dict[str, Any]  # "id", "caption", and whatever else a file says of a picture
+
+
+def there(pictures: PictureSet) -> bool:
+    """Whether anybody wrote captions beside the pictures."""
+    return (pictures.path / CAPTIONS).is_file() or not pictures.spans.keys().isdisjoint(
+        pictures.texts
+    )
+
+
+def captioned(pictures: PictureSet, file: Path | None = None) -> list[Row]:
+    """A row with `id` and `caption` for each picture, in their order.
+
+    Args:
+        file: .jsonl, .csv, .tsv or .parquet with a column of ids (or file names) and one of
+            captions, or a .txt whose lines are an id, a tab and a caption. None: the set's own
+            captions.jsonl, or else a .txt beside each picture.
+
+    Raises:
+        UserError: the ids are not those of the pictures, or a caption is empty.
+    """
+    file = file or (pictures.path / CAPTIONS if (pictures.path / CAPTIONS).is_file() else None)
+    where = file or pictures.path
+    rows: dict[str, Row] = {}
+    for row in rows_of(file) if file else _beside(pictures):
+        if row["id"] in rows:
+            raise UserError(f"{where} has two captions for {row['id']}: leave one")
+        if not row["caption"]:
+            raise UserError(f"{where} has an empty caption for {row['id']}: write one")
+        rows[row["id"]] = row
+    missing = [name for name in pictures.ids if name not in rows]
+    foreign = rows.keys() - set(pictures.ids)
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(pictures)} pictures have no caption in {where}, such as "
+            f"{missing[0]}: name every picture"
+        )
+    if foreign:
+        raise UserError(
+            f"{where} has captions of {len(foreign)} pictures that {pictures.path} lacks, such as "
+            f"{min(foreign)}: give those of its pictures alone"
+        )
+    return [rows[name] for name in pictures.ids]
+
+
+def hash_of(rows: Sequence[Row]) -> str:
+    """Sixteen hexadecimal digits of all ids and captions."""
+    pairs = json.dumps([[row["id"], row["caption"]] for row in rows])
+    return hashlib.sha256(pairs.encode()).hexdigest()[:16]
+
+
+def too_long(captions: Sequence[str], length: int) -> list[bool]:
+    """Whether each caption has more tokens than a CLIP of this context length reads.
+
+    Such a caption is cut and keeps its end-of-text (`encoders.text.tokenize`).
+    """
+    # Of one token more, the last is zero but where a caption reaches that far.
+    parts = [captions[i : i + 1024] for i in range(0, len(captions), 1024)]
+    return [bool(last) for part in parts for last in tokenize(part, length + 1)[:, -1]]
+
+
+def rows_of(file: Path) -> list[Row]:
+    """The rows of a captions file, ids without the endings of pictures (see `captioned`).
+
+    Raises:
+        UserError: it is missing or damaged, or lacks ids or captions.
+    """
+    if file.suffix.lower() == ".txt":
+        return list(_of_lines(file))
+    rows = table(file)
+    columns = {name.lower(): name for row in rows for name in row}
+    ids = next((columns[name] for name in IDS if name in columns), None)
+    texts = next((columns[name] for name in TEXTS if name in columns), None)
+    if ids is None or texts is None:
+        raise UserError(
+            f"{file} has the columns {', '.join(columns.values())}: call one id, and one caption"
+        )
+    return [
+        {**row, "id": _without_ending(str(row.get(ids))), "caption": one_line(row.get(texts))}
+        for row in rows
+    ]
+
+
+def _of_lines(file: Path) -> Iterator[Row]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        name, tab, caption = line.partition("\t")
+        if line.strip() and not tab:
+            raise UserError(f"{file}: line {number} is not an id, a tab and a caption: write so")
+        if tab:
+            yield {"id": _without_ending(name), "caption": one_line(caption)}
+
+
+def _beside(pictures: PictureSet) -> Iterator[Row]:
+    for name, span in pictures.texts.items():
+        if name in pictures.spans:
+            text = span.read().decode("utf-8-sig", errors="replace")
+            yield {"id": name, "caption": one_line(text)}
+
+
+def _without_ending(name: str) -> str:
+    stem, _, ending = name.rpartition(".")
+    return stem if ending.lower() in PICTURES else name

@@ -1,0 +1,110 @@
+"""Features of a set of pictures, by one process or by many that never wait for each other.
+
+A set is divided into parts that depend on nothing but the set, each a file when it is done; a
+process takes every n-th. Whoever finds all parts there joins them. So each picture counts once, no
+number depends on who computed what, a killed extraction goes on, and a process without pictures,
+or one that dies, holds nobody up.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial, reduce
+from itertools import chain
+from operator import add
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cascade.data.claims import Claims
+from cascade.eval.features import Features
+from cascade.eval.sets import PictureSet
+from cascade.eval.statistics import Moments, Origin, cached_rows
+from cascade.files import remove
+
+BLOCK = 64  # pictures at a time
+PART = 16  # blocks
+
+
+class _Absent(Exception):
+    """There are no such features yet."""
+
+
+def ordered(pictures: PictureSet) -> list[int]:
+    """The rows of the set in the order in which features lie."""
+    return list(chain.from_iterable(pictures.blocks(BLOCK)))
+
+
+def features_of(
+    pictures: PictureSet,
+    space: Features,
+    folder: Path,
+    device: torch.device,
+    shard: tuple[int, int] = (0, 1),
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[Tensor, "n d"] | None:
+    """The features of all pictures, mapped from a file; None if other shards' parts are missing.
+
+    Args:
+        folder: where features are kept, with their protocol; of any sets and spaces.
+        shard: (i, n): this process computes parts i, i + n, ...
+        progress: called with (pictures done, pictures in this shard).
+    """
+    origin = Origin.of(space, pictures.hash)
+    blocks = pictures.blocks(BLOCK)
+    parts = [blocks[i : i + PART] for i in range(0, len(blocks), PART)]
+    beside = folder / f"parts-{key(origin)}"
+
+    def part_of(blocks: Sequence[list[int]], compute: Callable) -> Float[Tensor, "n d"]:
+        return cached_rows(beside, origin, [*chain(*blocks)], space.dim, compute)
+
+    whole = partial(cached_rows, folder, origin, [*chain(*blocks)], space.dim)
+    with suppress(_Absent):
+        return whole(_absent)
+    mine = parts[shard[0] :: shard[1]]
+    total, done = sum(len(block) for part in mine for block in part), 0
+    for part in mine:
+        part_of(part, partial(_computed, pictures, space, part, device))
+        done += sum(map(len, part))
+        if progress:
+            progress(done, total)
+    with Claims(folder) as claims, claims.held("features", wait=True):
+        with suppress(_Absent):
+            return whole(_absent)
+        try:
+            found = [part_of(part, _absent) for part in parts]
+        except _Absent:
+            return None
+        joined = whole(lambda: iter(found))
+        remove(beside)
+        return joined
+
+
+def moments_of(rows: Float[Tensor, "n d"], origin: Origin, folder: Path) -> Moments:
+    """Mean and covariance of features, kept beside them in pytorch-fid's format."""
+    path = folder / f"{key(origin)}.npz"
+    if path.exists():
+        kept = Moments.load(path)
+        if kept.origin == origin and kept.n == len(rows):
+            return kept
+    moments = reduce(add, (Moments.of(part, origin) for part in rows.split(BLOCK * PART)))
+    moments.save(path)
+    return moments
+
+
+def key(origin: Origin) -> str:
+    """A name for files of features of this origin."""
+    return hashlib.sha256(repr(origin).encode()).hexdigest()[:16]
+
+
+def _computed(
+    pictures: PictureSet, space: Features, blocks: Sequence[list[int]], device: torch.device
+) -> Iterator[Float[Tensor, "b d"]]:
+    for batch in pictures.batches(blocks):
+        yield space(batch.to(device))
+
+
+def _absent() -> Iterator[Tensor]:
+    raise _Absent

@@ -1,0 +1,233 @@
+"""Which figures a sweep needs.
+
+Two trained factors and a choice: Fréchet distance against CLIP score over that choice, in two
+panels, one curve per value of each factor, as Imagen draws it (2205.11487, figure 4). Otherwise one
+panel for each outcome, over what the sweep says that curves are drawn along.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cascade.eval.ablation import (
+    ACCURACY,
+    CLIP_SCORE,
+    EVALUATIONS,
+    FRECHET,
+    SEED,
+    STEPS,
+    Measure,
+    Spread,
+    Sweep,
+    Value,
+    Values,
+    combinations,
+    shown,
+    spread,
+)
+from cascade.eval.answers import factorial
+from cascade.eval.comparison import label, title
+from cascade.eval.plots import (
+    Curve,
+    Panel,
+    against,
+    alike,
+    compose,
+    dots,
+    loss_columns,
+    save,
+    tradeoff,
+    training,
+)
+
+_NAMES = {"scale": "guidance scale", EVALUATIONS: "evaluations of networks per picture"}
+_BANDS = "Points are means over seeds; bands and bars go from the lowest to the highest seed."
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Panels that belong together, and the words under them."""
+
+    name: str
+    panels: Sequence[Panel]
+    caption: str
+
+
+def drawings(sweep: Sweep) -> list[Drawing]:
+    """The outcomes' figures, the one that answers the question first; none where nothing ran."""
+    if not sweep.rows:
+        return []
+    if factorial(sweep) and sweep.x in sweep.choices:
+        drawn = [_factors(sweep, None, FRECHET), _factors(sweep, sweep.x, ACCURACY)]
+        return [drawing for drawing in drawn if drawing]
+    groups = combinations({n: v for n, v in sweep.factors.items() if n != sweep.x})
+    panels = [_panel(sweep, measure, groups) for measure in sweep.measures]
+    drawn = [Drawing("measures", panels, f"{_who(sweep)} {_BANDS}")]
+    numbers = sweep.x and len(sweep.ran(sweep.x)) > 1 and _numeric(sweep, sweep.x)
+    if numbers and {FRECHET, CLIP_SCORE} <= set(sweep.measures):
+        curves = [_tradeoff(sweep, values, [{}], i) for i, values in enumerate(groups)]
+        panel = Panel("", CLIP_SCORE.name, FRECHET.name, tradeoff([c for c in curves if c.x]))
+        words = f"Beside the points: {axis_name(sweep.x)}. {_who(sweep)} {_BANDS}"
+        drawn.append(Drawing("tradeoff", [panel], words))
+    return drawn
+
+
+def curves_of_training(sweep: Sweep) -> Drawing | None:
+    """The loss of every run over images seen, one panel for each value of the first axis."""
+    if sweep.folder is None or not sweep.axes:
+        return None
+    first, *others = sweep.axes
+    groups = combinations({name: sweep.axes[name] for name in others})
+    runs: dict[Value, list] = {v: [] for v in sweep.axes[first]}
+    for name, values, _ in sweep.points():
+        own = {axis: values[axis] for axis in others}
+        look = Curve(label(own), (), (), groups.index(own))
+        for path in sorted((sweep.folder / name).glob("*/metrics.csv")):
+            _, images, losses = loss_columns(path)[0]
+            runs[values[first]].append((look, images, losses))
+    panels = [
+        Panel(label({first: v}), "images seen", "loss", training(of))
+        for v, of in runs.items()
+        if of
+    ]
+    words = "The training loss of every run, seeds in the same colour."
+    return Drawing("training", panels, words) if panels else None
+
+
+def named(sweep: Sweep) -> list[tuple[str, Drawing]]:
+    """The figures with the names of their files: the sweep's, and a word more behind the first."""
+    names = [
+        sweep.name if i == 0 else f"{sweep.name}_{d.name}" for i, d in enumerate(drawings(sweep))
+    ]
+    return list(zip(names, drawings(sweep)))
+
+
+def save_drawings(sweep: Sweep, folder: Path) -> None:
+    """Writes every figure as SVG and as PNG."""
+    for name, drawing in named(sweep):
+        save(compose(drawing.panels), folder / name)
+
+
+def axis_name(name: str) -> str:
+    return _NAMES.get(name, name.replace("_", " "))
+
+
+def _factors(sweep: Sweep, x: str | None, y: Measure) -> Drawing | None:
+    """A panel for each trained factor, as a mean over the sizes of the other.
+
+    Args:
+        x: a choice; None: the CLIP score, with the choice beside the points.
+    """
+    if not {y, CLIP_SCORE} <= set(sweep.measures):
+        return None
+    panels, drawn = [], 0
+    for axis, other in zip(sweep.axes, reversed(sweep.axes)):
+        over = _common(sweep, axis, other)
+        sizes = [v for v in sweep.axes[axis] if v != sweep.control]
+        curves = []
+        for v in sweep.ran(axis):
+            style = sizes.index(v) if v in sizes else None
+            if x is None:
+                curves.append(_tradeoff(sweep, {axis: v}, over, style))
+            else:
+                curves.append(_curve(sweep, {axis: v}, over, y, style))
+        curves = [curve for curve in curves if curve.x]
+        drawn += len(curves)
+        mean = ", ".join(label(values) for values in over)
+        mean = f"mean over {mean}" if len(over) > 1 else mean or "too little has run"
+        draw = tradeoff(curves) if x is None else against(curves, False, _ticks(sweep, x))
+        head = f"by {axis_name(axis)}\n{mean}"
+        panels.append(Panel(head, axis_name(x) if x else CLIP_SCORE.name, y.name, draw))
+    if not drawn:
+        return None
+    at = f"Beside the points: {axis_name(sweep.x)}. " if x is None else ""
+    name = "factors" if x is None else y.key
+    return Drawing(name, alike(panels), f"{at}{_who(sweep)} {_BANDS}")
+
+
+def _common(sweep: Sweep, axis: str, other: str) -> list[Values]:
+    """The sizes of the other factor that ran with each value of this one: their means compare."""
+    sizes = [v for v in sweep.ran(other) if v != sweep.control]
+    ran = sweep.ran(axis)
+    return [{other: v} for v in sizes if all(sweep.where({axis: a, other: v}) for a in ran)]
+
+
+def _panel(sweep: Sweep, measure: Measure, groups: Sequence[Values]) -> Panel:
+    better = "less" if measure.less else "more"
+    name, outcome = f"{title(measure)} ({better} is better)", measure.name
+    curves = [_curve(sweep, values, [{}], measure, i) for i, values in enumerate(groups)]
+    curves = [curve for curve in curves if curve.x]
+    if sweep.x and _numeric(sweep, sweep.x):
+        if sweep.x == STEPS:
+            draw = against(curves, True, _powers([s.mean for curve in curves for s in curve.x]))
+            return Panel(name, axis_name(EVALUATIONS), outcome, draw)
+        draw = against(curves, False, _ticks(sweep, sweep.x))
+        return Panel(name, axis_name(sweep.x), outcome, draw)
+    names = [shown(v) for v in sweep.ran(sweep.x)] if sweep.x else [""]
+    swapped = [Curve(c.name, c.y, c.x, c.style) for c in curves]
+    return Panel(name, outcome, axis_name(sweep.x or ""), dots(swapped, names))
+
+
+def _curve(
+    sweep: Sweep, values: Values, over: Sequence[Values], measure: Measure, style: int | None
+) -> Curve:
+    """An outcome along the sweep's x: numbers, evaluations of networks, or places of categories."""
+    xs, ys = [], []
+    for place, v in enumerate(sweep.ran(sweep.x) if sweep.x else [""]):
+        at = {**values, sweep.x: v} if sweep.x else values
+        y = _spread(sweep, at, over, measure.key)
+        if y is None:
+            continue
+        if sweep.x == STEPS:
+            xs.append(_spread(sweep, at, over, EVALUATIONS))
+        else:
+            xs.append(spread([v if sweep.x and _numeric(sweep, sweep.x) else place]))
+        ys.append(y)
+    return Curve(label(values), xs, ys, style)
+
+
+def _tradeoff(sweep: Sweep, values: Values, over: Sequence[Values], style: int | None) -> Curve:
+    xs, ys, notes = [], [], []
+    for v in sweep.ran(sweep.x):
+        at = {**values, sweep.x: v}
+        x, y = (_spread(sweep, at, over, m.key) for m in (CLIP_SCORE, FRECHET))
+        if x and y:
+            xs.append(x)
+            ys.append(y)
+            notes.append(shown(v))
+    return Curve(label(values), xs, ys, style, notes)
+
+
+def _spread(sweep: Sweep, at: Values, over: Sequence[Values], key: str) -> Spread | None:
+    """Over seeds: of each the mean over `over`, if all of that ran."""
+    seeds: dict[int, list[float]] = {}
+    for values in over:
+        for row in sweep.where({**at, **values}):
+            if row.get(key) is not None:
+                seeds.setdefault(row[SEED], []).append(row[key])
+    means = [float(np.mean(found)) for found in seeds.values() if len(found) == len(over)]
+    return spread(means) if means else None
+
+
+def _numeric(sweep: Sweep, factor: str) -> bool:
+    return all(isinstance(v, float) for v in sweep.factors[factor])
+
+
+def _ticks(sweep: Sweep, x: str) -> list[float]:
+    return [v for v in sweep.factors[x] if isinstance(v, float)]
+
+
+def _powers(numbers: Sequence[float]) -> list[float]:
+    """The powers of two from the largest not above to the smallest not below the numbers."""
+    low, high = math.floor(math.log2(min(numbers))), math.ceil(math.log2(max(numbers)))
+    return [2.0**k for k in range(low, high + 1)]
+
+
+def _who(sweep: Sweep) -> str:
+    counts = sorted({int(row["count"]) for row in sweep.rows})
+    features = f", in this space: {sweep.about['features']}" if sweep.about.get("features") else ""
+    seeds = ", ".join(map(str, sweep.seeds))
+    return f"{', '.join(map(str, counts))} captions, seeds {seeds}{features}."

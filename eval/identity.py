@@ -1,0 +1,69 @@
+"""What pictures depend on beside prompts and seed, in JSON's terms: weights and sampling."""
+
+import hashlib
+import json
+from dataclasses import fields, is_dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from cascade.pipeline import Cascade, TextEmbedding
+
+
+def described(cascade: Cascade) -> dict[str, Any]:
+    """What pictures depend on: weights and sampling of each stage, by what it writes; its hash."""
+    stages = {link.writes: _link(link) for link in cascade.stages}
+    text = json.dumps(stages, sort_keys=True)
+    return {"stages": stages, "hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _link(link: Any) -> dict[str, Any]:
+    if isinstance(link, TextEmbedding):  # nothing of the stage but its encoders is used
+        encoders = [encoder.hash for encoder in link.stage.encoders]
+        return {"instead": link.by, "encoders": encoders}
+    if is_dataclass(link):  # BestOf, Untold
+        more = {f.name: _plain(getattr(link, f.name)) for f in fields(link) if f.name != "stage"}
+        return {**_link(link.stage), type(link).__name__: more}
+    return {
+        "weights": _hash(link),
+        "sampler": _plain(link.sampler),
+        "process": _plain(link.process),
+        "corruption": _plain(link.corruption),
+        "weaker": link.weaker and _hash(link.weaker),
+    }
+
+
+def _hash(stage: Any) -> str:
+    digest = hashlib.sha256(json.dumps([encoder.hash for encoder in stage.encoders]).encode())
+    for name, value in sorted(stage.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """A sampling choice in JSON's terms: functions and classes by name, with their arguments."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, partial):
+        named = {k: _plain(v) for k, v in value.keywords.items()}
+        return {"name": _plain(value.func), "args": _plain(value.args), **named}
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {"name": type(value).__qualname__, **named}
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def changed(old: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two sets of settings, as "a.b: 1 -> 2", in the order of the new ones."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        return [
+            line
+            for key in keys
+            for line in changed(old.get(key), new.get(key), f"{where}.{key}".strip("."))
+        ]
+    return [] if old == new else [f"{where}: {old} -> {new}"]

@@ -1,0 +1,108 @@
+"""How sure a number is, given the pictures that it was made of: intervals of 95 %.
+
+Distances are bootstrapped: generated pictures are drawn again with replacement, and the reference
+stays. Draws repeat pictures, which makes every distance a little larger; so the percentiles are
+moved to where their mean is the number itself.
+"""
+
+import math
+from statistics import NormalDist
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from cascade.draws import generator
+from cascade.eval.kernels import Kernel, discrepancy
+from cascade.eval.metrics import factor
+
+_Z = 1.959963984540054  # of a normal distribution, for 95 %
+Interval = tuple[float, float]
+
+
+def of_mean(values: Float[Tensor, " n"]) -> Interval:
+    """Of the mean of one value a picture (cosines): the normal approximation."""
+    values = values.double()
+    half = _Z * values.std().item() / math.sqrt(len(values))
+    return values.mean().item() - half, values.mean().item() + half
+
+
+def of_share(share: float, n: int, level: float = 0.95) -> Interval:
+    """Wilson's, of a share of n pictures: that of 0 or 1 has a width too, and none leaves [0, 1].
+
+    (p + z^2 / 2n +- z (p (1 - p) / n + z^2 / 4n^2)^(1/2)) / (1 + z^2 / n)
+
+    Raises:
+        ValueError: it is no share, or of nothing.
+    """
+    if not 0 <= share <= 1 or n < 1:
+        raise ValueError(f"{share} of {n} is no share")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    r = z**2 / n
+    half = math.sqrt(share * (1 - share) * r + r * r / 4)
+    middle, scale = share + r / 2, 1 + r
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def of_kernel(
+    kernel: Kernel,
+    fake: Float[Tensor, "n d"],
+    real: Float[Tensor, "m d"],
+    unbiased: bool,
+    draws: int = 200,
+    seed: int = 0,
+) -> Interval:
+    """Of `kernels.discrepancy`: the KID, or a thousandth of the CMMD."""
+    estimate = discrepancy(kernel, fake, real, unbiased).item()
+    counts = _counts(len(fake), draws, seed).to(fake.device).double()
+    return _percentiles(estimate, discrepancy(kernel, fake, real, unbiased, counts))
+
+
+def of_frechet(
+    fake: Float[Tensor, "n d"],
+    mean: Float64[Tensor, " d"],
+    cov: Float64[Tensor, "d d"],
+    draws: int = 200,
+    seed: int = 0,
+) -> Interval:
+    """Of the Fréchet distance of generated rows to a reference.
+
+    Draws are weights of the rows, and covariances are taken in the coordinates of the reference's
+    factor F: tr (S1 S2)^(1/2) is the sum of the roots of the eigenvalues of F' S2 F or, with fewer
+    rows than dimensions, of the rows' Gram matrix.
+    """
+    x = fake.double() - mean.to(fake.device)
+    spread = x @ factor(cov).to(x.device)
+    squares, trace = x.square().sum(1), cov.trace().item()
+    few = len(spread) < spread.shape[1]
+    gram = spread @ spread.T if few else None
+
+    def distance(counts: Int64[Tensor, " n"]) -> Tensor:
+        w, n = counts.to(x) / len(x), len(x) / (len(x) - 1)
+        middle = w @ x
+        total = n * (w @ squares - middle.square().sum())
+        if few:
+            row = gram @ w  # centred at the draw's mean, then weighted on both sides
+            matrix = gram - row - row[:, None] + w @ row
+            matrix *= torch.outer(w.sqrt(), w.sqrt())
+        else:
+            centre = w @ spread
+            matrix = spread.T @ (w[:, None] * spread) - torch.outer(centre, centre)
+        values = torch.linalg.eigvalsh(n * matrix).clamp(min=0)
+        return middle.square().sum() + total + trace - 2 * values.sqrt().sum()
+
+    once = torch.ones(len(x), dtype=torch.int64)
+    drawn = torch.stack([distance(counts) for counts in _counts(len(x), draws, seed)])
+    return _percentiles(distance(once).item(), drawn)
+
+
+def _counts(n: int, draws: int, seed: int) -> Int64[Tensor, "r n"]:
+    """How often each of n pictures is drawn."""
+    drawn = [generator(seed, "bootstrap", i).integers(n, size=n) for i in range(draws)]
+    return torch.stack([torch.from_numpy(d).bincount(minlength=n) for d in drawn])
+
+
+def _percentiles(estimate: float, drawn: Float[Tensor, " r"]) -> Interval:
+    ends = torch.tensor([0.025, 0.975], dtype=drawn.dtype, device=drawn.device)
+    low, high = (torch.quantile(drawn - drawn.mean(), ends) + estimate).tolist()
+    return low, high

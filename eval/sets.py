@@ -1,0 +1,276 @@
+"""Sets of pictures on disk, by whatever system: a folder, with tars in it or not, or one tar.
+
+A picture's id is its path in the set without the ending; what is hidden (a leading dot) is none.
+Ids are sorted, batches are a function of the set and the batch size, and a set's hash is one of
+all ids and bytes. What becomes RGB by a conversion is counted in `notes`; a file that is no 8-bit
+picture is refused by name. Captions lie beside the pictures (`eval.captions`).
+"""
+
+import hashlib
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from cascade.data.index import HOSTILE, LIMITS, PICTURES, Header
+from cascade.data.transforms import BadSample
+from cascade.errors import UserError
+from cascade.eval.rgb import Look, look, pixels
+
+# Pictures to whoever looks into the folder, but not read here: left out, they would be missed.
+OTHERS = {"bmp", "gif", "tif", "tiff", "avif", "heic", "jxl", "jp2", "ppm", "exr"}
+
+_PADDING = 2**20  # zeros behind the end of a tar: more than any usual record
+_WORKERS = min(16, os.cpu_count() or 1)  # Pillow decodes, and a hash is taken, without the GIL
+
+
+class Span(NamedTuple):
+    """Where some bytes lie: a file, or a member of a tar."""
+
+    file: Path
+    offset: int
+    bytes: int
+
+    def read(self) -> bytes:
+        """Raises UserError if they are gone, or not all there."""
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.bytes)
+        except OSError as error:
+            raise UserError(f"cannot read {self.file}: {error.strerror or error}") from error
+        if len(data) != self.bytes:
+            raise UserError(f"{self.file} has changed while it was read: wait until it is whole")
+        return data
+
+
+class Listing(NamedTuple):
+    """Pictures and texts by id."""
+
+    pictures: dict[str, Span]
+    texts: dict[str, Span]
+
+
+def listed(path: Path) -> Listing:
+    """What a folder or a tar holds, by name; no picture is opened.
+
+    Raises:
+        UserError: there is neither, a tar is damaged, two pictures have one id, or a name leads
+            elsewhere or is of a kind of picture that is not read.
+    """
+    found = Listing({}, {})
+    for name, span in _files(path):
+        stem, _, ending = name.rpartition(".")
+        ending = ending.lower()
+        if HOSTILE.search(name):
+            raise UserError(f"{path}: a file is called {name!r}: rename it")
+        kind = found.pictures if ending in PICTURES else found.texts if ending == "txt" else None
+        if "/." in f"/{name}":
+            continue
+        if ending in OTHERS:
+            raise UserError(f"{path}: {name} is none of {', '.join(PICTURES)}: save it as PNG")
+        if kind is not None and kind.setdefault(stem, span) is not span:
+            raise UserError(f"{path}: {name} is not the only one called {stem}: rename it")
+    return found
+
+
+def _files(path: Path) -> Iterator[tuple[str, Span]]:
+    """Names in a set, and where their bytes are; a tar within a folder is like a folder."""
+    if path.is_file():
+        yield from _members(path)
+        return
+    if not path.is_dir():
+        raise UserError(f"{path} is not there: give a folder of pictures, or a tar of them")
+    for folder, folders, names in os.walk(path):
+        if links := [name for name in folders if Path(folder, name).is_symlink()]:
+            raise UserError(
+                f"{Path(folder, links[0])} is a link to a folder: give what it leads to"
+            )
+        for name in names:
+            file = Path(folder, name)
+            inside = file.relative_to(path).as_posix()
+            if file.suffix == ".tar":
+                stem = inside.removesuffix(".tar")
+                yield from ((f"{stem}/{member}", span) for member, span in _members(file))
+            elif file.is_file():
+                yield inside, Span(file, 0, file.stat().st_size)
+
+
+def _members(tar: Path) -> Iterator[tuple[str, Span]]:
+    """Names of the files in a tar, and where their bytes are. UserError if it is not whole."""
+    size, end = tar.stat().st_size, 0
+    damaged = UserError(f"{tar} is no whole tar: copy it again (compressed, it has to be unpacked)")
+    try:
+        with tarfile.open(tar, "r:", tarinfo=Header) as archive:
+            while member := archive.next():
+                archive.members.clear()  # or it would keep them all
+                end = member.offset_data + -(-member.size // 512) * 512
+                if member.isreg():
+                    if member.issparse() or member.size > size - member.offset_data:
+                        raise damaged
+                    name = member.name.removeprefix("./")
+                    yield name, Span(tar, member.offset_data, member.size)
+    except (OSError, tarfile.TarError, ValueError, RecursionError):
+        raise damaged from None
+    # tarfile takes a damaged header for the end, which is a block of zeros, and some behind it.
+    with tar.open("rb") as file:
+        file.seek(end)
+        rest = file.read(_PADDING + 1)
+    if any(rest) or not 512 <= len(rest) <= _PADDING:
+        raise damaged
+
+
+@dataclass(frozen=True, eq=False)
+class PictureSet:
+    """A set that was looked through: all files are there and can be meant as 8-bit RGB.
+
+    Attributes:
+        path: of the folder, or of the tar.
+        spans, texts: of pictures (sorted by id), and of the texts that lie beside them.
+        looks, digests: what one pass over the bytes said of each picture, and their SHA-256.
+        square: side that the centred square of each picture is resized to; None: as it is.
+    """
+
+    path: Path
+    spans: dict[str, Span]
+    texts: dict[str, Span]
+    looks: list[Look]
+    digests: list[bytes]
+    square: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self.spans)
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits of all ids, bytes, and `square`."""
+        digest = hashlib.sha256(f"{self.square}".encode())
+        for name, of_bytes in zip(self.spans, self.digests):
+            digest.update(name.encode(errors="surrogateescape") + b"\0" + of_bytes)
+        return digest.hexdigest()[:16]
+
+    @property
+    def format(self) -> str:
+        """ "PNG", or "JPEG and PNG"."""
+        return " and ".join(sorted({look.format for look in self.looks}))
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """How many pictures are converted, by how."""
+        return dict(Counter(note for look in self.looks for note in look.notes))
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each picture, in pixels, as batches hold it."""
+        return [(self.square, self.square) if self.square else look.size for look in self.looks]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of all pictures. UserError if they differ."""
+        sizes = self.sizes
+        counts = Counter(sizes)
+        if len(counts) > 1:
+            (most, n), (other, _), *_ = counts.most_common()
+            odd = self.ids[sizes.index(other)]
+            raise UserError(
+                f"{self.path} has pictures of {len(counts)} sizes ({n} of {most[1]}x{most[0]}, and "
+                f"{odd} of {other[1]}x{other[0]}): make them one size, or ask for a --resize"
+            )
+        return next(iter(counts))
+
+    def blocks(self, size: int) -> list[list[int]]:
+        """Rows of each batch: at most `size` pictures, all as large as each other, by id."""
+        sizes = self.sizes
+        rows = sorted(range(len(self)), key=lambda i: (sizes[i], i))
+        alike = [list(group) for _, group in groupby(rows, key=sizes.__getitem__)]
+        return [part[i : i + size] for part in alike for i in range(0, len(part), size)]
+
+    def batches(self, blocks: Sequence[Sequence[int]]) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
+        """The pictures of each block; the next block is decoded meanwhile, and no more are held.
+
+        Raises:
+            UserError: a picture is broken.
+        """
+        spans = list(self.spans.items())
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            ahead: list[Future] = []
+            for rows in [*blocks, []]:
+                ready = ahead
+                ahead = [pool.submit(_pixels, *spans[i], self.square) for i in rows]
+                if ready:
+                    yield torch.from_numpy(np.stack([picture.result() for picture in ready]))
+
+
+def picture_set(
+    path: Path,
+    only: Collection[str] | None = None,
+    square: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PictureSet:
+    """The pictures of a folder or a tar; all are read once, for the hash, and none is decoded.
+
+    Args:
+        only: the ids that count; others are passed over.
+        square: see `PictureSet`.
+        progress: called with (pictures read, pictures in all).
+
+    Raises:
+        UserError: see `listed` and `eval.rgb`; or there is no picture.
+    """
+    found = listed(path)
+    names = sorted(found.pictures if only is None else found.pictures.keys() & set(only))
+    if not names:
+        raise UserError(f"{path} holds no picture: give a folder or a tar of PNG, JPEG or WebP")
+    spans = {name: found.pictures[name] for name in names}
+    looks, digests = [], []
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        for found_out, digest in pool.map(_looked, spans, spans.values()):
+            looks.append(found_out)
+            digests.append(digest)
+            if progress:
+                progress(len(looks), len(spans))
+    return PictureSet(path, spans, found.texts, looks, digests, square)
+
+
+def _looked(name: str, span: Span) -> tuple[Look, bytes]:
+    data = _read(name, span)
+    with _named(name, span):
+        return look(data), hashlib.sha256(data).digest()
+
+
+def _pixels(name: str, span: Span, square: int | None) -> UInt8[np.ndarray, "3 h w"]:
+    with _named(name, span):
+        return pixels(_read(name, span), square)
+
+
+def _read(name: str, span: Span) -> bytes:
+    if span.bytes > LIMITS["picture"]:
+        raise UserError(f"{_where(name, span)} has {span.bytes:,} bytes: save it smaller")
+    return span.read()
+
+
+@contextmanager
+def _named(name: str, span: Span) -> Iterator[None]:
+    try:
+        yield
+    except BadSample as error:
+        raise UserError(f"{_where(name, span)} {error}") from error
+
+
+def _where(name: str, span: Span) -> str:
+    return f"{span.file}: {name}" if span.file.suffix == ".tar" else str(span.file)

@@ -1,0 +1,225 @@
+"""What is kept of the features of a set of pictures: their rows, or their moments.
+
+Both say what they are of (`Origin`): which extractor, which weights, which resizing, which set. No
+number is made of features of two extractors. Files are whole or not there, and read without
+unpickling anything.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from cascade.errors import UserError
+from cascade.eval.features import Features
+from cascade.eval.metrics import frechet
+from cascade.files import write_atomically
+
+
+def warnings_for(count: int, dim: int) -> list[str]:
+    """What is to be said beside a distance of so many pictures in so many dimensions."""
+    found = []
+    if count < 10_000:
+        found.append("fewer than 10,000 pictures")
+    if count < dim:
+        found.append("fewer pictures than the feature dimension")
+    return found
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What features are of: the extractor's name, the hash of its weights, its resizing in words,
+    and the hash of the set of pictures. Empty where it is not known.
+    """
+
+    extractor: str = ""
+    hash: str = ""
+    resize: str = ""
+    pictures: str = ""
+
+    @classmethod
+    def of(cls, features: Features, pictures: str) -> "Origin":
+        return cls(features.name, features.hash, features.resize, pictures)
+
+    def same_features(self, other: "Origin") -> bool:
+        """Weights and resizing are equal; names of one network may differ."""
+        return (self.hash, self.resize) == (other.hash, other.resize)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and unbiased covariance of n rows of features (n is None where nobody wrote it down)."""
+
+    mean: Float64[Tensor, " d"]
+    cov: Float64[Tensor, "d d"]
+    n: int | None
+    origin: Origin
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "n d"], origin: Origin) -> "Moments":
+        """Of some rows, or of one batch of them. UserError if they are not finite, or none."""
+        x = rows.detach().double()
+        if not len(x) or not x.isfinite().all():
+            raise UserError("there are no features, or not all are finite: check the pictures")
+        mean = x.mean(0)
+        scatter = (x - mean).T @ (x - mean)
+        return cls(mean, scatter / max(len(x) - 1, 1), len(x), origin)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Of both together (Chan et al. 1979). UserError if they are not of one origin."""
+        if self.origin != other.origin or None in (self.n, other.n):
+            raise UserError("moments of different origins, or of unknown numbers, do not add up")
+        n, step = self.n + other.n, other.mean - self.mean
+        scatter = (self.n - 1) * self.cov + (other.n - 1) * other.cov
+        scatter += torch.outer(step, step) * (self.n * other.n / n)
+        return Moments(self.mean + step * (other.n / n), scatter / (n - 1), n, self.origin)
+
+    def check(self, features: Features) -> list[str]:
+        """What is to be said where these are used with such features.
+
+        Raises:
+            UserError: they are of another extractor, of other weights, or resized otherwise.
+        """
+        if len(self.mean) != features.dim:
+            raise UserError(
+                f"the statistics have {len(self.mean)} dimensions and {features.name} "
+                f"{features.dim}: make them again with the same extractor"
+            )
+        if not self.origin.hash:
+            return [f"statistics of an unknown extractor, taken to be {features.name}"]
+        if not self.origin.same_features(Origin.of(features, "")):
+            raise UserError(
+                f"the statistics are of {self.origin.extractor}, {self.origin.resize}, and not of "
+                f"{features.name}, {features.resize}: make them again with the same extractor"
+            )
+        return []
+
+    def frechet(self, other: "Moments") -> float:
+        """The Fréchet distance. UserError if the two are known to be of different extractors."""
+        a, b = self.origin, other.origin
+        if len(self.mean) != len(other.mean) or (a.hash and b.hash and not a.same_features(b)):
+            raise UserError(
+                f"statistics of {a.extractor}, {a.resize}, do not compare with those of "
+                f"{b.extractor}, {b.resize}: make both with one extractor"
+            )
+        return frechet(self.mean, self.cov, other.mean, other.cov)
+
+    def save(self, path: Path) -> None:
+        """Writes an .npz that pytorch-fid and clean-fid read as well."""
+        arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.cov.cpu().numpy()}
+        about = {key: np.array(value) for key, value in asdict(self.origin).items()}
+        count = {} if self.n is None else {"n": np.array(self.n)}
+
+        def write(part: Path) -> None:
+            with open(part, "wb") as file:
+                np.savez(file, **arrays, **about, **count)
+
+        write_atomically(path, write)
+
+    @classmethod
+    def load(cls, path: Path) -> "Moments":
+        """Reads what `save`, pytorch-fid or clean-fid wrote; the latter two name no extractor.
+
+        Raises:
+            UserError: there is no such file, or these are no mean and covariance.
+        """
+        found = _arrays(path)
+        names = {key: str(found[key]) for key in asdict(Origin()) if key in found}
+        mean, cov = found.get("mu"), found.get("sigma")
+        if mean is None or cov is None:
+            raise UserError(f"{path} has no mu and sigma: give statistics of pytorch-fid's format")
+        if (
+            mean.ndim != 1
+            or cov.shape != 2 * mean.shape
+            or mean.dtype.kind + cov.dtype.kind != "ff"
+        ):
+            raise UserError(f"{path}: mu {mean.shape} and sigma {cov.shape} are no moments")
+        mean, cov = mean.astype(np.float64), cov.astype(np.float64)
+        scale = np.abs(cov).max(initial=0)
+        sound = np.isfinite(mean).all() and np.isfinite(scale) and (cov.diagonal() >= 0).all()
+        if not sound or np.abs(cov - cov.T).max(initial=0) > 1e-5 * scale:
+            raise UserError(f"{path} is damaged: sigma is no covariance; make it again")
+        n = int(found["n"]) if "n" in found else None
+        return cls(torch.from_numpy(mean), torch.from_numpy((cov + cov.T) / 2), n, Origin(**names))
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except FileNotFoundError:
+        raise UserError(f"no statistics at {path}: give an .npz file") from None
+    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a sound .npz file: make it again") from error
+
+
+def cached_rows(
+    folder: Path,
+    origin: Origin,
+    ids: Sequence[int],
+    dim: int,
+    compute: Callable[[], Iterable[Float[Tensor, "b d"]]],
+) -> Float[Tensor, "n d"]:
+    """The float32 features of the pictures with these ids, in that order, mapped from a file.
+
+    They are computed once for each extractor, resizing, set of pictures and list of ids; others
+    lie beside them in the folder, so that no protocol is ever mistaken for another.
+
+    Args:
+        compute: gives the rows batch by batch; called only if they are not there.
+
+    Raises:
+        UserError: the file is damaged, or not as many finite rows as ids were computed.
+    """
+    numbers = np.asarray(ids, dtype=np.int64)
+    protocol = {**asdict(origin), "dim": dim, "count": len(numbers)}
+    protocol["ids"] = hashlib.sha256(numbers.tobytes()).hexdigest()
+    text = json.dumps(protocol, indent=2) + "\n"
+    place = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def write(part: Path) -> None:
+        part.mkdir()
+        (part / "protocol.json").write_text(text)
+        np.save(part / "ids.npy", numbers)
+        _write_rows(part / "features.npy", (len(numbers), dim), compute())
+
+    if not place.is_dir():
+        try:
+            write_atomically(place, write)
+        except OSError:
+            if not place.is_dir():  # or another process was faster
+                raise
+    return _read_rows(place, text, (len(numbers), dim))
+
+
+def _write_rows(path: Path, shape: tuple[int, int], batches: Iterable[Tensor]) -> None:
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    start = 0
+    for rows in batches:
+        stop = start + len(rows)
+        if stop > len(out) or not rows.isfinite().all():
+            raise UserError(f"features of {len(out)} pictures are not finite, or are of more")
+        out[start:stop] = rows.float().cpu().numpy()
+        start = stop
+    if start < len(out):
+        raise UserError(f"features of {start} of {len(out)} pictures were computed")
+    out.flush()
+
+
+def _read_rows(place: Path, text: str, shape: tuple[int, int]) -> Float[Tensor, "n d"]:
+    try:
+        sound = (place / "protocol.json").read_text() == text
+        # Copy on write: torch takes no array that cannot be written to.
+        rows = np.load(place / "features.npy", mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place} is damaged: remove it") from error
+    if not sound or rows.shape != shape or rows.dtype != np.float32:
+        raise UserError(f"{place} is damaged: remove it")
+    return torch.from_numpy(rows)

@@ -27,7 +27,7 @@ def of_mean(values: Float[Tensor, " n"]) -> Interval:
     return values.mean().item() - half, values.mean().item() + half
 
 
-def of_share(share: float, n: int, level: float = 0.95) -> Interval:
+def of_share(share: float | int, n: int, level: float = 0.95) -> Interval:
     """Wilson's, of a share of n pictures: that of 0 or 1 has a width too, and none leaves [0, 1].
 
     (p + z^2 / 2n +- z (p (1 - p) / n + z^2 / 4n^2)^(1/2)) / (1 + z^2 / n)

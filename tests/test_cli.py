@@ -8,7 +8,7 @@ import pytest
 from cascade.cli import main, parser
 
 VERBS = ("train", "sample", "evaluate", "data", "describe", "demo", "sweep", "launch", "runs")
-VERBS += ("cells",)
+VERBS += ("cells", "generate", "report")
 
 
 def test_help_imports_nothing_heavy():

@@ -157,7 +157,6 @@ CHOICES = {
     "cascade.diffusion.guidance.rescale",
     "cascade.diffusion.noise.scaled_linear_table",
     "cascade.diffusion.prediction.flow",
-    "cascade.diffusion.solvers.dpmpp_2m",
     "cascade.diffusion.weighting.min_snr",
 }
 

@@ -403,7 +403,9 @@ def test_a_sweep_is_one_array_and_goes_on_with_what_is_missing(programs, tmp_pat
     script = (root / "launch/1/sweep/script.sh").read_text()
     assert "--array=0-23" in script
     finished, queued = root / "clip_32-unet_16-s0/decoder", root / "clip_96-unet_32-s1/decoder"
-    total = yaml.safe_load((finished / "frozen.yaml").read_text())["images"]
+    frozen = yaml.safe_load((finished / "frozen.yaml").read_text())
+    total = frozen["images"]
+    assert frozen["data"]["path"] == "none"
     (finished / "status.json").write_text(json.dumps({"images": total, "total": total}))
     index = sorted(root.glob("*/decoder"), key=lambda f: script.index(f" folder={f} "))
     index = index.index(queued)

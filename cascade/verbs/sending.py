@@ -20,7 +20,8 @@ def split(overrides: Sequence[str], keys: Sequence[str]) -> tuple[list[str], lis
     """The overrides of some keys and all beneath them, and the others."""
 
     def ours(override: str) -> bool:
-        return re.split(r"[.=@]", override.lstrip("+~"), maxsplit=1)[0] in keys
+        path = re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0]
+        return f"{path}.".startswith(tuple(f"{key}." for key in keys))
 
     return [o for o in overrides if ours(o)], [o for o in overrides if not ours(o)]
 

@@ -20,17 +20,10 @@ class Link(Protocol):
     def sample(self, batch: Batch, seed: int, **choices: Any) -> torch.Tensor: ...
 
 
-@dataclass(frozen=True)
-class BestOf:
-    """Samples a stage n times and keeps the result closest to the caption.
-
-    unCLIP (section 2.2) draws two image embeddings and keeps the one with the larger dot product
-    with the text embedding.
-    """
+class Around(Link, Protocol):
+    """A link that samples another one in its own way."""
 
     stage: Link
-    n: int = 2
-    by: str = "clip_text"
 
     @property
     def reads(self) -> frozenset[str]:
@@ -42,6 +35,19 @@ class BestOf:
 
     def completed(self, batch: Batch) -> Batch:
         return self.stage.completed(batch)
+
+
+@dataclass(frozen=True)
+class BestOf(Around):
+    """Samples a stage n times and keeps the result closest to the caption.
+
+    unCLIP (section 2.2) draws two image embeddings and keeps the one with the larger dot product
+    with the text embedding.
+    """
+
+    stage: Link
+    n: int = 2
+    by: str = "clip_text"
 
     def sample(self, batch: Batch, seed: int, progress=None) -> torch.Tensor:
         """The best of `n` samples, for each sample of the batch."""
@@ -54,7 +60,7 @@ class BestOf:
 
 
 @dataclass(frozen=True)
-class Untold:
+class Untold(Around):
     """A stage that is sampled without some of its conditions, to see what they contribute.
 
     Args:
@@ -64,23 +70,12 @@ class Untold:
     stage: Link
     without: tuple[str, ...]
 
-    @property
-    def reads(self) -> frozenset[str]:
-        return self.stage.reads
-
-    @property
-    def writes(self) -> str:
-        return self.stage.writes
-
-    def completed(self, batch: Batch) -> Batch:
-        return self.stage.completed(batch)
-
     def sample(self, batch: Batch, seed: int, purpose: str = "", progress=None) -> torch.Tensor:
         return self.stage.sample(batch, seed, purpose, progress, without=self.without)
 
 
 @dataclass(frozen=True)
-class TextEmbedding:
+class TextEmbedding(Around):
     """The caption's CLIP embedding in place of a picture's that a prior would draw.
 
     unCLIP (section 5.1) asks with it what a prior is worth.
@@ -88,17 +83,6 @@ class TextEmbedding:
 
     stage: Link
     by: str = "clip_text"
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return self.stage.reads
-
-    @property
-    def writes(self) -> str:
-        return self.stage.writes
-
-    def completed(self, batch: Batch) -> Batch:
-        return self.stage.completed(batch)
 
     def sample(self, batch: Batch, seed: int, progress=None) -> torch.Tensor:
         return self.completed(batch)[self.by]

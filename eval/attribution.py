@@ -78,7 +78,7 @@ def attribution(
     """
     keys = [stage.writes for stage in cascade.stages]
     shown = [key for key in dict.fromkeys((SMALL, keys[-1])) if key in keys]
-    texts = encoded(features.clip, data.captions)
+    texts = encoded(features.clip.text, data.captions)
 
     def looked(pictures: Batch, sizes: Sequence[str]) -> dict[str, Looked]:
         return {key: _looked(pictures[key], data, texts, features) for key in sizes}

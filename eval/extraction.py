@@ -19,6 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cascade.data.claims import Claims
+from cascade.data.shards import Shards, collate
+from cascade.data.transforms import Pictures
+from cascade.encoders.sources import weights_hash
 from cascade.eval.features import Features
 from cascade.eval.sets import PictureSet
 from cascade.eval.statistics import Moments, Origin, cached_rows
@@ -80,6 +83,22 @@ def features_of(
         joined = whole(lambda: iter(found))
         remove(beside)
         return joined
+
+
+def features_of_split(data: Path, split: str, size: int, space: Features) -> Float[Tensor, "n d"]:
+    """Of all pictures of a split of shards, at `size` px, in order; mapped from a file beside them.
+
+    Whoever measures against this split again, or looks for neighbours in it, reads that.
+    """
+    shards = Shards(data, Pictures((size,)), split, shuffle=False)
+    origin = Origin.of(space, f"{size} px, {weights_hash(shards.corpus.paths)}")
+
+    def rows() -> Iterator[Float[Tensor, "b d"]]:
+        for start in range(0, len(shards), BLOCK):
+            block = range(start, min(start + BLOCK, len(shards)))
+            yield space(collate([shards[n] for n in block])[f"image_{size}"])
+
+    return cached_rows(data / "features", origin, range(len(shards)), space.dim, rows)
 
 
 def moments_of(rows: Float[Tensor, "n d"], origin: Origin, folder: Path) -> Moments:

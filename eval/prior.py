@@ -22,8 +22,7 @@ from cascade.diffusion.gaussian import Process
 from cascade.diffusion.noise import alpha_sigma
 from cascade.draws import Draws
 from cascade.eval.interval import of_share
-from cascade.eval.metrics import FrechetDistance
-from cascade.eval.protocol import HeldOut, Metrics, Paint
+from cascade.eval.protocol import HeldOut, Metrics, Paint, encoded, frechet_rows
 from cascade.pipeline import Cascade, Link
 from cascade.stage import Stage
 from cascade.training.checkpoint import STATE, Checkpoint
@@ -119,7 +118,11 @@ def prior_metrics(
     answers have `intervals` of 95 %.
     """
     true, same = data.truth[KEY], groups(data.captions)
-    text, found = encoded(prior, data.captions), classes(data)
+
+    def read(captions: Sequence[str]) -> Batch:
+        return prior.completed({"caption": captions})
+
+    text, found = encoded(read, data.captions), classes(data)
     out: Metrics = {"count": len(data), "gallery": min(GALLERY, len(data)), "intervals": {}}
     for suffix, rows in (("", drawn), ("_text", text)):
         out[f"cosine{suffix}"] = F.cosine_similarity(rows, true).mean().item()
@@ -133,18 +136,12 @@ def prior_metrics(
         out["frechet_ratio"] = out["frechet"] / out["frechet_text"]
     out["retrieval_ratio"] = out["retrieval"] / max(out["retrieval_text"], 1 / out["gallery"])
     if found:
-        of_classes = encoded(prior, found.captions)
+        of_classes = encoded(read, found.captions)
         for name, rows in (("", drawn), ("_text", text), ("_true", true)):
             out[f"zero_shot{name}"] = zero_shot(rows, of_classes, found)
     out["spread"] = spread(data, same, paint, prior)
     out["loss_by_level"] = loss_by_level(_stage(prior), data, text)
     return out
-
-
-def encoded(prior: Link, captions: Sequence[str]) -> Float[Tensor, "n d"]:
-    """The text embeddings that a prior reads."""
-    parts = [captions[i : i + 64] for i in range(0, len(captions), 64)]
-    return torch.cat([prior.completed({"caption": p})["clip_text"].float().cpu() for p in parts])
 
 
 def groups(captions: Sequence[str]) -> Int64[Tensor, " n"]:
@@ -162,16 +159,6 @@ def unrelated(
     a, b = (total.index_add(0, same, x) for total, x in zip(sums, (rows, true)))
     pairs = len(rows) ** 2 - same.bincount().square().sum().item()
     return ((a.sum(0) @ b.sum(0) - (a * b).sum()) / pairs).item() if pairs else None
-
-
-def frechet_rows(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float | None:
-    """Fréchet distance of two sets of rows; None where they are too few for it."""
-    metric = FrechetDistance(a.shape[1])
-    if min(len(a), len(b)) < metric.minimum:
-        return None
-    metric.update(a, real=False)
-    metric.update(b, real=True)
-    return metric.compute().item()
 
 
 def retrieval(

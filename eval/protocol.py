@@ -4,7 +4,7 @@ Every number is of all captions asked for, one picture each, none chosen. Distan
 feature space of a judge that neither conditions nor reranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,10 +85,22 @@ def accuracy(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene]) -> Met
     return metric.compute()
 
 
-def encoded(clip, captions: Sequence[str]) -> Float[Tensor, "n d"]:
-    """Text embeddings."""
+def encoded(
+    read: Callable[[Sequence[str]], Mapping[str, Tensor]], captions: Sequence[str]
+) -> Float[Tensor, "n d"]:
+    """The text embeddings that `read` makes of captions, 64 at a time."""
     parts = [captions[i : i + 64] for i in range(0, len(captions), 64)]
-    return torch.cat([clip.text(part)["clip_text"].float().cpu() for part in parts])
+    return torch.cat([read(part)["clip_text"].float().cpu() for part in parts])
+
+
+def frechet_rows(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float | None:
+    """Fréchet distance of two sets of rows; None where they are too few for it."""
+    metric = FrechetDistance(a.shape[1])
+    if min(len(a), len(b)) < metric.minimum:
+        return None
+    metric.update(a, real=False)
+    metric.update(b, real=True)
+    return metric.compute().item()
 
 
 def picture_metrics(
@@ -103,7 +115,7 @@ def picture_metrics(
         clip: the judge, for the CLIP score of pictures of at least 64 px.
     """
     out: Metrics = {}
-    texts, looks = encoded(clip, data.captions), CLIPFeatures(clip)
+    texts, looks = encoded(clip.text, data.captions), CLIPFeatures(clip)
     for key in sorted((k for k in painted if k.startswith("image_")), key=side):
         rows, cosines, judged = embedded(features, painted[key]), None, side(key) in JUDGED
         if judged:
@@ -125,12 +137,9 @@ def compared(
     Beside them `intervals` of 95 %. The distance is None where pictures are too few for it, and the
     score is left out without cosines.
     """
-    out: Metrics = {"count": len(rows), "frechet": None, "intervals": {}}
-    metric = FrechetDistance(rows.shape[1])
-    if min(len(rows), len(real)) >= metric.minimum:
-        metric.update(rows, real=False)
-        metric.update(real, real=True)
-        out["frechet"], real = metric.compute().item(), real.double()
+    out: Metrics = {"count": len(rows), "frechet": frechet_rows(rows, real), "intervals": {}}
+    if out["frechet"] is not None:
+        real = real.double()
         low, high = of_frechet(rows, real.mean(0), real.T.cov(), DRAWS)
         out["intervals"]["frechet"] = max(low, 0.0), high
     if cosines is not None:

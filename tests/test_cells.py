@@ -85,6 +85,8 @@ def test_what_is_measured_is_not_measured_again_unless_the_weights_change(home, 
     monkeypatch.setattr(cells, "paint", lambda *a, **k: painted.append(k["what"]) or paint(*a, **k))
     cells.measure(home / "asked.yaml")
     assert not painted
+    features = sorted(path.name for path in (home / "shards/features").iterdir())
+    assert len(features) == 2  # of the reference and of the training pictures, for all points
     kept = "".join(json.dumps(row) + "\n" for row in before[:3])
     (folder / "cells.jsonl").write_text(kept)  # as a kill leaves it
     cells.measure(home / "asked.yaml")
@@ -97,6 +99,7 @@ def test_what_is_measured_is_not_measured_again_unless_the_weights_change(home, 
     stage.export(folder / "decoder")
     cells.measure(home / "asked.yaml")
     assert len(painted) == 5
+    assert sorted(path.name for path in (home / "shards/features").iterdir()) == features
 
 
 def test_of_training_pictures_the_nearest_is_itself(home, monkeypatch):

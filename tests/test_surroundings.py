@@ -49,6 +49,17 @@ def test_a_folder_of_shards_that_grew_is_refused(go, tmp_path):
     go(16)
 
 
+def test_a_tar_of_as_many_larger_pictures_is_refused(go, tmp_path):
+    tar = tmp_path / "shards/train-00001.tar"
+    kept = tar.read_bytes()
+    write_scenes(tmp_path / "others", "plain", "train", 20, 128, seed=1, shard_size=10)
+    shutil.copy(tmp_path / "others/train-00001.tar", tar)
+    with pytest.raises(UserError, match="shards are others"):
+        go(16)
+    tar.write_bytes(kept)
+    go(16)
+
+
 def test_an_encoder_that_was_exchanged_is_refused(go, tmp_path):
     write_clip(tmp_path / "clip", 1)
     with pytest.raises(UserError, match="clip has other weights than when this run began"):

@@ -5,6 +5,7 @@ tar and the totals; the samples themselves are in the indexes beside the tars. W
 not read as anything else: a tar that changed, came or went is refused.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -136,6 +138,12 @@ class Corpus:
             log.warning("%s is %s after %d samples: %s", self.paths[n], CUT, samples, MEND)
         if self.left_out:
             log.warning("%s: samples left out: %s", path, counted(self.left_out))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the tars: names, bytes and numbers of samples, and so of the order as well."""
+        found = ((p.name, p.stat().st_size, n) for p, n in zip(self.paths, self.counts))
+        return hashlib.sha256("".join(f"{tar}\n" for tar in found).encode()).hexdigest()[:16]
 
     def _read(self, path: Paths, split: str) -> list[Summary]:
         datasets = {folder: read_dataset(folder) for folder in {p.parent for p in self.paths}}

@@ -4,7 +4,6 @@ A run that goes on with others would not be the run that it was: another order o
 conditions.
 """
 
-import hashlib
 from typing import Any
 
 import lightning as L
@@ -19,12 +18,12 @@ class Surroundings(L.Callback):
 
     Args:
         module: its frozen encoders, if it has any, are told by the hash of their weights.
-        shards: by names and numbers of samples; a stream, which has no order, is not compared.
+        shards: by their fingerprint; a stream, which has no order, is not compared.
     """
 
     def __init__(self, module: L.LightningModule, shards: Shards | Stream):
         self.encoders = {e.name: e.hash for e in getattr(module, "encoders", ())}
-        self.shards = _names(shards) if isinstance(shards, Shards) else None
+        self.shards = shards.corpus.fingerprint if isinstance(shards, Shards) else None
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict[str, Any]) -> None:
         checkpoint["surroundings"] = {"encoders": dict(self.encoders), "shards": self.shards}
@@ -45,9 +44,3 @@ class Surroundings(L.Callback):
                     f"{name} has other weights than when this run began: put the old ones back, "
                     "or choose another run=..."
                 )
-
-
-def _names(shards: Shards) -> str:
-    pairs = zip(shards.corpus.paths, shards.corpus.counts)
-    lines = "".join(f"{path.name} {count}\n" for path, count in pairs)
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]

@@ -9,7 +9,6 @@ import argparse
 import csv
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from torch import Tensor
 
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.sources import weights_hash
+from cascade.eval.extraction import features_of_split
 from cascade.eval.features import CLIPFeatures
-from cascade.eval.protocol import HeldOut, embedded, picture_metrics
+from cascade.eval.protocol import HeldOut, picture_metrics, side
 from cascade.files import write_atomically
 from cascade.grids import grid, to_uint8
 from cascade.pipeline import Cascade
@@ -86,17 +86,14 @@ def measure(file: Path) -> Path:
     left = [c for c in cells(asked.choices) if c[0] not in [row["choices"] for row in done]]
     if left:
         cascade, data = load_cascade(folder), Path(asked.data)
-        stored = data / EMBEDDINGS
-        captions = held_out_split(data, asked.split, asked.count, cascade, stored)
+        captions = held_out_split(data, asked.split, asked.count, cascade, data / EMBEDDINGS)
         last = cascade.stages[-1].writes
         _save_grid(folder, "truth", captions.truth[last], captions)
         if asked.trained:
             stage = _stages(cascade.stages[list(runs).index(asked.trained)])[0]
             _write_cost(folder, stage, runs[asked.trained], captions)
-        reference = held_out_split(data, asked.split, sys.maxsize, cascade, stored).truth
         features = CLIPFeatures(judge)
-        real = {last: embedded(features, reference[last])}
-        del reference, cascade
+        real = {last: features_of_split(data, asked.split, side(last), features)}
     for choices, sets in left:
         row, painted = _cell(folder, sets, captions, real, features, asked.seed)
         about = {"point": dict(asked.point), "seed": asked.seed, "choices": choices}

@@ -29,3 +29,18 @@ def canary(tmp_path, monkeypatch):
     yield file
     assert not file.exists(), "the code of a stranger ran"
     assert "hostile_module" not in sys.modules
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Stand-ins for Slurm's programs: what they were asked is in `asked`."""
+    from tests.launching import program
+
+    folder = tmp_path / "bin"
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    note = f'echo "$(basename $0) $*" >> {folder}/asked'
+    program(folder, "squeue", f"[ ! -e {folder}/queue ] || cat {folder}/queue")
+    program(folder, "sbatch", f"{note}\necho $(($(grep -c ^sbatch {folder}/asked) + 100))")
+    program(folder, "scontrol", note)
+    program(folder, "sleep", note)
+    return folder

@@ -132,7 +132,7 @@ def _measures(look: Looked, truth: Looked, data: HeldOut) -> Metrics:
 def _costs(
     looks: Sequence[Looked], data: HeldOut, features: CLIPFeatures, names: Sequence[str]
 ) -> tuple[list[Metrics], Metrics]:
-    """What each stage costs, by measure, and by measure which one costs most.
+    """What each stage costs, by measure; and which one costs most, where something is surely lost.
 
     Args:
         looks: of each row; the last is the truth.
@@ -150,7 +150,7 @@ def _costs(
             _interval(all_rows[first] - all_rows[i], left[:, first] - left[:, i])[0] > 0
             for i in others
         ]
-        if all_rows[first] > 0:
+        if _interval(all_rows.sum(), left.sum(1))[0] > 0:
             most = {"stage": names[first], "cost": float(all_rows[first])}
             dearest[measure] = {**most, "of": float(all_rows.sum()), "sure": all(sure)}
     return costs, dearest
@@ -187,7 +187,7 @@ def _interval(value: float, left: Float[np.ndarray, " b"]) -> tuple[float, float
 
 
 def sentence(table: Metrics) -> str:
-    """Which stage costs most at the final size, by each measure in which something is lost."""
+    """Which stage costs most at the final size, by each measure that is surely lost in."""
     size = table["sizes"][-1]
     parts = [
         f"{most['stage']} in {MEASURES[measure]} ({most['cost']:.3g} of {most['of']:.3g}"
@@ -195,7 +195,7 @@ def sentence(table: Metrics) -> str:
         for measure, most in table["dearest"][size].items()
     ]
     if not parts:
-        return f"At {side(size)} px no stage costs anything that was measured."
+        return f"At {side(size)} px nothing is surely lost in what was measured."
     return f"At {side(size)} px the stage that costs most is {', '.join(parts)}."
 
 

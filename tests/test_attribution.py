@@ -225,12 +225,25 @@ def test_intervals_are_those_of_means_of_blocks(data):
     assert found["sizes"] == ["image_64"]
 
 
+def test_what_chance_loses_is_laid_at_no_door(data):
+    """Cosines that go up and down by chance: the stage of the largest cost is none to name."""
+    draws = torch.Generator().manual_seed(0)
+    noise = 0.02 * torch.randn(data.truth["image_64"].shape, generator=draws)
+    done = (data.truth["image_64"] + noise).clamp(-1, 1)
+    one = Cascade([Painter(frozenset({"caption"}), "image_64", lambda b: done)])
+    found = attribution(one, ["all"], data, {"image_64": done}, FEATURES, paint)
+    low, _ = found["rows"][1]["cost"]["image_64"]["clip_score"]["interval"]
+    assert (low > 0) == ("clip_score" in found["dearest"]["image_64"])
+    for kind in ("one", "two"):  # which noise of this size does not hide
+        assert kind not in found["dearest"]["image_64"]
+
+
 def test_too_few_captions_have_measures_but_no_costs(data):
     few = data.first(20)
     found = table_of(cascade(data), few)
     assert found["rows"][0]["image_256"]["frechet"] is None  # 20 < 4 times 6
     assert found["rows"][1]["cost"]["image_256"] == {}
-    assert "no stage costs anything" in sentence(found)
+    assert "nothing is surely lost" in sentence(found)
 
 
 def test_pictures_too_small_to_read_are_not_judged(data):

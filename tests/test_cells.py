@@ -77,7 +77,7 @@ def test_every_cell_is_measured_with_its_own_choices(home):
     assert cost["flops"] > 0
 
 
-def test_what_is_measured_is_not_measured_again_unless_the_weights_change(home, monkeypatch):
+def test_what_is_measured_is_not_measured_again_unless_what_paints_it_changes(home, monkeypatch):
     folder = cells.measure(home / "asked.yaml")
     before = cells.rows(folder)
     painted = []
@@ -93,12 +93,22 @@ def test_what_is_measured_is_not_measured_again_unless_the_weights_change(home, 
     assert painted == ["decoder.scale=2"]
     again = cells.rows(folder)
     assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in before]
+    asked = (home / "asked.yaml").read_text()
+    (home / "other.yaml").write_text(asked.replace("decoder.scale=2", "decoder.scale=3"))
+    painted.clear()
+    cells.measure(home / "other.yaml")  # of the same name, but another choice
+    assert painted == ["decoder.scale=3 decoder.steps=1", "decoder.scale=3"]
+    (folder / "cascade.yaml").write_text("stages:\n  decoder: {steps: 3}\n")
+    painted.clear()
+    cells.measure(home / "other.yaml")  # what all its choices stand on
+    assert painted == ["decoder.scale=1", "decoder.scale=3"]
     stage = cells.load_cascade(folder).stages[0]
     with torch.no_grad():
         next(stage.parameters()).add_(1)
     stage.export(folder / "decoder")
-    cells.measure(home / "asked.yaml")
-    assert len(painted) == 5
+    painted.clear()
+    cells.measure(home / "other.yaml")
+    assert len(painted) == 4
     assert sorted(path.name for path in (home / "shards/features").iterdir()) == features
 
 

@@ -281,6 +281,46 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_run_goes_on_as_if_without(co
     assert_equals(train.run(options), by_hand(options, range(0, 40, 4)))
 
 
+def test_a_signal_before_the_first_step_is_no_failure(config, monkeypatch):
+    before, preflight = signal.getsignal(signal.SIGTERM), train.preflight
+
+    def interrupted(*args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception:  # as around a decoder
+            preflight(*args)
+
+    options = config()
+    monkeypatch.setattr(train, "preflight", interrupted)
+    with pytest.raises(TryAgain, match="SIGTERM outside of all steps"):
+        train.run(options)
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    assert_equals(train.run(options), by_hand(options, range(0, 40, 4)))
+
+
+def test_it_saves_when_the_first_rank_says_so_and_not_twice_for_one_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("cascade.training.checkpoint.time.monotonic", lambda: now[0])
+    checkpoints, saved = Checkpoints(tmp_path, EMA(), 8, seconds=10.0), []
+
+    def save(trainer, module):
+        saved.append(trainer.global_step)
+        checkpoints.saved_at = now[0]
+
+    checkpoints.save = save
+    callback = Interruption(tmp_path, checkpoints)
+    for step in range(9):
+        now[0] = 4.0 * step
+        a_step(callback, step)
+    assert saved == [4, 8]  # due at 12 and 28 s, and a step later all know
+    other = Interruption(tmp_path, checkpoints)
+    now[0] = 100
+    for step in range(4):
+        a_step(other, step, first=False)
+    assert saved == [4, 8]
+
+
 def test_a_second_signal_while_saving_is_harmless(config, monkeypatch):
     save = Checkpoints.save
 
@@ -303,10 +343,14 @@ def interruption(tmp_path, **options):
     return callback, saved
 
 
-def a_step(callback, step, world_size=1):
+def a_step(callback, step, world_size=1, first=True):
+    """Step 0 is the start."""
     module = SimpleNamespace(batch=4, device=torch.device("cpu"))
-    trainer = SimpleNamespace(global_step=step, world_size=world_size, is_global_zero=True)
-    callback.on_train_batch_end(trainer, module, None, None, 0)
+    trainer = SimpleNamespace(global_step=step, world_size=world_size, is_global_zero=first)
+    if step:
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    else:
+        callback.on_train_start(trainer, module)
 
 
 def test_under_slurm_sigterm_waits_to_be_killed_and_other_signals_do_not(tmp_path, monkeypatch):
@@ -316,9 +360,9 @@ def test_under_slurm_sigterm_waits_to_be_killed_and_other_signals_do_not(tmp_pat
     for number in (signal.SIGUSR1, signal.SIGTERM):
         callback, saved = interruption(tmp_path, wait=7.0)
         callback.received = number
-        a_step(callback, 1)
+        a_step(callback, 0)
         with pytest.raises(TryAgain):
-            a_step(callback, 2)
+            a_step(callback, 1)
         assert saved == [1]
     assert slept == [7]
 
@@ -326,22 +370,22 @@ def test_under_slurm_sigterm_waits_to_be_killed_and_other_signals_do_not(tmp_pat
 def test_a_signal_to_another_rank_counts_and_ranks_at_different_samples_fail(tmp_path, monkeypatch):
     def other(received, consumed):
         def reduce(notes, op):
-            theirs = torch.tensor([received, consumed, -consumed])
+            theirs = torch.tensor([received, consumed, -consumed, 0])
             notes.copy_(torch.maximum(notes, theirs))
 
         monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
 
     callback, saved = interruption(tmp_path)
-    other(int(signal.SIGUSR1), 4)
-    a_step(callback, 1, world_size=2)
+    other(int(signal.SIGUSR1), 0)
+    a_step(callback, 0, world_size=2)
     with pytest.raises(TryAgain, match="SIGUSR1"):
-        a_step(callback, 2, world_size=2)
+        a_step(callback, 1, world_size=2)
     assert saved == [1]
     callback, saved = interruption(tmp_path)
     other(0, 8)
-    a_step(callback, 1, world_size=2)
-    with pytest.raises(Failed, match="different samples, 4 and 8"):
-        a_step(callback, 2, world_size=2)
+    a_step(callback, 0, world_size=2)
+    with pytest.raises(Failed, match="different samples, 0 and 8"):
+        a_step(callback, 1, world_size=2)
     assert saved == []
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from cascade import cli
 from cascade.data.scenes import write_scenes
@@ -193,7 +194,7 @@ def test_a_kill_between_what_belongs_together_is_harmless(config, monkeypatch):
 
 
 def test_nothing_is_saved_between_the_micro_batches_of_a_step(config, monkeypatch):
-    """Time for a checkpoint comes in the first of the two micro-batches of the second step."""
+    """Time for one comes in the first micro-batch of the second step, known to all a step later."""
     clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
     step, at = Stage.training_step, []
 
@@ -208,7 +209,7 @@ def test_nothing_is_saved_between_the_micro_batches_of_a_step(config, monkeypatc
     monkeypatch.setattr(Stage, "training_step", training_step)
     monkeypatch.setattr(History, "on_save_checkpoint", note)
     run(config(*KINDS["a stage with dropout"], "save_seconds=100.0"))
-    assert at == [(2, 3), (4, 7)]
+    assert at == [(3, 5), (4, 7)]
 
 
 def test_a_change_of_the_accumulation_does_not_split_a_step(config, monkeypatch):
@@ -338,6 +339,8 @@ def test_the_timeline_tells_starts_checkpoints_and_the_end(config, monkeypatch):
 
 
 def test_metrics_go_on_without_a_row_twice_or_half_a_row(config, monkeypatch):
+    # TensorBoard orders files of one second and one process by this number, as text.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     monkeypatch.setattr(train, "History", partial(History, every=1))
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", lambda *args: None)

@@ -180,16 +180,16 @@ def _bytes(state: Any) -> int:
 
 
 class Checkpoints(L.Callback):
-    """Saves every `seconds`, and at the end; keeps the last two, and exports the average each time.
+    """Saves at the end and when told to; keeps the last two, and exports the average each time.
 
     It has to be the last of the callbacks: what the others make of a step is then there, or is
-    made again behind the checkpoint before.
+    made again behind the checkpoint before. `Interruption` tells it when it is `due`.
 
     Args:
         run: the run's directory.
         ema: the average, which is exported to the run's directory.
         total: images in all, for `status.json`.
-        seconds: between two checkpoints.
+        seconds: behind a checkpoint the next one is due.
         start: the step that this rank goes on from.
         offset: samples that rollbacks have passed over: consumed = images + offset.
     """
@@ -205,7 +205,7 @@ class Checkpoints(L.Callback):
     ):
         self.run, self.ema, self.total, self.seconds = run, ema, total, seconds
         self.start, self.offset = start, offset
-        self.step = self.saved_step = start
+        self.saved_step = start
         self.saved_at = time.monotonic()
 
     def setup(self, trainer, module, stage: str) -> None:
@@ -229,12 +229,13 @@ class Checkpoints(L.Callback):
                 os.replace(path, path.with_name(f".{path.name}{REST}"))
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self.step:
-            return  # this micro-batch only accumulated
-        self.step = trainer.global_step
-        due = time.monotonic() - self.saved_at > self.seconds
-        if self.step == trainer.max_steps or trainer.strategy.broadcast(due):
+        if trainer.global_step == trainer.max_steps:
             self.save(trainer, module)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save, by this rank's clock."""
+        return time.monotonic() - self.saved_at > self.seconds
 
     def save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Saves the last step, if it is not saved yet; to be called on all ranks together.

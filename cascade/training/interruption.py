@@ -2,13 +2,16 @@
 
 A handler only makes a note. Saving within it would deadlock: the other ranks may be in the middle
 of a collective, or may not have got the signal at all. After each optimizer step the ranks compare
-notes, so that a signal to one of them stops all at the same step.
+notes, in the one collective that they share between two steps: a signal to one of them stops all at
+the same step, and the clock of the first says when all save.
 """
 
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -23,8 +26,40 @@ SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 PUT_OFF = 120  # seconds
 
 
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Until `Interruption` listens, a signal ends the process at once: nothing would be saved.
+
+    Raises:
+        TryAgain: after a signal, with exit code 75, where Python's own is that of a failure.
+    """
+    received = []
+
+    def stop(number: int, frame: object) -> None:
+        received.append(signal.Signals(number).name)
+        raise SystemExit  # which no `except Exception` on the way takes for its own
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS} if _handles() else {}
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):  # Lightning makes one of the other
+        if not received:
+            raise
+        raise TryAgain(f"{received[0]} outside of all steps: the same command goes on") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _handles() -> bool:
+    """Only a process's first thread may have handlers."""
+    return threading.current_thread() is threading.main_thread()
+
+
 class Interruption(L.Callback):
     """Ends the run behind a checkpoint after SIGTERM, SIGUSR1 or SIGUSR2, with exit code 75.
+
+    It also tells `checkpoints` when to save, as it knows what the ranks agree on.
 
     Only the callback that saves stands behind it. The handlers are installed at `on_train_start`,
     because Lightning installs its own, which deadlock, behind `on_fit_start`; whoever builds the
@@ -46,30 +81,33 @@ class Interruption(L.Callback):
         self.run, self.checkpoints, self.wait = run, checkpoints, wait
         self.received, self.step = 0, -1
         self._before: dict[int, object] = {}
-        self._notes: torch.Tensor | None = None
 
     def setup(self, trainer, module, stage: str) -> None:
-        if threading.current_thread() is threading.main_thread():  # others may not have handlers
+        if _handles():
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def on_train_start(self, trainer, module) -> None:
         self.step = trainer.global_step
         for number in self._before:
-            signal.signal(number, self._note)
+            signal.signal(number, self._receive)
+        self._take_notes(trainer, module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.step:
             return  # this micro-batch only accumulated
         self.step = trainer.global_step
+        self._read(trainer, module, *self._notes.tolist())
+        self._take_notes(trainer, module)
+
+    def _take_notes(self, trainer, module) -> None:
         consumed = self.step * module.batch + self.checkpoints.offset
-        notes = torch.tensor([self.received, consumed, -consumed], device=module.device)
+        due = trainer.is_global_zero and self.checkpoints.due
+        self._notes = torch.tensor([self.received, consumed, -consumed, due], device=module.device)
         if trainer.world_size > 1:
-            torch.distributed.all_reduce(notes, op=torch.distributed.ReduceOp.MAX)
-        # A step later they are there: reading them then makes no GPU wait.
-        earlier, self._notes = self._notes, notes
-        if earlier is None:
-            return
-        received, last, first = earlier.tolist()
+            torch.distributed.all_reduce(self._notes, op=torch.distributed.ReduceOp.MAX)
+
+    def _read(self, trainer, module, received: int, last: int, first: int, due: int) -> None:
+        """The notes of the step before, which are there by now: nothing waits for them."""
         if last != -first:
             raise Failed(
                 f"ranks are at different samples, {-first} and {last}: they started from different "
@@ -77,6 +115,8 @@ class Interruption(L.Callback):
             )
         if received:
             self._stop(trainer, module, received)
+        if due:
+            self.checkpoints.save(trainer, module)
 
     def _stop(self, trainer, module, number: int) -> None:
         name, step = signal.Signals(number).name, trainer.global_step
@@ -87,7 +127,7 @@ class Interruption(L.Callback):
             time.sleep(self.wait)
         raise TryAgain(f"{name}: stopped behind step {step}; the same command goes on from there")
 
-    def _note(self, number: int, frame: object) -> None:
+    def _receive(self, number: int, frame: object) -> None:
         self.received = max(self.received, number)
 
     def _restore(self) -> None:

@@ -34,7 +34,7 @@ from cascade.verbs.data import EMBEDDINGS
 from cascade.verbs.evaluate import held_out_split
 from cascade.verbs.nearest import nearest
 from cascade.verbs.sample import device, load_cascade, paint
-from cascade.verbs.whole import CASCADE, stage_runs
+from cascade.verbs.whole import CASCADE, stage_choices, stage_runs
 
 CELLS, NEAREST = "cells.jsonl", "nearest.png"
 SHOWN = 24  # pictures of a grid
@@ -75,26 +75,26 @@ def measure(file: Path) -> Path:
     """Measures what is left of the grid that a file describes; returns the point's folder."""
     asked = Grid(**OmegaConf.to_container(loaded(file)))
     folder, judge = Path(asked.model), FrozenCLIP(asked.judge).to(device())
-    runs = stage_runs(folder / CASCADE)
-    protocol = {
-        "weights": {name: weights_hash(run.glob("*.safetensors")) for name, run in runs.items()},
-        "judge": judge.hash,
-        "split": asked.split,
-        "captions of each kind": asked.count,
-    }
-    done = [row for row in rows(folder) if row["protocol"] == protocol]
-    left = [c for c in cells(asked.choices) if c[0] not in [row["choices"] for row in done]]
+    common = {"judge": judge.hash, "split": asked.split, "captions of each kind": asked.count}
+    wanted = [
+        (choices, sets, {**_painters(folder / CASCADE, sets), **common})
+        for choices, sets in cells(asked.choices)
+    ]
+    known = [(choices, protocol) for choices, _, protocol in wanted]
+    done = [row for row in rows(folder) if (row["choices"], row["protocol"]) in known]
+    left = [cell for cell in wanted if cell[0] not in [row["choices"] for row in done]]
     if left:
         cascade, data = load_cascade(folder), Path(asked.data)
         captions = held_out_split(data, asked.split, asked.count, cascade, data / EMBEDDINGS)
         last = cascade.stages[-1].writes
         _save_grid(folder, "truth", captions.truth[last], captions)
         if asked.trained:
+            runs = stage_runs(folder / CASCADE)
             stage = _stages(cascade.stages[list(runs).index(asked.trained)])[0]
             _write_cost(folder, stage, runs[asked.trained], captions)
         features = CLIPFeatures(judge)
         real = {last: features_of_split(data, asked.split, side(last), features)}
-    for choices, sets in left:
+    for choices, sets, protocol in left:
         row, painted = _cell(folder, sets, captions, real, features, asked.seed)
         about = {"point": dict(asked.point), "seed": asked.seed, "choices": choices}
         done.append({**about, **row, "protocol": protocol})
@@ -115,6 +115,17 @@ def cells(
     for values in itertools.product(*(axis.items() for axis in choices.values())):
         names = dict(zip(choices, (name for name, _ in values)))
         yield names, [choice for _, own in values for choice in own]
+
+
+def _painters(file: Path, sets: Sequence[str]) -> dict[str, Any]:
+    """What paints a cell: each stage's sampling choices, and its weights."""
+    stages = stage_choices(file, sets)
+    runs = stage_runs(file, sets)
+    for name, of in stages.items():
+        if weaker := (of or {}).get("weaker"):
+            runs[f"{name}.weaker"] = runs[name].parent / weaker
+    weights = {name: weights_hash(run.glob("*.safetensors")) for name, run in runs.items()}
+    return {"weights": weights, "stages": stages}
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from cascade.training.checkpoint import (
 )
 from cascade.training.ema import EMA
 from cascade.training.guard import Guard, RollBack, passed_over
-from cascade.training.interruption import Interruption, deaf
+from cascade.training.interruption import Interruption, deaf, stoppable
 from cascade.training.precision import Bfloat16
 from cascade.training.seeding import Seeding
 from cascade.training.skips import Skips
@@ -100,11 +100,12 @@ def main(args: argparse.Namespace) -> None:
 
 def run(config: DictConfig) -> Path:
     """Trains what `config` describes, or goes on with it. Returns the run directory."""
-    while True:
-        try:
-            return _attempt(config)
-        except RollBack as jump:
-            rank_zero_only(print)(f"{config.name}: {jump}")
+    with stoppable():
+        while True:
+            try:
+                return _attempt(config)
+            except RollBack as jump:
+                rank_zero_only(print)(f"{config.name}: {jump}")
 
 
 def _attempt(config: DictConfig) -> Path:

@@ -215,10 +215,15 @@ def _picture_options(verb: argparse.ArgumentParser) -> None:
     _shard_option(verb)
 
 
+def _line(error: Exception) -> str:
+    """What it says, without the traceback that torch adds to it when a data worker raised it."""
+    return str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")[2].strip()
+
+
 def _note(error: Exception) -> None:
     """Tells a launcher, wherever it looks for it, that another attempt would end the same way."""
     if (path := os.environ.get("CASCADE_FAILURE")) and not isinstance(error, TryAgain):
-        Path(path).write_text(f"{error}\n")
+        Path(path).write_text(f"{_line(error)}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         importlib.import_module(f"cascade.verbs.{args.verb}").main(args)
     except tuple(_EXIT_CODES) as error:
-        print(f"cascade: {error}", file=sys.stderr)
+        print(f"cascade: {_line(error)}", file=sys.stderr)
         _note(error)
         return _EXIT_CODES[type(error)]
     except KeyboardInterrupt:

@@ -4,8 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import webdataset
 
 from cascade.cli import main, parser
+from cascade.data.shards import Shards, loader
+from cascade.data.transforms import Pictures
+from cascade.verbs import train
 
 VERBS = ("train", "sample", "evaluate", "data", "describe", "demo", "sweep", "launch", "runs")
 VERBS += ("cells", "generate", "report")
@@ -62,6 +66,20 @@ def test_train_refuses(overrides, says, tmp_path, capsys):
 
 def test_train_refuses_an_empty_folder(tmp_path, capsys):
     assert "no .tar is there" in refused(["train", f"data.path={tmp_path}"], capsys)
+
+
+def test_what_a_data_worker_raises_is_one_line_as_well(tmp_path, capsys, monkeypatch):
+    with webdataset.TarWriter(str(tmp_path / "train-0.tar")) as tar:
+        tar.write({"__key__": "a", "png": b"no picture", "txt": "a caption"})
+
+    def reading(args):
+        next(iter(loader(Shards(tmp_path, Pictures((16,))), batch=1, workers=1)))
+
+    monkeypatch.setattr(train, "main", reading)
+    monkeypatch.setenv("CASCADE_FAILURE", str(tmp_path / "failure.txt"))
+    said = refused(["train"], capsys)
+    assert said.startswith("cascade: all samples are bad from train-0/a on (")
+    assert said == "cascade: " + (tmp_path / "failure.txt").read_text().strip()
 
 
 @pytest.mark.parametrize(

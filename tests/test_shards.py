@@ -13,6 +13,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
+from cascade.data import items
 from cascade.data import shards as module
 from cascade.data.embeddings import Embeddings, write_embeddings
 from cascade.data.index import scan
@@ -338,7 +339,7 @@ def test_the_cache_decodes_once_for_all_workers(folder, workers, monkeypatch):
     plain = [Shards(folder, SMALL)[n] for n in range(48)]
     shards = Shards(folder, SMALL, cache=True)
     list(loader(shards, 12, batches=2, workers=workers))
-    monkeypatch.setattr(module, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(items, "decode", lambda *_: pytest.fail("decoded again"))
     for n in range(48):
         assert torch.equal(shards[n]["image_8"], plain[n]["image_8"])
         assert shards[n]["key"] == plain[n]["key"]

@@ -370,7 +370,7 @@ def test_streaming_is_a_choice_of_the_command_line(folder):
     assert config.data.allow_pipe is False
     stream = built(config.data)
     assert list(stream.urls) == [f"train-{s:05d}" for s in range(4)]
-    assert stream.pictures.sizes == [64]
+    assert stream.make_item.pictures.sizes == [64]
     with pytest.raises(UserError, match=r"data.urls is not given"):
         composed("train", ["data=stream", "stage=decoder_text"])
     config = composed("train", ["data=stream", f'data.urls="{urls}"', "embeddings=rows"])

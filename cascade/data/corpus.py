@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from cascade.data.index import (
     CUT,
@@ -75,19 +75,24 @@ class OpenTar:
             raise BadSample("cannot be read")
         return data
 
-    def fields(self, place: int) -> dict[str, Any]:
-        """The JSON of a sample, empty if it has none.
 
-        Raises:
-            BadSample: it is broken, or cannot be read.
-        """
-        try:
-            fields = json.loads(self.read(place, "json") or "{}")
-        except (ValueError, RecursionError) as error:
-            raise BadSample("broken JSON") from error
-        if not isinstance(fields, dict):
-            raise BadSample("broken JSON")
-        return fields
+class Placed(NamedTuple):
+    """One of the samples of an open tar."""
+
+    tar: OpenTar
+    place: int
+
+    @property
+    def shard(self) -> str:
+        return self.tar.shard
+
+    @property
+    def key(self) -> str:
+        return self.tar.key(self.place)
+
+    def read(self, member: str) -> bytes:
+        """As `OpenTar.read`."""
+        return self.tar.read(self.place, member)
 
 
 def _opened(tar: Path) -> IO[bytes]:

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cascade.data.claims import Claims
-from cascade.data.corpus import OpenTar
+from cascade.data.corpus import OpenTar, Placed
 from cascade.data.embeddings import MANIFEST, OFFSETS, Manifest, read_manifest, write_embeddings
 from cascade.data.index import scan
-from cascade.data.shards import captions_at
+from cascade.data.items import captions_of
 from cascade.data.transforms import BadSample, Pictures
 from cascade.draws import generator
 from cascade.encoders.clip import FrozenCLIP
@@ -182,13 +182,14 @@ class _Samples(Dataset):
         return len(self.tar)
 
     def __getitem__(self, place: int) -> tuple[str, dict[str, str], Tensor | None] | None:
+        sample = Placed(self.tar, place)
         try:
-            texts = captions_at(self.tar, place, self.captions)
-            picture = self.tar.read(place, "picture") if self.pictures.sizes else b""
+            texts = captions_of(sample, self.captions)
+            picture = sample.read("picture") if self.pictures.sizes else b""
             views = self.pictures(picture, generator(0, "crop", 0))  # of the whole: nothing drawn
         except BadSample:
             return None
-        return self.tar.key(place), texts, next(iter(views.values()), None)
+        return sample.key, texts, next(iter(views.values()), None)
 
 
 def _samples(

@@ -5,7 +5,9 @@ from collections import Counter
 
 import numpy as np
 
+from cascade.data.corpus import Placed
 from cascade.data.index import counted
+from cascade.data.items import fields_of
 from cascade.data.shards import Shards
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
@@ -48,7 +50,7 @@ def preflight(shards: Shards, batch: int) -> None:
             f"of {looks} samples looked at {reasons.total()} are bad ({counted(reasons)}): mend "
             "the shards, or what was precomputed of them"
         )
-    if missing := sorted({*shards.captions, *shards.json_fields} - found):
+    if missing := sorted({*shards.make_item.captions, *shards.make_item.json_fields} - found):
         raise UserError(
             f"none of {looks} samples looked at has {missing[0]}, but {', '.join(sorted(found))}: "
             "set data.captions and data.json_fields to what there is"
@@ -58,7 +60,7 @@ def preflight(shards: Shards, batch: int) -> None:
 def _look(shards: Shards, tar: int, place: int) -> set[str]:
     """Reads a sample as training would. Returns the names of its fields, and "txt"."""
     shards.item(tar, place, 0)
-    opened = shards.corpus[tar]
-    fields = opened.fields(place) if {*shards.captions, *shards.json_fields} - {"txt"} else {}
+    sample, reads = Placed(shards.corpus[tar], place), shards.make_item
+    fields = fields_of(sample) if {*reads.captions, *reads.json_fields} - {"txt"} else {}
     there = {name for name, value in fields.items() if value is not None}
-    return there | ({"txt"} if opened.read(place, "txt") else set())
+    return there | ({"txt"} if sample.read("txt") else set())

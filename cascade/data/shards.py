@@ -9,8 +9,9 @@ JSON and safetensors.
 import logging
 import mmap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -21,18 +22,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cascade.conditioning import Batch
-from cascade.data.corpus import Corpus, OpenTar
+from cascade.data.corpus import Corpus, Placed
 from cascade.data.embeddings import Embeddings, padded
 from cascade.data.index import Paths, counted
+from cascade.data.items import Items
 from cascade.data.order import Order
-from cascade.data.transforms import BadSample, Pictures, decode
-from cascade.draws import generator
+from cascade.data.transforms import BadSample, Pictures
 from cascade.errors import UserError
 
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 2 * 2**30
-IDLE = np.random.default_rng(0)  # where nothing is drawn: to make a stream takes a while
 PATIENCE = 1000  # bad samples in a row, and nobody waits for a good one
 
 
@@ -85,11 +85,9 @@ class Shards(Dataset):
         cache: bool = False,
         max_skip_fraction: float = 0.01,
     ):
-        self.pictures, self.seed, self.max_skip_fraction = pictures, seed, max_skip_fraction
-        self.captions = {f: p for f, p in (captions or {"txt": 1.0}).items() if p > 0}
-        self.embeddings = list((embeddings or {}).values())
-        self.json_fields = tuple(json_fields)
-        members = {"txt" if field == "txt" else "json" for field in self.captions}
+        self.make_item = Items(pictures, captions, embeddings, json_fields, seed)
+        self.embeddings, self.max_skip_fraction = self.make_item.embeddings, max_skip_fraction
+        members = {"txt" if field == "txt" else "json" for field in self.make_item.captions}
         if block < 1:
             raise UserError(f"data.block={block}: shuffle at least 1 tar at a time")
         self.corpus = Corpus(path, split, members, block)
@@ -127,64 +125,23 @@ class Shards(Dataset):
     def showing(self, sizes: Sequence[int]) -> "Shards":
         """The same samples with whole pictures of other sizes."""
         other = copy(self)
-        other.pictures, other._cache = Pictures(tuple(sizes)), None
+        other.make_item, other._cache = copy(self.make_item), None
+        other.make_item.pictures = Pictures(tuple(sizes))
         return other
 
     def item(self, tar: int, place: int, n: int) -> dict[str, Any]:
         """A sample of the corpus as number n shows it. Raises BadSample if it cannot be used."""
-        opened = self.corpus[tar]
-        texts = captions_at(opened, place, self.captions)
-        caption, key = self._drawn(texts, n), opened.key(place)
-        item = {"sample": n, "key": f"{opened.shard}/{key}", "caption": texts[caption]}
-        if self.json_fields:
-            fields = opened.fields(place)
-            item |= {name: fields.get(name) for name in self.json_fields}
-        if self.pictures.sizes:
-            picture = self._picture(tar, place)
-            drawn = self.pictures.crop or self.pictures.degrade
-            item |= self.pictures.views(picture, generator(self.seed, "crop", n) if drawn else IDLE)
-        for store in self.embeddings:
-            item |= store.row(opened.shard, key, caption)
-        return item
+        sample = Placed(self.corpus[tar], place)
+        at_hand = None if self._cache is None else partial(self._picture, tar, sample)
+        return self.make_item(sample, n, at_hand)
 
-    def _drawn(self, texts: Mapping[str, str], n: int) -> str:
-        there = list(texts)
-        if len(there) == 1:
-            return there[0]
-        p = np.array([self.captions[field] for field in there])
-        return there[generator(self.seed, "caption", n).choice(len(p), p=p / p.sum())]
-
-    def _picture(self, tar: int, place: int) -> UInt8[np.ndarray, "s s 3"]:
-        if self._cache is None:
-            return self._decoded(tar, place)
+    def _picture(self, tar: int, sample: Placed) -> UInt8[np.ndarray, "s s 3"]:
         pixels, filled, starts = self._cache
-        at = starts[tar] + place
+        at = starts[tar] + sample.place
         if not filled[at]:
-            pixels[at] = self._decoded(tar, place)
+            pixels[at] = self.make_item.decoded(sample)
             filled[at] = True  # last, as another worker may be looking
         return pixels[at]
-
-    def _decoded(self, tar: int, place: int) -> UInt8[np.ndarray, "s s 3"]:
-        return decode(self.corpus[tar].read(place, "picture"), self.pictures.largest)
-
-
-def captions_at(tar: OpenTar, place: int, captions: Iterable[str]) -> dict[str, str]:
-    """The captions that a sample has, by field, of "txt" and fields of the JSON.
-
-    Raises:
-        BadSample: it has none, or its JSON is broken.
-    """
-    texts = dict.fromkeys(captions)
-    if texts.keys() - {"txt"}:
-        fields = tar.fields(place)
-        texts = {field: fields.get(field) for field in texts}
-    if "txt" in texts:
-        texts["txt"] = tar.read(place, "txt").decode(errors="replace")
-    stripped = {field: t.strip() for field, t in texts.items() if isinstance(t, str)}
-    there = {field: text for field, text in stripped.items() if text}
-    if not there:
-        raise BadSample("no caption")
-    return there
 
 
 def _cache(

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
 import torch
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -21,8 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from cascade.data import shards
 from cascade.data.embeddings import Embeddings
 from cascade.data.index import counted
+from cascade.data.items import Items
 from cascade.data.shards import PATIENCE, SampleNumbers, Shards, Skip, collate
-from cascade.data.transforms import BadSample, Pictures, decode
+from cascade.data.transforms import BadSample, Pictures
 from cascade.data.urls import Streamed, named, streamed
 from cascade.draws import generator
 from cascade.errors import UserError
@@ -62,10 +62,9 @@ class Stream:
         json_fields: Sequence[str] = (),
         max_skip_fraction: float = 0.01,
     ):
-        self.pictures, self.seed, self.shuffle, self.buffer = pictures, seed, shuffle, buffer
-        self.captions = {f: p for f, p in (captions or {"txt": 1.0}).items() if p > 0}
-        self.embeddings = list((embeddings or {}).values())
-        self.json_fields, self.max_skip_fraction = tuple(json_fields), max_skip_fraction
+        self.make_item = Items(pictures, captions, embeddings, json_fields, seed)
+        self.seed, self.shuffle, self.buffer = seed, shuffle, buffer
+        self.embeddings, self.max_skip_fraction = self.make_item.embeddings, max_skip_fraction
         self.urls = named(urls, split, allow_pipe)
         for store in self.embeddings:
             store.require(list(self.urls))
@@ -87,7 +86,7 @@ class Stream:
         for n in numbers:
             for sample in samples:
                 try:
-                    item = self._item(sample, n)
+                    item = self.make_item(sample, n)
                 except BadSample as reason:
                     bad.append((f"{sample.shard}/{sample.key}", str(reason)))
                     if len(bad) >= PATIENCE:
@@ -129,34 +128,6 @@ class Stream:
         if barren and (barren == BARREN or not total):
             reasons, url = counted(Counter(reason for _, reason in bad)), self.urls[name]
             raise UserError(f"no usable sample in {barren} tars in a row ({reasons}): check {url}")
-
-    def _item(self, sample: Streamed, n: int) -> dict[str, Any]:
-        field, caption = self._caption(sample, n)
-        item = {"sample": n, "key": f"{sample.shard}/{sample.key}", "caption": caption}
-        if self.json_fields:
-            fields = sample.fields()
-            item |= {name: fields.get(name) for name in self.json_fields}
-        if self.pictures.sizes:
-            picture = decode(sample.read("picture"), self.pictures.largest)
-            item |= self.pictures.views(picture, generator(self.seed, "crop", n))
-        for store in self.embeddings:
-            item |= store.row(sample.shard, sample.key, field)
-        return item
-
-    def _caption(self, sample: Streamed, n: int) -> tuple[str, str]:
-        """A field and its caption, drawn as `Shards` does."""
-        fields = sample.fields() if self.captions.keys() - {"txt"} else {}
-        if "txt" in self.captions:
-            fields = {**fields, "txt": sample.read("txt").decode(errors="replace")}
-        texts = {f: fields.get(f) for f in self.captions}
-        there = [f for f, text in texts.items() if isinstance(text, str) and text.strip()]
-        if not there:
-            raise BadSample("no caption")
-        drawn = 0
-        if len(there) > 1:
-            p = np.array([self.captions[field] for field in there])
-            drawn = generator(self.seed, "caption", n).choice(len(p), p=p / p.sum())
-        return there[drawn], texts[there[drawn]].strip()
 
 
 def loader(

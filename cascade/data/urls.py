@@ -4,7 +4,6 @@ A sample counts when the next one begins, or the tar has its end: what was cut s
 found out, whatever a server or a command said. Nothing is decoded here.
 """
 
-import json
 import logging
 import re
 import tarfile
@@ -15,7 +14,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from subprocess import TimeoutExpired
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -53,16 +52,6 @@ class Streamed(NamedTuple):
         if data is None:
             raise BadSample("huge file")
         return data
-
-    def fields(self) -> dict[str, Any]:
-        """The JSON, empty if there is none. Raises BadSample if it is broken."""
-        try:
-            fields = json.loads(self.read("json") or "{}")
-        except (ValueError, RecursionError) as error:
-            raise BadSample("broken JSON") from error
-        if not isinstance(fields, dict):
-            raise BadSample("broken JSON")
-        return fields
 
 
 def named(urls: str | Sequence[str], split: str, allow_pipe: bool) -> dict[str, str]:

@@ -107,18 +107,24 @@ class Slurm:
             tasks = sent.left[link.name]
             if not tasks:
                 continue
-            before = [arrays[name] for name in link.after if name in arrays]
+            after, one_by_one = list(link.after), None
+            if link.each_after and (earlier := sent.left[link.each_after]):
+                if earlier == [sent.own(link, task) for task in tasks]:
+                    one_by_one = arrays[link.each_after]
+                else:  # Slurm pairs elements by their numbers, which differ
+                    after.append(link.each_after)
+            before = [arrays[name] for name in after if name in arrays]
             before += [
                 str(sent.held[task.folder].id)
                 for earlier in sent.links
-                if earlier.name in link.after
+                if earlier.name in (*link.after, link.each_after)
                 for task in earlier.tasks
                 if task.folder in sent.held
             ]
             path = sent.record(link).with_name("script.sh")
             alone = {"nodes": 1, "gpus": min(self.gpus, 1)} if link.alone else {}
             own = self._with({**alone, **link.resources})
-            path.write_text(own.script(link, sent, before))
+            path.write_text(own.script(link, sent, before, one_by_one))
             arrays[link.name] = slurm("sbatch", "--parsable", str(path)).strip().split(";")[0]
             print(f"{link.name}: job {arrays[link.name]}, {len(tasks)} to run")
 
@@ -128,13 +134,21 @@ class Slurm:
             raise UserError(f"resources: {min(unknown)} is none of {', '.join(known)}")
         return replace(self, **resources)
 
-    def script(self, link: Link, sent: Sent, before: Sequence[str]) -> str:
-        """The batch script of what is left of a link; `before`: jobs that must have ended well."""
+    def script(
+        self, link: Link, sent: Sent, before: Sequence[str] = (), one_by_one: str | None = None
+    ) -> str:
+        """The batch script of what is left of a link.
+
+        Args:
+            before: jobs that must have ended well.
+            one_by_one: an array, of which each element waits for the one of its own number.
+        """
         tasks = sent.left[link.name]
         cpus = f"--cpus-per-task={self.cpus}" if self.cpus else ""  # srun does not ask sbatch
         return _SCRIPT.format(
             directives="\n".join(
-                f"#SBATCH {shlex.quote(option)}" for option in self._options(link, sent, before)
+                f"#SBATCH {shlex.quote(option)}"
+                for option in self._options(link, sent, before, one_by_one)
             ),
             tasks="\n".join(_case(i, task) for i, task in enumerate(tasks)),
             log=LOG,
@@ -147,8 +161,12 @@ class Slurm:
             max_restarts=self.max_restarts,
         )
 
-    def _options(self, link: Link, sent: Sent, before: Sequence[str]) -> list[str]:
+    def _options(
+        self, link: Link, sent: Sent, before: Sequence[str], one_by_one: str | None
+    ) -> list[str]:
         record = sent.record(link)
+        dependencies = [f"afterok:{':'.join(before)}"] if before else []
+        dependencies += [f"aftercorr:{one_by_one}"] if one_by_one else []
         throttle = f"%{self.at_once}" if self.at_once else ""
         given = {
             "job-name": f"{sent.root.name}/{link.name}",
@@ -166,8 +184,8 @@ class Slurm:
             "partition": self.partition,
             "account": self.account,
             "constraint": self.constraint,
-            "dependency": "afterok:" + ":".join(before) if before else None,
-            "kill-on-invalid-dep": "yes" if before else None,
+            "dependency": ",".join(dependencies) or None,
+            "kill-on-invalid-dep": "yes" if dependencies else None,
         }
         stated = [f"--{name}={value}" for name, value in given.items() if value is not None]
         return ["--requeue", *stated, *self.options]

@@ -113,10 +113,17 @@ class _Work:
         return bool(self.running)
 
     def _next(self) -> tuple[str, Task] | None:
-        for link in self.sent.links:
-            if self.left[link.name] and self.well.issuperset(link.after):
-                return link.name, self.left[link.name].pop(0)
+        """What is nearest to the end of the chain: results come early."""
+        for link in reversed(self.sent.links):
+            if self.well.issuperset(link.after):
+                for task in self.left[link.name]:
+                    if link.each_after is None or self._is_well(self.sent.own(link, task)):
+                        self.left[link.name].remove(task)
+                        return link.name, task
         return None
+
+    def _is_well(self, task: Task) -> bool:
+        return task.done or task.folder in self.ended
 
     def _begin(self, slot: int, link: str, task: Task) -> None:
         (task.folder / FAILURE).unlink(missing_ok=True)
@@ -147,7 +154,7 @@ class _Work:
             (task.folder / DONE).touch()
             self.ended.add(task.folder)
             tasks = next(one.tasks for one in self.sent.links if one.name == link)
-            if all(one.done or one.folder in self.ended for one in tasks):
+            if all(map(self._is_well, tasks)):
                 self.well.add(link)
             print(f"{name}: finished", flush=True)
         elif code == _CHECKPOINTED:

@@ -45,6 +45,7 @@ class Link:
     Args:
         alone: each task is one process, not one for each GPU of each node.
         resources: values of the launcher's configuration that differ for this link.
+        each_after: a link with as many tasks, of which each of these waits for its own alone.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Link:
     after: Sequence[str] = ()
     alone: bool = False
     resources: Mapping[str, Any] = field(default_factory=dict)
+    each_after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Sent:
     links: Sequence[Link]
     left: Mapping[str, Sequence[Task]]
     held: Mapping[Path, Job]
+
+    def own(self, link: Link, task: Task) -> Task:
+        """The task of `each_after` that one of its own waits for."""
+        earlier = next(one for one in self.links if one.name == link.each_after)
+        return earlier.tasks[link.tasks.index(task)]
 
     def record(self, link: Link) -> Path:
         """The file that lists a link's tasks that are left, in order."""

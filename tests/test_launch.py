@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -336,6 +337,29 @@ def test_jobs_of_a_chain_depend_on_those_before_them(programs, tmp_path):
     assert dependencies(2) == {"prior": "102_0", "evaluation": "105"}
 
 
+def test_tasks_wait_each_for_its_own_where_numbers_agree(programs, tmp_path):
+    root = tmp_path / "sweep"
+
+    def dependency(number, done=(), measured=()):
+        trained = [
+            Task(t.folder, ["train"], done=t.folder.name in done) for t in tasks(root, *"ab")
+        ]
+        cells = [Task(root / f"{n}/cells", ["cells"], done=n in measured) for n in "ab"]
+        links = [Link("clip", tasks(root, "clip")), Link("sweep", trained, ["clip"])]
+        launch(
+            launcher("launcher=slurm"),
+            root,
+            [*links, Link("evaluation", cells, ["clip"], each_after="sweep")],
+        )
+        script = (root / f"launch/{number}/evaluation/script.sh").read_text()
+        return re.search("--dependency=(.*)", script)[1]
+
+    assert dependency(1) == "afterok:101,aftercorr:102"
+    assert dependency(2, done="a", measured="a") == "afterok:104,aftercorr:105"
+    assert dependency(3, done="a") == "afterok:107:108"  # b is 0 of one array and 1 of the other
+    assert dependency(4, done="ab") == "afterok:110"
+
+
 # Processes of this machine
 
 
@@ -368,6 +392,18 @@ def test_what_fails_stops_what_hangs_on_it_and_nothing_else(tmp_path, capsys):
     run_here(tmp_path, links, text)
     counts = {p.parent.name: p.read_text().count("ran") for p in tmp_path.glob("*/log.txt")}
     assert counts == {"data": 1, "bad": 2, "good": 1, "better": 1, "report": 1}
+
+
+def test_what_is_ready_for_its_last_link_goes_on_without_the_others(tmp_path):
+    names = ("good", "bad", "last")
+    cells = [Task(tmp_path / name / "cells", ["cells"]) for name in names]
+    links = [Link("sweep", tasks(tmp_path, *names)), Link("cells", cells, each_after="sweep")]
+    links.append(Link("report", tasks(tmp_path, "report"), after=["cells"]))
+    text = f"echo ${{PWD#{tmp_path}/}} >> {tmp_path}/order; [[ $PWD != */bad ]]"
+    with pytest.raises(Failed, match=r"1 failed: bad .*not started for that: cells, report"):
+        run_here(tmp_path, links, text, at_once=1)
+    order = ["good", "good/cells", "bad", "last", "last/cells"]
+    assert (tmp_path / "order").read_text().split() == order
 
 
 def test_several_run_at_a_time_and_no_more(tmp_path):

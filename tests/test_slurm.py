@@ -131,6 +131,35 @@ def test_a_failed_link_stops_what_hangs_on_it_and_is_mended_by_sending_again(clu
     assert {state.state(link.tasks[0].folder, None).word for link in links()} == {"finished"}
 
 
+def test_each_goes_on_without_those_beside_it_and_what_failed_is_mended(cluster, tmp_path):
+    trained, measured = ([tmp_path / name / of for name in "abc"] for of in ("", "cells"))
+    report = tmp_path / "report"
+
+    def of(folders):
+        return [Task(folder, ["train"], done=(folder / "done").exists()) for folder in folders]
+
+    def links():
+        pairs = [Link("sweep", of(trained)), Link("cells", of(measured), each_after="sweep")]
+        return [*pairs, Link("report", of([report]), after=["cells"])]
+
+    def counts():
+        return [[attempts(f) for f in folders] for folders in (trained, measured, [report])]
+
+    text = """
+        case $PWD in
+        */b) [ -e ../mended ] || exit 1 ;;
+        */c) [ $(wc -l < attempts) -gt 1 ] || exit 75 ;;
+        esac"""
+    python = stand_in(tmp_path, text)
+    launch(slurm(python), tmp_path, links())
+    cluster.wait(lambda: ended(cluster), "the pairs")
+    assert counts() == [[1, 1, 2], [1, 0, 1], [0]]
+    (tmp_path / "mended").touch()
+    launch(slurm(python), tmp_path, links())
+    cluster.wait(lambda: ended(cluster), "the pairs, again")
+    assert counts() == [[1, 2, 2], [1, 1, 1], [1]]
+
+
 def events(run):
     path = run / "events.jsonl"
     return path.read_text() if path.exists() else ""

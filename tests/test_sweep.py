@@ -78,7 +78,8 @@ def test_a_sweep_is_a_chain_from_what_its_points_share_to_its_report(tmp_path):
     }
     config = composed("sweep", ["sweep=degradations", f"home={tmp_path / 'home'}"])
     links = by_name(grid(config, ["images=7"], launcher("launcher=slurm")))
-    assert links["evaluation"].after[0] == "sweep"
+    assert links["evaluation"].each_after == "sweep"
+    assert "sweep" not in links["evaluation"].after
     folders = [str(t.folder.relative_to(tmp_path / "home")) for t in links["sweep"].tasks]
     names = [f"{c}-s{seed}" for seed in (0, 1) for c in ("clean", "blur", "bsr", "noise")]
     assert folders == [f"degradations/{name}/sr64" for name in names]
@@ -115,16 +116,22 @@ def test_an_evaluation_is_passed_over_until_what_it_measures_changes(tmp_path):
 
     names = ["s0", "s1", "s2"]
     assert left() == names
-    for task in by_name(grid(config, [], launcher("launcher=slurm")))["evaluation"].tasks[:2]:
+    links = by_name(grid(config, [], launcher("launcher=slurm")))
+    for task in links.pop("evaluation").tasks[:2]:
         task.folder.mkdir(parents=True)
         (task.folder / "frozen.yaml").write_text(task.config)
         (task.folder / "done").touch()
     assert left() == names  # nothing is trained
-    for name in ("prior", "decoder", "sr64"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "status.json").write_text("{}")
-        os.utime(tmp_path / name / "status.json", (1, 1))
+    del links["report"]
+    for folder in [task.folder for link in links.values() for task in link.tasks]:
+        folder.mkdir(parents=True)
+        (folder / "status.json").write_text('{"images": 10000000}')
+        os.utime(folder / "status.json", (1, 1))
+        (folder / "done").touch()
     assert left() == ["s2"]
+    config.shared.sr64.append("images=10_000_001")  # which are trained first
+    assert left() == names
+    config.shared.sr64.pop()
     config.evaluate.count = 7
     assert left() == names
     config.evaluate.count = 150

@@ -61,21 +61,21 @@ def grid(config: DictConfig, overrides: Sequence[str], launcher: Launcher) -> li
         for name in config.needs
     }
     links = trainings(config, home, asked, launcher)
-    before = [link.name for link in links]
+    before, shared = [link.name for link in links], [t for link in links for t in link.tasks]
     tasks, measured = [], []
     for name, seed, values, own in points(config):
         if config.train:
             at = [f"run={root / name / config.train}", f"data.path={data}", f"seed={seed}"]
             tasks.append(training(joined(config.base, overrides, own, at), launcher)[0])
         if config.cascade:
-            measured.append(_measured(config, root / name, seed, values))
+            ready = all(task.done for task in [*shared, *tasks[-1:]])
+            measured.append(_measured(config, root / name, seed, values, ready))
     resources = OmegaConf.to_container(config.resources)
     if tasks:
         links.append(Link("sweep", tasks, before, resources=resources.get("sweep", {})))
-        before = ["sweep", *before]
     if measured:
-        own = resources.get("evaluation", {})
-        links.append(Link("evaluation", measured, before, alone=True, resources=own))
+        own, each = resources.get("evaluation", {}), "sweep" if tasks else None
+        links.append(Link("evaluation", measured, before, True, own, each_after=each))
         report = Task((root / "report").absolute(), ["report", str(root)])
         links.append(Link("report", [report], ["evaluation"], alone=True, resources=own))
     return links
@@ -128,8 +128,14 @@ def _set(config: DictConfig, choice: str, point: Path) -> str:
     return f"{path}={os.path.relpath(Path(config.home) / value, point)}"
 
 
-def _measured(config: DictConfig, point: Path, seed: int, values: Mapping[str, str]) -> Task:
-    """The evaluation of a point, at each of its cells; what is measured already is passed over."""
+def _measured(
+    config: DictConfig, point: Path, seed: int, values: Mapping[str, str], ready: bool
+) -> Task:
+    """The evaluation of a point, at each of its cells; what is measured already is passed over.
+
+    Args:
+        ready: whether all that it is of is trained: what is measured before that is out of date.
+    """
     folder = point.absolute() / "evaluation"
     asked = {
         "model": str(point.absolute()),
@@ -145,7 +151,7 @@ def _measured(config: DictConfig, point: Path, seed: int, values: Mapping[str, s
         **config.evaluate,
     }
     text, runs = OmegaConf.to_yaml(asked), [_placed(config, s, point) for s in config.cascade]
-    done = _current(folder, text, [point / run["run"] / "status.json" for run in runs])
+    done = ready and _current(folder, text, [point / run["run"] / "status.json" for run in runs])
     return Task(folder, ["cells", str(folder / FROZEN)], text, done)
 
 

@@ -6,6 +6,7 @@ moved to where their mean is the number itself.
 """
 
 import math
+from collections.abc import Iterable
 from statistics import NormalDist
 
 import torch
@@ -56,6 +57,26 @@ def of_kernel(
     estimate = discrepancy(kernel, fake, real, unbiased).item()
     counts = _counts(len(fake), draws, seed).to(fake.device).double()
     return _percentiles(estimate, discrepancy(kernel, fake, real, unbiased, counts))
+
+
+def of_inception_score(
+    logits: Iterable[Float[Tensor, "_ c"]], n: int, splits: int = 10, draws: int = 200
+) -> Interval:
+    """Of `metrics.InceptionScore` of n pictures, which are drawn again within each split."""
+    split = torch.arange(n) % splits
+    sizes, weights = split.bincount(), torch.ones(draws + 1, n, dtype=torch.float64)  # first once
+    for i, size in enumerate(sizes.tolist()):
+        weights[1:, split == i] = _counts(size, draws, seed=i).double()
+    weights /= sizes[split]
+    p, p_log_p, start = torch.zeros(()), torch.zeros(()), 0  # sums, as those of the metric
+    for part in logits:
+        now = slice(start, start := start + len(part))
+        own = weights[:, now] * (split[now] == torch.arange(splits)[:, None])[:, None]
+        log_p = part.double().log_softmax(1)
+        p = p + own @ log_p.exp()
+        p_log_p = p_log_p + own @ (log_p.exp() * log_p).sum(1)
+    scores = (p_log_p - torch.special.xlogy(p, p).sum(-1)).exp().mean(0)
+    return _percentiles(scores[0].item(), scores[1:])
 
 
 def of_frechet(

@@ -5,7 +5,7 @@ Distances are computed in blocks, in float64: nothing of n x n is held, and rows
 """
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from cascade.eval.kernels import blocks
@@ -33,11 +33,16 @@ def density_coverage(
     Balls are open, as in the authors' code: both are about 1 for sets that are alike. (Naeem et
     al. 2020, arXiv 2002.09797.) ValueError if a set has not more than k rows.
     """
-    counts, found = _inside(fake, real, radii(real, k), closed=False)
-    return {
-        "density": counts.double().mean().item() / k,
-        "coverage": found.double().mean().item(),
-    }
+    densities, covered = in_balls(fake, real, k)
+    return {"density": densities.mean().item(), "coverage": covered.double().mean().item()}
+
+
+def in_balls(
+    fake: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 5
+) -> tuple[Float64[Tensor, " n"], Bool[Tensor, " m"]]:
+    """What `density_coverage` is the means of: of each generated row, and of each real one."""
+    counts, covered = _inside(fake, real, radii(real, k), closed=False)
+    return counts.double() / k, covered
 
 
 def radii(x: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]:

@@ -20,7 +20,7 @@ from cascade.eval import captions, interval, prompts
 from cascade.eval.extraction import BLOCK, ordered
 from cascade.eval.features import CLIPFeatures, Features, InceptionFeatures, distance_name
 from cascade.eval.kernels import cmmd, cubic, gaussian, kid
-from cascade.eval.manifold import density_coverage, precision_recall
+from cascade.eval.manifold import in_balls, precision_recall
 from cascade.eval.metrics import InceptionScore, cosines
 from cascade.eval.record import Record
 from cascade.eval.sets import PictureSet
@@ -125,12 +125,13 @@ def against(
     if to.rows is None:
         return
     yield from _discrepancies(make, space, rows, to.rows, draws)
-    shares = {"precision": len(rows), "recall": len(to.rows), "coverage": len(to.rows)}
-    found = precision_recall(rows, to.rows) | density_coverage(rows, to.rows)
-    for name, value in found.items():
-        n = shares.get(name)  # a density is no share
-        sure = interval.of_share(value, n) if n else None
-        yield make(name=name, value=value, interval=sure)
+    densities, covered = in_balls(rows, to.rows)
+    shares = {**precision_recall(rows, to.rows), "coverage": covered.double().mean().item()}
+    for name, value in shares.items():
+        n = len(rows) if name == "precision" else len(to.rows)
+        yield make(name=name, value=value, interval=interval.of_share(value, n))
+    density = densities.mean().item()
+    yield make(name="density", value=density, interval=interval.of_mean(densities))
 
 
 def _discrepancies(
@@ -149,15 +150,26 @@ def _discrepancies(
     yield make(name="KID (subsets)", value=found["kid_subsets"], std=found["kid_subsets_std"])
 
 
-def inception_score(make: Make, space: InceptionFeatures, rows: Float[Tensor, "n d"]) -> Record:
+def inception_score(
+    make: Make, space: InceptionFeatures, rows: Float[Tensor, "n d"], draws: int
+) -> Record:
     """Of the pictures alone."""
-    metric = InceptionScore()
-    for start in range(0, len(rows), _CHUNK):
-        part = rows[start : start + _CHUNK]
-        metric.update(space.logits(part).cpu(), torch.arange(start, start + len(part)))
+    metric, n = InceptionScore(), len(rows)
+
+    def logits() -> Iterator[Float[Tensor, "b c"]]:
+        for start in range(0, n, _CHUNK):
+            yield space.logits(rows[start : start + _CHUNK]).cpu()
+
+    for part, ids in zip(logits(), torch.arange(n).split(_CHUNK)):
+        metric.update(part, ids)
     found = metric.compute()
-    value, std = found["inception_score"], found["inception_score_std"]
-    return make(name="Inception score", value=value, std=std, warnings=warnings_for(len(rows), 0))
+    return make(
+        name="Inception score",
+        value=found["inception_score"],
+        std=found["inception_score_std"],
+        interval=interval.of_inception_score(logits(), n, draws=draws) if draws else None,
+        warnings=warnings_for(n, 0),
+    )
 
 
 def clip_scores(

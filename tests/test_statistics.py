@@ -7,7 +7,7 @@ import torch
 from cascade.errors import UserError
 from cascade.eval import interval
 from cascade.eval.kernels import cubic, kid
-from cascade.eval.metrics import frechet
+from cascade.eval.metrics import InceptionScore, frechet
 from cascade.eval.statistics import Moments, Origin, cached_rows, warnings_for
 
 ORIGIN = Origin("a network, 01234567", "0123456789abcdef", "bilinear to 8 px", "fedcba98")
@@ -223,6 +223,33 @@ def test_intervals_hold_the_mean_of_estimates_nineteen_times_of_twenty():
         lambda x: interval.of_kernel(cubic, x, real, unbiased=True, draws=100),
     )
     assert found > 0.85
+
+
+def score_of(logits, splits=2):
+    metric = InceptionScore(classes=logits.shape[1], splits=splits)
+    metric.update(logits, torch.arange(len(logits)))
+    return metric.compute()["inception_score"]
+
+
+def test_the_interval_of_an_inception_score_is_of_scores_of_drawn_pictures(monkeypatch):
+    found = coverage(
+        100,
+        lambda x: score_of(4 * x),
+        lambda x: interval.of_inception_score(iter((4 * x).split(25)), len(x), splits=2, draws=100),
+    )
+    assert found > 0.85
+    seen, logits = [], 4 * rows(12, 3, 0)
+    monkeypatch.setattr(interval, "_percentiles", lambda *drawn: seen.append(drawn) or (0.0, 1.0))
+    interval.of_inception_score([logits[:7], logits[7:]], 12, splits=3, draws=4)
+    (estimate, drawn), repeated = seen[0], []
+    for i in range(4):
+        order = torch.arange(12)
+        for split in range(3):
+            drawn_rows = interval._counts(4, 4, split)[i]
+            order[split::3] = torch.arange(split, 12, 3).repeat_interleave(drawn_rows)
+        repeated.append(score_of(logits[order], splits=3))
+    assert estimate == pytest.approx(score_of(logits, splits=3), rel=1e-12)
+    assert drawn.tolist() == pytest.approx(repeated, rel=1e-12)
 
 
 @pytest.mark.parametrize(("n", "d"), [(40, 6), (6, 40), (30, 30)])

@@ -140,7 +140,7 @@ class Scoring:
             moments = self._moments(self.pictures, space, rows)
             yield from scoring.against(make, space, rows, moments, to, self.draws)
         if isinstance(space, InceptionFeatures):
-            yield scoring.inception_score(make, space, rows)
+            yield scoring.inception_score(make, space, rows, self.draws)
         if isinstance(space, CLIPFeatures) and self.captions:
             yield from scoring.clip_scores(make, space, rows, self.pictures, self.captions)
 

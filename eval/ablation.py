@@ -10,7 +10,7 @@ import csv
 import itertools
 import json
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,18 +28,25 @@ STEPS, EVALUATIONS = "steps", "evaluations"
 
 
 class Measure(NamedTuple):
-    """A column with an outcome: what it is called, and whether less of it is better."""
+    """A column with an outcome.
+
+    Args:
+        less: whether less of it is better.
+        distance: from it to what two cells are compared by as a ratio, since its errors grow with
+            it; None: they are compared by their difference.
+    """
 
     key: str
     name: str
     less: bool = False
+    distance: Callable[[Any], Any] | None = None
 
     def best(self, values: Sequence[float | int]) -> int:
         return int(np.argmin(values) if self.less else np.argmax(values))
 
 
-FRECHET = Measure("frechet", "Fréchet distance", less=True)
-CLIP_SCORE = Measure("clip_score", "CLIP score")
+FRECHET = Measure("frechet", "Fréchet distance", less=True, distance=lambda x: x)
+CLIP_SCORE = Measure("clip_score", "CLIP score", distance=lambda x: 1 - x)
 ACCURACY = Measure("accuracy", "scene accuracy")
 MEASURES = (FRECHET, CLIP_SCORE, ACCURACY)
 PROTOCOL, INTERVALS = "protocol.", "intervals."

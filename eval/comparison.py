@@ -2,8 +2,11 @@
 
 Values are paired by seed, and by all else but the factor, since these share captions and noise.
 Rates of trained networks that stay the same are compared over captions; all else over seeds.
+Distances, and that of a CLIP score from 1, are compared by their ratio: the bad cells of a sweep
+scatter a hundred times as much as the good ones, but not in proportion.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,21 +17,39 @@ from cascade.eval.report import text
 from cascade.eval.significance import Blocks, blocks, rates_differ
 
 SURE = 0.05  # p
+TINY = 1e-9  # a distance, and less is none
 
 
 @dataclass(frozen=True)
 class Pair:
-    """By how much the best value is better than another, a simultaneous 95 % interval, and p."""
+    """By how much the best value is better than another, a simultaneous 95 % interval, and p.
+
+    Args:
+        ratio: whether that is how many times the other's distance is the best one's.
+    """
 
     other: int
     gain: float
     low: float
     high: float
     p: float | None = None
+    ratio: bool = False
 
     @property
     def sure(self) -> bool:
-        return self.low > 0
+        return self.low > (1 if self.ratio else 0)
+
+    @property
+    def interval(self) -> str:
+        low, high = (f"{end:.{self._digits}g}" for end in (self.low, self.high))
+        return f"[{low}, {high}]"
+
+    @property
+    def _digits(self) -> int:
+        return 4 if self.ratio else 3
+
+    def __str__(self) -> str:
+        return f"{'× ' if self.ratio else 'by '}{self.gain:.{self._digits}g}, {self.interval}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,9 @@ class Comparison:
             if chosen:
                 parts.append(f"It is {verb} {'; '.join(map(self._against, chosen))}.")
         parts.append(f"Intervals: 95 % for all pairs together, over {self.over}.")
+        if any(pair.ratio for pair in self.pairs):
+            of = "" if self.measure.less else " from 1"
+            parts[-1] = f"{parts[-1][:-1]}; × is the ratio of distances{of}."
         if self.test:
             parts.append(
                 f"Whether the value matters at all: F = {self.test.f:.3g}, {p_text(self.test.p)}; "
@@ -84,7 +108,7 @@ class Comparison:
         surely = "surely " if pair.sure else "not surely "
         return (
             f"The control, {shown(control)}, is {surely}worse than "
-            f"{label(self.values[self.best])}: by {pair.gain:.3g}, {_interval(pair)}."
+            f"{label(self.values[self.best])}: {pair}."
         )
 
     def verdict(self, expected: Sequence[object]) -> str:
@@ -98,16 +122,17 @@ class Comparison:
 
     def table(self) -> tuple[list[str], list[list[object]]]:
         """Columns and rows, in the factor's order."""
-        columns = ["", self.measure.name, "n", "the best is better by", "95 % interval", "p"]
+        better = "× the best's distance" if self.measure.distance else "the best is better by"
+        columns = ["", self.measure.name, "n", better, "95 % interval", "p"]
         rows: list[list[object]] = []
         for i, (values, found) in enumerate(zip(self.values, self.spreads)):
             pair = next((pair for pair in self.pairs if pair.other == i), None)
-            gap = [pair.gain, _interval(pair), pair.p] if pair else [None, None, None]
+            gap = [pair.gain, pair.interval, pair.p] if pair else [None, None, None]
             rows.append([label(values), found[:2], found.n, *gap])
         return columns, rows
 
     def _against(self, pair: Pair) -> str:
-        return f"{label(self.values[pair.other])} (by {pair.gain:.3g}, {_interval(pair)})"
+        return f"{label(self.values[pair.other])} ({pair})"
 
 
 def comparison(
@@ -124,6 +149,8 @@ def comparison(
     spreads = [spread([row[measure.key] for row in own]) for own in used]
     best = measure.best([s.mean for s in spreads])
     others = [i for i in range(len(values)) if i != best]
+    if measure.distance:
+        table = np.log(np.maximum(measure.distance(table), TINY))
     test = blocks(table) if min(table.shape, default=0) > 1 else None
     if measure == ACCURACY and others and (by_captions or test is None):
         level = 1 - SURE / (len(values) * len(others) / 2)
@@ -134,8 +161,10 @@ def comparison(
 
 
 def _over_seeds(measure: Measure, test: Blocks, i: int, j: int) -> Pair:
-    first, second = (j, i) if measure.less else (i, j)
-    return Pair(j, *test.difference(first, second))
+    if not measure.distance:
+        return Pair(j, *test.difference(i, j))
+    *ends, p = test.difference(j, i)
+    return Pair(j, *map(math.exp, ends), p, ratio=True)
 
 
 def _over_captions(
@@ -183,10 +212,6 @@ def _others(found: Comparison) -> str:
         if i != found.best
     ]
     return f"Beside it: {', '.join(named)}" if named else "Nothing else has run"
-
-
-def _interval(pair: Pair) -> str:
-    return f"[{pair.low:.3g}, {pair.high:.3g}]"
 
 
 def _judged(row: Row) -> int:

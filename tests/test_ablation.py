@@ -12,8 +12,9 @@ from scipy import stats
 
 from cascade.cli import main
 from cascade.errors import UserError
-from cascade.eval.ablation import ACCURACY, FRECHET, read
+from cascade.eval.ablation import ACCURACY, CLIP_SCORE, FRECHET, read
 from cascade.eval.answers import answers, by_held, held
+from cascade.eval.comparison import comparison
 from cascade.eval.figures import drawings
 from cascade.eval.findings import found, not_run, scale, section, write_findings
 from cascade.eval.plots import PALETTE, Curve, Panel, alike, compose, dots, save, tradeoff
@@ -509,3 +510,20 @@ def test_several_sweeps_have_a_page_each_and_one_of_all(tmp_path):
         write_findings(tmp_path / "f.md", [read(tmp_path / "runs" / n) for n in ("one", "two")])
     write_cells(read(tmp_path / "runs" / "one"), tmp_path / "cells.csv")
     assert (tmp_path / "cells.csv").read_bytes() == (tmp_path / "out/one/cells.csv").read_bytes()
+
+
+@pytest.mark.parametrize("measure", [FRECHET, CLIP_SCORE])
+def test_a_bad_value_that_scatters_does_not_hide_what_good_ones_differ_in(measure):
+    distances = {"good": (0.010, 0.0102, 0.0101), "near": (0.0120, 0.0121, 0.0122)}
+    distances["bad"] = (0.70, 0.72, 0.71)  # ten times the scatter of both
+    cells = [
+        {seed: {measure.key: x if measure.less else 1 - x} for seed, x in enumerate(row)}
+        for row in distances.values()
+    ]
+    found = comparison(measure, {}, [{"what": name} for name in distances], cells, False)
+    near, bad = found.pairs
+    ratios = [b / a for a, b in zip(distances["good"], distances["near"])]
+    assert near.gain == pytest.approx(np.prod(ratios) ** (1 / 3))  # of geometric means
+    assert [near.sure, bad.sure] == [True, True]
+    assert near.low * near.high == pytest.approx(near.gain**2)
+    assert f"near (× {near.gain:.4g}, [" in found.sentence()

@@ -22,9 +22,11 @@ from cascade.errors import UserError
 Value = str | float
 Values = Mapping[str, Value]
 Row = Mapping[str, Any]
+Distance = Callable[[Any], Any]  # from a value, and back by the same
 
 ABOUT, CELLS, COST, SEED = "sweep.json", "cells.jsonl", "cost.json", "seed"
 STEPS, EVALUATIONS = "steps", "evaluations"
+TINY = 1e-9  # a distance; less is none
 
 
 class Measure(NamedTuple):
@@ -39,7 +41,7 @@ class Measure(NamedTuple):
     key: str
     name: str
     less: bool = False
-    distance: Callable[[Any], Any] | None = None
+    distance: Distance | None = None
 
     def best(self, values: Sequence[float | int]) -> int:
         return int(np.argmin(values) if self.less else np.argmax(values))

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cascade.eval.ablation import ACCURACY, Measure, Row, Spread, Value, Values, shown, spread
+from cascade.eval.ablation import ACCURACY, TINY, Measure, Row, Spread, Value, Values, shown, spread
 from cascade.eval.report import text
 from cascade.eval.significance import Blocks, blocks, rates_differ
 
 SURE = 0.05  # p
-TINY = 1e-9  # a distance, and less is none
 
 
 @dataclass(frozen=True)

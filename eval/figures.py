@@ -5,7 +5,6 @@ panels, one curve per value of each factor, as Imagen draws it (2205.11487, figu
 panel for each outcome, over what the sweep says that curves are drawn along.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from cascade.eval.ablation import (
     FRECHET,
     SEED,
     STEPS,
+    Distance,
     Measure,
     Spread,
     Sweep,
@@ -43,6 +43,7 @@ from cascade.eval.plots import (
     training,
 )
 
+WIDE = 4  # times
 _NAMES = {"scale": "guidance scale", EVALUATIONS: "evaluations of networks per picture"}
 _BANDS = "Points are means over seeds; bands and bars go from the lowest to the highest seed."
 
@@ -69,7 +70,9 @@ def drawings(sweep: Sweep) -> list[Drawing]:
     numbers = sweep.x and len(sweep.ran(sweep.x)) > 1 and _numeric(sweep, sweep.x)
     if numbers and {FRECHET, CLIP_SCORE} <= set(sweep.measures):
         curves = [_tradeoff(sweep, values, [{}], i) for i, values in enumerate(groups)]
-        panel = Panel("", CLIP_SCORE.name, FRECHET.name, tradeoff([c for c in curves if c.x]))
+        ratios = [_ratios(sweep, measure) for measure in (CLIP_SCORE, FRECHET)]
+        draw = tradeoff([c for c in curves if c.x])
+        panel = Panel("", CLIP_SCORE.name, FRECHET.name, draw, *ratios)
         words = f"Beside the points: {axis_name(sweep.x)}. {_who(sweep)} {_BANDS}"
         drawn.append(Drawing("tradeoff", [panel], words))
     return drawn
@@ -138,9 +141,10 @@ def _factors(sweep: Sweep, x: str | None, y: Measure) -> Drawing | None:
         drawn += len(curves)
         mean = ", ".join(label(values) for values in over)
         mean = f"mean over {mean}" if len(over) > 1 else mean or "too little has run"
-        draw = tradeoff(curves) if x is None else against(curves, False, _ticks(sweep, x))
-        head = f"by {axis_name(axis)}\n{mean}"
-        panels.append(Panel(head, axis_name(x) if x else CLIP_SCORE.name, y.name, draw))
+        draw = tradeoff(curves) if x is None else against(curves, _ticks(sweep, x))
+        head, across = f"by {axis_name(axis)}\n{mean}", axis_name(x) if x else CLIP_SCORE.name
+        ratios = None if x else _ratios(sweep, CLIP_SCORE)
+        panels.append(Panel(head, across, y.name, draw, ratios, _ratios(sweep, y)))
     if not drawn:
         return None
     at = f"Beside the points: {axis_name(sweep.x)}. " if x is None else ""
@@ -160,15 +164,23 @@ def _panel(sweep: Sweep, measure: Measure, groups: Sequence[Values]) -> Panel:
     name, outcome = f"{title(measure)} ({better} is better)", measure.name
     curves = [_curve(sweep, values, [{}], measure, i) for i, values in enumerate(groups)]
     curves = [curve for curve in curves if curve.x]
+    ratios = _ratios(sweep, measure)
+    if sweep.x == STEPS:
+        return Panel(name, axis_name(EVALUATIONS), outcome, against(curves), lambda n: n, ratios)
     if sweep.x and _numeric(sweep, sweep.x):
-        if sweep.x == STEPS:
-            draw = against(curves, True, _powers([s.mean for curve in curves for s in curve.x]))
-            return Panel(name, axis_name(EVALUATIONS), outcome, draw)
-        draw = against(curves, False, _ticks(sweep, sweep.x))
-        return Panel(name, axis_name(sweep.x), outcome, draw)
+        draw = against(curves, _ticks(sweep, sweep.x))
+        return Panel(name, axis_name(sweep.x), outcome, draw, y=ratios)
     names = [shown(v) for v in sweep.ran(sweep.x)] if sweep.x else [""]
     swapped = [Curve(c.name, c.y, c.x, c.style) for c in curves]
-    return Panel(name, outcome, axis_name(sweep.x or ""), dots(swapped, names))
+    return Panel(name, outcome, axis_name(sweep.x or ""), dots(swapped, names), ratios)
+
+
+def _ratios(sweep: Sweep, measure: Measure) -> Distance | None:
+    """The measure's distance, where its cells are so far apart that differences show only a few."""
+    if measure.distance is None:
+        return None
+    found = [measure.distance(row[measure.key]) for row in sweep.rows if measure.key in row]
+    return measure.distance if found and max(found) > WIDE * min(found) > 0 else None
 
 
 def _curve(
@@ -218,12 +230,6 @@ def _numeric(sweep: Sweep, factor: str) -> bool:
 
 def _ticks(sweep: Sweep, x: str) -> list[float]:
     return [v for v in sweep.factors[x] if isinstance(v, float)]
-
-
-def _powers(numbers: Sequence[float]) -> list[float]:
-    """The powers of two from the largest not above to the smallest not below the numbers."""
-    low, high = math.floor(math.log2(min(numbers))), math.ceil(math.log2(max(numbers)))
-    return [2.0**k for k in range(low, high + 1)]
 
 
 def _who(sweep: Sweep) -> str:

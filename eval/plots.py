@@ -7,23 +7,26 @@ of the seeds.
 
 import csv
 import itertools
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, Locator
 from matplotlib.transforms import Bbox
 
 from cascade.errors import UserError
-from cascade.eval.ablation import Spread
+from cascade.eval.ablation import TINY, Distance, Spread
 from cascade.files import write_atomically
 
 GREY = "#80868f"  # of lines and letters
@@ -59,14 +62,53 @@ class Curve:
         }
 
 
+class Ratios(Locator):
+    """An axis on which equal ratios of a distance have equal lengths, and its marks."""
+
+    def __init__(self, distance: Distance):
+        self.distance = distance
+        self.sign = 1 if distance(1.0) > distance(0.0) else -1
+
+    def set(self, axes: Axes, name: str) -> None:
+        """Makes it axis "x" or "y"."""
+        ways = self.place, lambda t: self.distance(np.exp(self.sign * t))
+        getattr(axes, f"set_{name}scale")("function", functions=ways)
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_locator(self)
+        axis.set_major_formatter(lambda x, _: f"{x:g}")
+
+    def place(self, x: Any) -> Any:
+        return self.sign * np.log(np.maximum(self.distance(x), TINY))
+
+    def __call__(self) -> Sequence[float]:
+        return self.tick_values(*self.axis.get_view_interval())
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        """Round distances, as few as are enough."""
+        low, high = sorted(float(self.distance(v)) for v in (vmin, vmax))
+        powers = range(math.floor(math.log10(max(low, TINY))), math.ceil(math.log10(high)) + 1)
+        for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8), np.arange(1, 10, 0.5)):
+            marks = [step * 10.0**power for power in powers for step in steps]
+            inside = [mark for mark in marks if low <= mark <= high]
+            if len(inside) > 2:
+                break
+        return [round(float(self.distance(mark)), 12) for mark in inside]
+
+
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: what it is called, what its axes are, and who draws into it."""
+    """One pair of axes: what it is called, what its axes are, and who draws into it.
+
+    Args:
+        x, y: distances whose ratios the axes show; None: it shows differences.
+    """
 
     title: str
     xlabel: str
     ylabel: str
     draw: Callable[[Axes], None]
+    x: Distance | None = None
+    y: Distance | None = None
 
 
 def alike(panels: Sequence[Panel]) -> list[Panel]:
@@ -103,6 +145,9 @@ def compose(panels: Sequence[Panel], columns: int = 3) -> Figure:
         part.set_facecolor("none")
         axes = part.add_subplot(facecolor="none")
         _dress(axes, panel.xlabel, panel.ylabel)
+        for name, distance in (("x", panel.x), ("y", panel.y)):
+            if distance:
+                Ratios(distance).set(axes, name)
         panel.draw(axes)
         axes.set_title(panel.title, loc="left", color=GREY, fontsize=10, fontweight="bold")
         names = dict(zip(*reversed(axes.get_legend_handles_labels())))
@@ -145,8 +190,12 @@ def tradeoff(curves: Sequence[Curve]) -> Callable[[Axes], None]:
     return draw
 
 
-def against(curves: Sequence[Curve], log: bool, ticks: Sequence[float]) -> Callable[[Axes], None]:
-    """Curves over numbers; `ticks`: the numbers named below."""
+def against(curves: Sequence[Curve], ticks: Sequence[float] = ()) -> Callable[[Axes], None]:
+    """Curves over numbers; `ticks`: those to name below, where there is room (none: the axis')."""
+    named: list[float] = []
+    for tick in sorted(ticks):
+        if not named or tick - named[-1] >= 0.06 * (max(ticks) - min(ticks)):
+            named.append(tick)
 
     def draw(axes: Axes) -> None:
         for curve in curves:
@@ -155,11 +204,9 @@ def against(curves: Sequence[Curve], log: bool, ticks: Sequence[float]) -> Calla
                 _means(curve.x), low, high, color=curve.look["color"], alpha=0.18, linewidth=0
             )
             _line(axes, curve)
-        if log:
-            axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(ticks))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        if named:
+            axes.xaxis.set_major_locator(FixedLocator(named))
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.margins(0.08)
 
     return draw
@@ -180,6 +227,8 @@ def dots(curves: Sequence[Curve], names: Sequence[str]) -> Callable[[Axes], None
             range(len(names)), [textwrap.fill(name.replace("_", " "), 16) for name in names]
         )
         axes.set_ylim(len(names) - 0.4, -0.6)
+        if axes.get_xscale() == "linear":
+            axes.locator_params(axis="x", nbins=5)
         axes.margins(x=0.08)
 
     return draw

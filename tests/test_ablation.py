@@ -17,7 +17,7 @@ from cascade.eval.answers import answers, by_held, held
 from cascade.eval.comparison import comparison
 from cascade.eval.figures import drawings
 from cascade.eval.findings import found, not_run, scale, section, write_findings
-from cascade.eval.plots import PALETTE, Curve, Panel, alike, compose, dots, save, tradeoff
+from cascade.eval.plots import PALETTE, Curve, Panel, Ratios, alike, compose, dots, save, tradeoff
 from cascade.eval.report import text
 from cascade.eval.significance import blocks, rates_differ, two_way
 from cascade.eval.tables import write_cells, write_copy, write_summary
@@ -361,9 +361,28 @@ def test_steps_are_drawn_and_judged_by_evaluations(tmp_path):
     )
     (drawing, _) = drawings(read(folder))
     axes = compose(drawing.panels[:1]).axes[0]
-    assert axes.get_xscale() == "log"
-    assert axes.get_lines()[0].get_xdata().tolist() == [8, 16, 32]
+    line = axes.get_lines()[0]
+    assert line.get_xdata().tolist() == [8, 16, 32]
+    places = [axes.transData.transform((x, 0.1))[0] for x in line.get_xdata()]
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1])  # as ratios
     assert "heun, steps 8, 16 per picture" in " ".join(found(read(folder)))
+
+
+@pytest.mark.parametrize(
+    ("distance", "values", "marks"),
+    [
+        (FRECHET.distance, (0.008, 0.8), [0.01, 0.1]),
+        (FRECHET.distance, (0.0085, 0.032), [0.01, 0.02, 0.03]),
+        (CLIP_SCORE.distance, (0.02, 0.97), [0.5, 0.9, 0.95]),
+    ],
+)
+def test_an_axis_of_ratios_goes_one_way_and_has_round_marks(distance, values, marks):
+    ratios = Ratios(distance)
+    assert ratios.place(values[0]) < ratios.place(values[1])
+    found = ratios.tick_values(*values)
+    assert set(marks) <= set(found)
+    assert 2 < len(found) < 9
+    assert all(min(values) <= mark <= max(values) for mark in found)
 
 
 def test_a_mean_shows_the_digits_that_its_deviation_leaves():

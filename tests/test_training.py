@@ -4,14 +4,18 @@ import copy
 import csv
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cascade.data import shards as shards_module
 from cascade.data.scenes import write_scenes
-from cascade.data.shards import loader
+from cascade.data.shards import Shards, loader
 from cascade.encoders.clip import save_clip
 from cascade.errors import UserError
+from cascade.stage import Stage
+from cascade.training import callbacks
 from cascade.training.callbacks import bar
 from cascade.verbs import train
 from cascade.verbs.configuration import built, composed, saved
@@ -103,6 +107,29 @@ def test_the_loss_falls_and_a_run_is_complete(config):
     loaded = train.load(folder)
     assert not loaded.training
     assert equal(dict(loaded.state_dict()), weights(folder))
+
+
+def test_the_share_of_waiting_for_data_is_told(config, monkeypatch, capfd):
+    """By a clock on which a sample takes 3 s to read, and its step 4."""
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
+    item, step = Shards.item, Stage.training_step
+
+    def read(*args):
+        clock.now += 3
+        return item(*args)
+
+    def trained(self, batch, number):
+        clock.now += 4 * len(batch["sample"])
+        return step(self, batch, number)
+
+    for module in (shards_module, callbacks):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(Shards, "item", read)
+    monkeypatch.setattr(Stage, "training_step", trained)
+    folder = train.run(config("images=160"))
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["waiting"] for row in rows] == ["0.429", "0.429"]  # 3 / 7
+    assert "43% of the time waiting for data" in capfd.readouterr().err
 
 
 def test_a_finished_run_is_passed_over_and_another_configuration_refused(config):

@@ -8,6 +8,7 @@ JSON and safetensors.
 
 import logging
 import mmap
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
@@ -215,6 +216,26 @@ class SampleNumbers(Sampler[list[int]]):
         return self.batches
 
 
+class Loader(DataLoader):
+    """A DataLoader that counts the seconds that its batches were waited for, in `waited`."""
+
+    waited = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._counted(super().__iter__())
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            begun = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.monotonic() - begun
+            yield batch
+
+
 def loader(
     shards: Shards,
     batch: int,
@@ -223,9 +244,9 @@ def loader(
     start: int = 0,
     batches: int | None = None,
     workers: int = 0,
-) -> DataLoader:
+) -> Loader:
     """Collated batches of `batch` samples for one rank, from global sample number `start` on."""
-    return DataLoader(
+    return Loader(
         shards,
         batch_sampler=SampleNumbers(batch, rank, world, start, batches),
         collate_fn=collate,

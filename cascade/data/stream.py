@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import webdataset
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from cascade.data import shards
 from cascade.data.embeddings import Embeddings
 from cascade.data.index import counted
 from cascade.data.items import Items
-from cascade.data.shards import PATIENCE, SampleNumbers, Shards, Skip, collate
+from cascade.data.shards import PATIENCE, Loader, SampleNumbers, Shards, Skip, collate
 from cascade.data.transforms import BadSample, Pictures
 from cascade.data.urls import Streamed, named, streamed
 from cascade.draws import generator
@@ -138,12 +138,12 @@ def loader(
     start: int = 0,
     batches: int | None = None,
     workers: int = 0,
-) -> DataLoader:
+) -> Loader:
     """Collated batches for one rank, from global sample number `start` on, indexed or streamed."""
     if isinstance(data, Shards):
         return shards.loader(data, batch, rank, world, start, batches, workers)
     numbers = SampleNumbers(batch, rank, world, start, batches)
-    return DataLoader(
+    return Loader(
         _Share(data, numbers, rank, world, start),
         batch_size=batch,
         collate_fn=collate,

@@ -65,8 +65,13 @@ class _Lines(Progress):
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+SLOW = 0.05  # of the time spent waiting for data, and the bar says so
+
+
 class History(L.Callback):
-    """Writes loss, learning rate and images per second: progress bar, `metrics.csv`, TensorBoard.
+    """Writes loss, learning rate and speed: progress bar, `metrics.csv`, TensorBoard.
+
+    `waiting` is the share of the time in which the first rank waited for data.
 
     Args:
         run: the run's directory.
@@ -75,7 +80,7 @@ class History(L.Callback):
         every: optimizer steps between two rows.
     """
 
-    COLUMNS = ("images", "loss", "lr", "images_per_second", "seconds")
+    COLUMNS = ("images", "loss", "lr", "images_per_second", "waiting", "seconds")
 
     def __init__(self, run: Path, name: str, total: int, every: int = 20):
         self.run, self.name, self.total, self.every = run, name, total, every
@@ -84,6 +89,7 @@ class History(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.step, self.mark = trainer.global_step, time.monotonic()
+        self.waited = trainer.train_dataloader.waited
         if not trainer.is_global_zero:
             return
         images = self.step * module.batch
@@ -110,19 +116,24 @@ class History(L.Callback):
             losses.where(losses.isfinite(), torch.nan).nanmean() * trainer.accumulate_grad_batches
         )
         loss = trainer.strategy.reduce(loss).item()  # of all ranks
-        now = time.monotonic()
-        rate = steps * module.batch / (now - self.mark)
-        self.seconds += now - self.mark
-        self.losses, self.step, self.mark = [], trainer.global_step, now
+        now, waited = time.monotonic(), trainer.train_dataloader.waited
+        seconds, wait = now - self.mark, waited - self.waited
+        rate, waiting = steps * module.batch / seconds, wait / seconds
+        self.seconds += seconds
+        self.losses, self.step, self.mark, self.waited = [], trainer.global_step, now, waited
         if trainer.is_global_zero:
             images = trainer.global_step * module.batch
             lr = trainer.optimizers[0].param_groups[0]["lr"]
-            values = (images, f"{loss:.5g}", f"{lr:.4g}", f"{rate:.1f}", f"{self.seconds:.1f}")
-            self.table.writerow(dict(zip(self.COLUMNS, values)))
+            shown = (f"{loss:.5g}", f"{lr:.4g}", f"{rate:.1f}", f"{waiting:.3f}")
+            row = (images, *shown, f"{self.seconds:.1f}")
+            self.table.writerow(dict(zip(self.COLUMNS, row)))
             self.file.flush()
-            for key, value in (("loss", loss), ("lr", lr), ("images_per_second", rate)):
+            for key, value in zip(self.COLUMNS[1:], (loss, lr, rate, waiting)):
                 self.board.add_scalar(key, value, images)
-            self.bar.update(self.task, completed=images, rate=rate, note=f"loss {loss:.4f}")
+            note = f"loss {loss:.4f}"
+            if waiting > SLOW:
+                note += f", {waiting:.0%} of the time waiting for data"
+            self.bar.update(self.task, completed=images, rate=rate, note=note)
 
     def _write(self, path: Path, rows: list[dict[str, str]]) -> None:
         with path.open("w", newline="") as file:

@@ -64,8 +64,25 @@ def write_findings(page: Path, sweeps: Sequence[Sweep]) -> None:
     copies = [read(path) for path in folder.glob("*.json")]
     copies.sort(key=lambda sweep: (not factorial(sweep), len(sweep.axes), sweep.name))
     intro = page.read_text(encoding="utf-8").split("\n## ")[0] if page.exists() else _INTRO
-    parts = [intro.rstrip() + "\n", *(section(sweep, folder) for sweep in copies)]
+    parts = [intro.rstrip() + "\n", overview(copies), *(section(s, folder) for s in copies)]
     write_atomically(page, lambda path: path.write_text("\n".join(parts), encoding="utf-8"))
+
+
+def overview(sweeps: Sequence[Sweep]) -> str:
+    """All sweeps in a table, in Markdown: what was asked, what was found, and do the papers agree.
+
+    Of the outcomes it shows those that the papers speak of, or else the first.
+    """
+    rows: list[list[Value]] = []
+    for sweep in sweeps:
+        asked, found_ = sweep.about.get("expected") or {}, answers(sweep)
+        of = [answer for answer in found_ if answer.measure.key in asked] or found_[:1]
+        said = found(sweep) if no_signal(sweep) or not sweep.rows else [one.short() for one in of]
+        agree = "; ".join(agreements(sweep)) or None
+        link, question = f"[{sweep.name}](#{sweep.name})", sweep.about.get("question")
+        rows.append([link, question, " ".join(said), agree])
+    columns = ["", "question", "here", "agreement with the papers"]
+    return "\n".join(["## All questions", "", *_markdown(columns, rows), ""])
 
 
 def section(sweep: Sweep, folder: Path) -> str:

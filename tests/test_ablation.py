@@ -497,7 +497,8 @@ def test_findings_are_made_again_of_their_tables(tmp_path, capsys):
     assert after == before
     words = page.read_text()
     assert words.startswith("# Mine\n\nWords.\n")
-    assert words.index("## b") < words.index("## guidance")
+    assert words.index("## All questions") < words.index("## b") < words.index("## guidance")
+    assert words.count("\n| [guidance](#guidance) | ") == 1
     assert "**Agreement.** scene accuracy: agrees." in words
     assert "![b](findings/b.svg)" in words
     assert main(["report", str(tmp_path / "nowhere")]) == 2

@@ -54,7 +54,8 @@ def test_every_part_of_every_sweep_builds(name, tmp_path):
     assert config.question
     assert config.paper
     assert config.along in {**config.axes, **config.choices}
-    assert {"judge", *config.cascade} - {config.train} <= set(config.needs)
+    runs = {(of or {}).get("run", stage) for stage, of in config.cascade.items()}
+    assert {"judge", *runs} - {config.train} <= set(config.needs)
     # Who judges conditions no stage.
     assert not any(str(config.judge) in json.dumps(stage) for stage in stages)
     for sets in (sets for axis in config.choices.values() for sets in axis.values()):

@@ -225,6 +225,32 @@ def test_intervals_hold_the_mean_of_estimates_nineteen_times_of_twenty():
     assert found > 0.85
 
 
+def test_in_many_dimensions_an_interval_is_of_the_first_order_and_what_draws_come_to(monkeypatch):
+    real, fake = rows(4000, 24, 0), 1.1 * rows(900, 24, 1, shift=0.1)
+    mean, cov = real.mean(0), real.T.cov()
+    drawn = interval.of_frechet(fake, mean, cov, draws=400)
+    monkeypatch.setattr(interval, "LARGE", 23)
+    first = interval.of_frechet(fake, mean, cov)
+    assert first == interval.of_frechet(fake, mean, cov, seed=1)  # nothing is drawn
+    assert np.subtract(*first) == pytest.approx(np.subtract(*drawn), rel=0.1)
+    assert np.mean(first) == pytest.approx(frechet(fake.mean(0), fake.T.cov(), mean, cov))
+    few = fake[:95]
+    assert interval.of_frechet(few, mean, cov) != interval.of_frechet(few, mean, cov, seed=1)
+    # Its derivative, by weights that move a little to one row.
+    moved = interval._influence(fake, mean, cov)
+
+    def distance(row, share):
+        weights = torch.full((900,), (1 - share) / 900, dtype=torch.float64)
+        weights[row] += share
+        middle = weights @ fake
+        centred = fake - middle
+        return frechet(middle, 900 / 899 * centred.T @ (weights[:, None] * centred), mean, cov)
+
+    slopes = [(distance(i, 1e-6) - distance(i, -1e-6)) / 2e-6 for i in (0, 1, 2)]
+    found = (moved[:3] - moved.mean()).tolist()
+    assert np.diff(found).tolist() == pytest.approx(np.diff(slopes).tolist(), rel=2e-2)
+
+
 def score_of(logits, splits=2):
     metric = InceptionScore(classes=logits.shape[1], splits=splits)
     metric.update(logits, torch.arange(len(logits)))

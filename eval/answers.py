@@ -3,7 +3,8 @@
 The question is of the trained axes, or else of the first choice. Of two axes: which explains more
 of the outcome's variance. Otherwise: the best value against each other one, under the same captions
 and noise. All other choices (the guidance scale) are held where they are best on average over all
-that ran, so that no value is favoured, unless the sweep says where to look (`at`).
+that ran, so that no value is favoured, unless the sweep says where to look (`at`): at a value, or
+each at its own best one.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from cascade.eval.ablation import (
     value,
 )
 from cascade.eval.comparison import (
+    OWN,
     SURE,
     Comparison,
     agreement,
@@ -159,14 +161,28 @@ def factorial(sweep: Sweep) -> bool:
 
 def held(sweep: Sweep, measure: Measure) -> dict[str, Value]:
     """What is held, and where: as `at` says, or at the best mean over all that ran throughout."""
-    names = _held_names(sweep)
-    said = {k: value(v) for k, v in (sweep.about.get("at") or {}).items() if k in names}
-    free = combinations({name: sweep.factors[name] for name in names})
+    asked, names = sweep.about.get("at") or {}, _held_names(sweep)
+    own: dict[str, Value] = {name: OWN for name in names if asked.get(name) == OWN}
+    said = {name: value(asked[name]) for name in names if name in asked and name not in own}
+    free = combinations({name: sweep.factors[name] for name in names if name not in own})
     tried = [(c, _by_setting(sweep, measure, c)) for c in free if said.items() <= c.items()]
     tried = [(c, found) for c, found in tried if found]
     shared = set.intersection(*(set(found) for _, found in tried)) if tried else set()
     means = [np.mean([found[k] for k in shared or found]) for _, found in tried]
-    return tried[measure.best(means)][0] if tried else {}
+    return {**tried[measure.best(means)][0], **own} if tried else {}
+
+
+def settled(sweep: Sweep, measure: Measure, values: Values, at: Values) -> Values:
+    """`at` for these values: what each has its own of is where they are best."""
+    fixed = {name: v for name, v in at.items() if v != OWN}
+    own = combinations({name: sweep.factors[name] for name in at if name not in fixed})
+    tried = [(c, _measured(sweep, measure, {**values, **fixed, **c})) for c in own]
+    most = max((len(rows) for _, rows in tried), default=0)
+    if not most:
+        return fixed
+    ran = [(c, rows) for c, rows in tried if len(rows) == most]
+    means = [np.mean([row[measure.key] for row in rows]) for _, rows in ran]
+    return {**fixed, **ran[measure.best(means)][0]}
 
 
 def _held_names(sweep: Sweep) -> list[str]:
@@ -177,11 +193,12 @@ def _held_names(sweep: Sweep) -> list[str]:
 def compare(sweep: Sweep, measure: Measure, at: Values) -> Comparison | None:
     """The values of all factors that are not held, beside each other; None: none was measured."""
     free = {name: values for name, values in sweep.factors.items() if name not in at}
-    rows = [(c, _measured(sweep, measure, {**c, **at})) for c in combinations(free)]
-    rows = [(c, own) for c, own in rows if own]
+    own = [{**c, **settled(sweep, measure, c, at)} for c in combinations(free)]
+    rows = [({k: v for k, v in c.items() if at.get(k, OWN) == OWN}, c) for c in own]
+    rows = [(shown, found) for shown, c in rows if (found := _measured(sweep, measure, c))]
     if not rows:
         return None
-    values, cells = [c for c, _ in rows], [{row[SEED]: row for row in own} for _, own in rows]
+    values, cells = [c for c, _ in rows], [{row[SEED]: row for row in found} for _, found in rows]
     return comparison(measure, at, values, cells, by_captions=not sweep.axes)
 
 

@@ -17,6 +17,7 @@ from cascade.eval.report import text
 from cascade.eval.significance import Blocks, blocks, rates_differ
 
 SURE = 0.05  # p
+OWN = "own"  # in the place of a held value: each value's own best one
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,9 @@ def _speaks(name: str, v: Value) -> bool:
 
 
 def where(at: Values) -> str:
-    return f" at {', '.join(f'{name} {shown(v)}' for name, v in at.items())}" if at else ""
+    fixed = ", ".join(f"{name} {shown(v)}" for name, v in at.items() if v != OWN)
+    own = " and ".join(name for name, v in at.items() if v == OWN)
+    return (f" at {fixed}" if fixed else "") + (f", each at its best {own}" if own else "")
 
 
 def title(measure: Measure) -> str:

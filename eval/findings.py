@@ -30,6 +30,7 @@ from cascade.eval.answers import (
     factorial,
     held,
     no_signal,
+    settled,
 )
 from cascade.eval.comparison import label, where
 from cascade.eval.figures import named, save_drawings
@@ -174,7 +175,10 @@ def outcomes(sweep: Sweep) -> tuple[list[str], list[list[Value]]]:
     columns = [*names, *(f"{m.name}{where(at[m])}" for m in at), "n"]
     rows: list[list[Value]] = []
     for values in combinations({name: sweep.factors[name] for name in names}):
-        cells = [_outcome(sweep, measure, {**values, **at[measure]}) for measure in at]
+        cells = [
+            _outcome(sweep, measure, {**values, **settled(sweep, measure, values, at[measure])})
+            for measure in at
+        ]
         n = max((cell[1] for cell in cells), default=0)
         rows.append([*map(shown, values.values()), *(cell[0] for cell in cells), n or NOT_RUN])
     return columns, rows

@@ -16,7 +16,7 @@ from cascade.eval.ablation import ACCURACY, CLIP_SCORE, FRECHET, read
 from cascade.eval.answers import answers, by_held, held
 from cascade.eval.comparison import comparison
 from cascade.eval.figures import drawings
-from cascade.eval.findings import found, not_run, scale, section, write_findings
+from cascade.eval.findings import found, not_run, outcomes, scale, section, write_findings
 from cascade.eval.plots import PALETTE, Curve, Panel, Ratios, alike, compose, dots, save, tradeoff
 from cascade.eval.report import text
 from cascade.eval.significance import blocks, rates_differ, two_way
@@ -547,3 +547,26 @@ def test_a_bad_value_that_scatters_does_not_hide_what_good_ones_differ_in(measur
     assert [near.sure, bad.sure] == [True, True]
     assert near.low * near.high == pytest.approx(near.gain**2)
     assert f"near (× {near.gain:.4g}, [" in found.sentence()
+
+
+def test_each_kind_may_be_looked_at_where_it_is_best_itself(tmp_path):
+    """Unguided all are one: held at a common scale, that would be all there is to see."""
+    best = {"free": 1, "interval": 4}
+
+    def score(kind, scale):
+        return 0.7 if scale == 1 else 0.9 if scale == best[kind] else 0.1
+
+    asked = {"kind": [*best], "scale": [1, 2, 4]}
+    told = about({}, asked, along="scale", expected={"accuracy": ["interval"]})
+    common = read(made_sweeps.write(tmp_path / "common", told, score))
+    assert held(common, ACCURACY) == {"scale": 1}
+    own = read(made_sweeps.write(tmp_path / "own", {**told, "at": {"scale": "own"}}, score))
+    assert held(own, ACCURACY) == {"scale": "own"}
+    sentence = answers(own)[0].sentence()
+    assert sentence.startswith("kind interval, scale 4 has the best scene accuracy, each at its best")
+    assert "surely better than kind free, scale 1 (by 0." in sentence
+    columns, rows = outcomes(own)
+    assert columns[0] == "kind"
+    assert [row[0] for row in rows] == [*best]
+    accuracy = columns.index("scene accuracy, each at its best scale")
+    assert rows[1][accuracy][0] > rows[0][accuracy][0] + 0.1

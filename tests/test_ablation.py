@@ -563,7 +563,9 @@ def test_each_kind_may_be_looked_at_where_it_is_best_itself(tmp_path):
     own = read(made_sweeps.write(tmp_path / "own", {**told, "at": {"scale": "own"}}, score))
     assert held(own, ACCURACY) == {"scale": "own"}
     sentence = answers(own)[0].sentence()
-    assert sentence.startswith("kind interval, scale 4 has the best scene accuracy, each at its best")
+    assert sentence.startswith(
+        "kind interval, scale 4 has the best scene accuracy, each at its best"
+    )
     assert "surely better than kind free, scale 1 (by 0." in sentence
     columns, rows = outcomes(own)
     assert columns[0] == "kind"

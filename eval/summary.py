@@ -121,14 +121,15 @@ def _by_size(report: Report, split: str, measures: Metrics, halves: Metrics) -> 
 
 def _guidance(report: Report, sweep: list[Metrics]) -> None:
     key = [k for k in sweep[0] if k.startswith("image_")][-1]
-    report.curve(
-        [row[key]["clip_score"] for row in sweep],
-        [row[key]["frechet"] for row in sweep],
-        [f"{row['scale']:g}" for row in sweep],
-        "CLIP score",
-        "Fréchet distance",
-        f"{key}, {sweep[0]['count']} captions; the guidance scale beside each point",
-    )
+    if sweep[0][key]["frechet"] is not None:  # enough pictures for one
+        report.curve(
+            [row[key]["clip_score"] for row in sweep],
+            [row[key]["frechet"] for row in sweep],
+            [f"{row['scale']:g}" for row in sweep],
+            "CLIP score",
+            "Fréchet distance",
+            f"{key}, {sweep[0]['count']} captions; the guidance scale beside each point",
+        )
     rows = [
         [row["scale"], name, m["count"], m["frechet"], m.get("clip_score")]
         + [_rate(m.get(kind), "whole") for kind in KINDS]

@@ -11,6 +11,7 @@ from PIL import Image
 from cascade.errors import UserError
 from cascade.eval.plots import plot
 from cascade.eval.report import Report
+from cascade.eval.summary import _guidance
 from cascade.grids import grid
 
 
@@ -127,3 +128,14 @@ def test_captions_stand_under_their_picture_and_inside_their_cell():
     assert (np.diff(lines.astype(int)) == 1).sum() >= 3  # wrapped: 44 letters in 80 pixels
     with pytest.raises(ValueError, match="1 captions for 2 pictures"):
         grid(pictures(2), columns=2, captions=["one"])
+
+
+def test_guidance_of_too_few_pictures_for_a_distance_has_a_table_and_no_curve(tmp_path):
+    for distance in (0.25, None):
+        cell = {"count": 16, "frechet": distance, "clip_score": 0.5}
+        page = Report("guidance")
+        _guidance(page, [{"scale": 2.0, "count": 16, "image_16": cell}])
+        page.save(tmp_path / "page.html")
+        shown = (tmp_path / "page.html").read_text()
+        assert ("guidance scale beside each point" in shown) == (distance is not None)
+        assert "0.5" in shown

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cascade.draws import generator
 from cascade.eval.kernels import Kernel, discrepancy
-from cascade.eval.metrics import factor, frechet
+from cascade.eval.metrics import factor
 
 LARGE = 512
 _Z = 1.959963984540054  # of a normal distribution, for 95 %
@@ -96,8 +96,7 @@ def of_frechet(
     order in the rows, which then is what draws come to.
     """
     if fake.shape[1] > LARGE and len(fake) >= 4 * fake.shape[1]:
-        moved = _influence(fake.double(), mean.to(fake.device), cov)
-        estimate = frechet(fake.double().mean(0), fake.T.double().cov(), mean, cov)
+        estimate, moved = _first_order(fake.double(), mean.to(fake.device), cov)
         half = _Z * moved.std().item() / math.sqrt(len(moved))
         return estimate - half, estimate + half
     x = fake.double() - mean.to(fake.device)
@@ -125,21 +124,23 @@ def of_frechet(
     return _percentiles(distance(once).item(), drawn)
 
 
-def _influence(
+def _first_order(
     x: Float64[Tensor, "n d"], mean: Float64[Tensor, " d"], cov: Float64[Tensor, "d d"]
-) -> Float64[Tensor, " n"]:
-    """How a Fréchet distance moves as a row gains weight, up to a constant.
+) -> tuple[float, Float64[Tensor, " n"]]:
+    """A Fréchet distance, and how it moves as a row gains weight, up to a constant.
 
     2 (x - m2)' (m2 - m1) + (x - m2)' (1 - T) (x - m2), with T = F (F' S2 F)^(-1/2) F' the optimal
     map between the Gaussians.
     """
-    centred, f = x - x.mean(0), factor(cov).to(x.device)
-    spread = centred @ f
+    shift, f = x.mean(0) - mean, factor(cov).to(x.device)
+    centred = x - x.mean(0)
+    squares, spread = centred.square().sum(1), centred @ f
     values, vectors = torch.linalg.eigh(spread.T @ spread / (len(x) - 1))
     kept = values > 1e-12 * values[-1]
     turned = spread @ (vectors[:, kept] * values[kept].pow(-0.25))
-    linear = 2 * centred @ (x.mean(0) - mean)
-    return linear + centred.square().sum(1) - turned.square().sum(1)
+    traces = squares.sum() / (len(x) - 1) + cov.trace().to(x.device)
+    distance = shift.square().sum() + traces - 2 * values.clamp(min=0).sqrt().sum()
+    return distance.item(), 2 * centred @ shift + squares - turned.square().sum(1)
 
 
 def _counts(n: int, draws: int, seed: int) -> Int64[Tensor, "r n"]:

@@ -109,7 +109,7 @@ class Slurm:
                 continue
             after, one_by_one = list(link.after), None
             if link.each_after and (earlier := sent.left[link.each_after]):
-                if earlier == [sent.own(link, task) for task in tasks]:
+                if earlier == [sent.awaited(link, task) for task in tasks]:
                     one_by_one = arrays[link.each_after]
                 else:  # Slurm pairs elements by their numbers, which differ
                     after.append(link.each_after)
@@ -135,7 +135,7 @@ class Slurm:
         return replace(self, **resources)
 
     def script(
-        self, link: Link, sent: Sent, before: Sequence[str] = (), one_by_one: str | None = None
+        self, link: Link, sent: Sent, before: Sequence[str], one_by_one: str | None = None
     ) -> str:
         """The batch script of what is left of a link.
 

@@ -117,7 +117,7 @@ class _Work:
         for link in reversed(self.sent.links):
             if self.well.issuperset(link.after):
                 for task in self.left[link.name]:
-                    if link.each_after is None or self._is_well(self.sent.own(link, task)):
+                    if link.each_after is None or self._is_well(self.sent.awaited(link, task)):
                         self.left[link.name].remove(task)
                         return link.name, task
         return None

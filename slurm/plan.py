@@ -76,8 +76,8 @@ class Sent:
     left: Mapping[str, Sequence[Task]]
     held: Mapping[Path, Job]
 
-    def own(self, link: Link, task: Task) -> Task:
-        """The task of `each_after` that one of its own waits for."""
+    def awaited(self, link: Link, task: Task) -> Task:
+        """The one of the link's `each_after` that this task of the link waits for."""
         earlier = next(one for one in self.links if one.name == link.each_after)
         return earlier.tasks[link.tasks.index(task)]
 

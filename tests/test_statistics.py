@@ -237,7 +237,7 @@ def test_in_many_dimensions_an_interval_is_of_the_first_order_and_what_draws_com
     few = fake[:95]
     assert interval.of_frechet(few, mean, cov) != interval.of_frechet(few, mean, cov, seed=1)
     # Its derivative, by weights that move a little to one row.
-    moved = interval._influence(fake, mean, cov)
+    _, moved = interval._first_order(fake, mean, cov)
 
     def distance(row, share):
         weights = torch.full((900,), (1 - share) / 900, dtype=torch.float64)

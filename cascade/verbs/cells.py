@@ -10,8 +10,9 @@ import csv
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,9 @@ def measure(file: Path) -> Path:
     asked = Grid(**OmegaConf.to_container(loaded(file)))
     folder, judge = Path(asked.model), FrozenCLIP(asked.judge).to(device())
     common = {"judge": judge.hash, "split": asked.split, "captions of each kind": asked.count}
+    hash_of = cache(lambda run: weights_hash(run.glob("*.safetensors")))  # many cells, few runs
     wanted = [
-        (choices, sets, {**_painters(folder / CASCADE, sets), **common})
+        (choices, sets, {**_painters(folder / CASCADE, sets, hash_of), **common})
         for choices, sets in cells(asked.choices)
     ]
     known = [(choices, protocol) for choices, _, protocol in wanted]
@@ -117,14 +119,14 @@ def cells(
         yield names, [choice for _, own in values for choice in own]
 
 
-def _painters(file: Path, sets: Sequence[str]) -> dict[str, Any]:
+def _painters(file: Path, sets: Sequence[str], hash_of: Callable[[Path], str]) -> dict[str, Any]:
     """What paints a cell: each stage's sampling choices, and its weights."""
     stages = stage_choices(file, sets)
     runs = stage_runs(file, sets)
     for name, of in stages.items():
         if weaker := (of or {}).get("weaker"):
             runs[f"{name}.weaker"] = runs[name].parent / weaker
-    weights = {name: weights_hash(run.glob("*.safetensors")) for name, run in runs.items()}
+    weights = {name: hash_of(run) for name, run in runs.items()}
     return {"weights": weights, "stages": stages}
 
 

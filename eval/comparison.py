@@ -2,8 +2,8 @@
 
 Values are paired by seed, and by all else but the factor, since these share captions and noise.
 Rates of trained networks that stay the same are compared over captions; all else over seeds.
-Distances, and that of a CLIP score from 1, are compared by their ratio: the bad cells of a sweep
-scatter a hundred times as much as the good ones, but not in proportion.
+Distances, and that of a CLIP score from 1, are compared by their ratio: bad cells scatter a hundred
+times as much as good ones, but in proportion about alike.
 """
 
 import math

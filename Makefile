@@ -4,7 +4,7 @@ BUDGET ?= default
 UV = 0.13.8
 BIN = .venv/bin
 
-.PHONY: demo test test-slow lint setup lock clean
+.PHONY: demo test test-slow lint setup lock clean help
 
 demo: setup  ## train a whole cascade from nothing, paint, measure, report (BUDGET=smoke: 5 minutes)
 	$(BIN)/cascade demo budget=$(BUDGET)
@@ -15,11 +15,11 @@ test: setup  ## the tests that take minutes
 test-slow: setup  ## real trainings
 	$(BIN)/python -m pytest -m slow
 
-lint: setup
+lint: setup  ## what CI asks of the source
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-setup: .venv/installed
+setup: .venv/installed  ## install the locked versions into .venv
 
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -34,5 +34,8 @@ lock: setup  ## choose new versions of the dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header --extra dev --upgrade pyproject.toml -o requirements.lock
 
-clean:
+clean:  ## remove .venv and what a build leaves
 	rm -rf .venv build *.egg-info
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20

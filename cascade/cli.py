@@ -6,6 +6,7 @@ configuration or input; 130 interrupted by hand; 1 anything else.
 """
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -14,6 +15,9 @@ from pathlib import Path
 from cascade.errors import Failed, TryAgain, UserError
 
 _EXIT_CODES = {UserError: 2, Failed: 1, TryAgain: 75}
+
+# By a disk or its owner, of whatever place a command was given.
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC}
 
 _OVERRIDES = """overrides are Hydra's: group=choice (stage=decoder, net=unet_tiny) or key=value
 (data.path=DIR, optim.lr=1e-4); conf/ holds the choices, `cascade train --show stage=decoder` shows
@@ -228,12 +232,20 @@ def _note(error: Exception) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
     try:
         importlib.import_module(f"cascade.verbs.{args.verb}").main(args)
     except tuple(_EXIT_CODES) as error:
         print(f"cascade: {_line(error)}", file=sys.stderr)
         _note(error)
         return _EXIT_CODES[type(error)]
+    except OSError as error:
+        if error.errno not in _REFUSED or not error.filename:
+            raise
+        refused = UserError(f"{error.filename}: {error.strerror}: choose another place")
+        print(f"cascade: {refused}", file=sys.stderr)
+        _note(refused)
+        return _EXIT_CODES[UserError]
     except KeyboardInterrupt:
         print("cascade: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -34,11 +34,13 @@ class Cond:
     mask: Bool[Tensor, "b n"] | None = None  # true where `tokens` may be attended to
     image: Float[Tensor, "b c height width"] | None = None  # concatenated to x_t
     sketch: Float[Tensor, "b p height width"] | None = None  # of x0; the first part of `image`
+    behind: int = 0  # how many of the last tokens follow the text, whose length is the batch's
 
     def cat(self, other: "Cond") -> "Cond":
         """Both conditions in one batch: this one's samples, then the other's."""
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return Cond(**{k: None if a is None else torch.cat([a, b]) for k, (a, b) in pairs.items()})
+        ports = {f.name: getattr(self, f.name) for f in fields(self)}
+        pairs = {k: (a, getattr(other, k)) for k, a in ports.items() if isinstance(a, Tensor)}
+        return replace(self, **{k: torch.cat(pair) for k, pair in pairs.items()})
 
 
 class Fourier(nn.Module):
@@ -93,7 +95,8 @@ class Vector(nn.Module):
             return Cond(vector=self.to_vector(z))
         tokens = self.to_tokens(z).unflatten(1, (self.tokens, -1))
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=z.device)
-        return Cond(self.to_vector(z) if self.to_vector else None, tokens, mask)
+        vector = self.to_vector(z) if self.to_vector else None
+        return Cond(vector, tokens, mask, behind=self.tokens)
 
 
 def last(states: Float[Tensor, "b n s"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b s"]:
@@ -264,11 +267,15 @@ class Conditioner(nn.Module):
         tokens = [p.tokens for p in parts if p.tokens is not None]
         masks = [p.mask for p in parts if p.mask is not None]
         images = [p.image for p in parts if p.image is not None]
+        behind = 0
+        for part in (p for p in parts if p.tokens is not None):
+            behind = behind + part.behind if part.behind else 0
         cond = Cond(
             vector=sum(vectors) if vectors else None,
             tokens=torch.cat(tokens, 1) if tokens else None,
             mask=torch.cat(masks, 1) if masks else None,
             image=torch.cat(images, 1) if images else None,
+            behind=behind,
         )
         return cond if self.sketch is None else self._sketched(cond)
 

@@ -11,7 +11,44 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from cascade.errors import UserError
+
 REST = ".part"
+
+
+def check_writable(folder: Path, instead: str = "choose another place") -> None:
+    """Asks whether files can be written into a folder, before any work is done for them.
+
+    A file is made and removed in the folder, or in what is there of the path to it. Nothing stays.
+
+    Args:
+        instead: what to do otherwise, for the message.
+
+    Raises:
+        UserError: they cannot.
+    """
+    there = folder
+    while not os.path.lexists(there):
+        there = there.parent
+    probe = there / f".{platform.node()}.{os.getpid()}{REST}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"cannot write to {folder} ({there}: {why}): {instead}") from error
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The place NAME.ending beside a file or folder; "." and ".." have their real NAME."""
+    named = path if path.name not in ("", "..") else Path(os.path.abspath(path))
+    return named.with_name(f"{named.name}{ending}")
+
+
+def check_apart(place: Path, source: Path, instead: str) -> None:
+    """Raises UserError if a place to write to lies inside a folder that is read."""
+    if source.is_dir() and place.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{place} lies in {source}, which is read and stays as it is: {instead}")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

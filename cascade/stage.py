@@ -22,6 +22,7 @@ from cascade.draws import Draws
 from cascade.encoders.sources import reading
 from cascade.errors import UserError
 from cascade.files import write_atomically
+from cascade.nets.prior import Places
 from cascade.shares import whole
 
 WEIGHTS = "weights.safetensors"
@@ -235,6 +236,7 @@ class Stage(L.LightningModule):
             theirs = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             hashes = json.loads(file.metadata()["encoders"])
         own = {key: value.shape for key, value in self.state_dict().items()}
+        own = {k: v for k, v in own.items() if k in theirs or not k.endswith(Places.KEY)}
         shapes = {key: value.shape for key, value in theirs.items()}
         if wrong := sorted(k for k in {*shapes, *own} if shapes.get(k) != own.get(k)):
             raise UserError(
@@ -248,6 +250,22 @@ class Stage(L.LightningModule):
                     "train it again, or put the old encoder back"
                 )
         self.load_state_dict(theirs)
+        if note := self.note:
+            print(f"{run}: {note}")
+
+    @property
+    def note(self) -> str:
+        """What is to be said of the weights; empty if nothing is."""
+        if all(m.fixed for m in self.modules() if isinstance(m, Places)):
+            return ""
+        return (
+            "weights of an older version, used as they were trained: a sample depends a little on "
+            "the longest caption in its batch; one trained anew does not"
+        )
+
+    def on_fit_start(self) -> None:
+        if note := self.note:  # a checkpoint was loaded
+            self.print(note)
 
     def configure_model(self) -> None:
         """Lets a strategy that divides parameters among ranks do so."""

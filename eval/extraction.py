@@ -25,7 +25,7 @@ from cascade.encoders.sources import weights_hash
 from cascade.eval.features import Features
 from cascade.eval.sets import PictureSet
 from cascade.eval.statistics import Moments, Origin, cached_rows
-from cascade.files import remove
+from cascade.files import check_writable, remove
 
 BLOCK = 64  # pictures at a time
 PART = 16  # blocks
@@ -66,6 +66,7 @@ def features_of(
     whole = partial(cached_rows, folder, origin, [*chain(*blocks)], space.dim)
     with suppress(_Absent):
         return whole(_absent)
+    check_writable(folder, "give another --cache")
     mine = parts[shard[0] :: shard[1]]
     total, done = sum(len(block) for part in mine for block in part), 0
     for part in mine:
@@ -98,7 +99,10 @@ def features_of_split(data: Path, split: str, size: int, space: Features) -> Flo
             block = range(start, min(start + BLOCK, len(shards)))
             yield space(collate([shards[n] for n in block])[f"image_{size}"])
 
-    return cached_rows(data / "features", origin, range(len(shards)), space.dim, rows)
+    try:
+        return cached_rows(data / "features", origin, range(len(shards)), space.dim, rows)
+    except OSError:  # shards may lie where nothing can be written: it refuses before it computes
+        return torch.cat([part.float().cpu() for part in rows()])
 
 
 def moments_of(rows: Float[Tensor, "n d"], origin: Origin, folder: Path) -> Moments:
@@ -109,7 +113,8 @@ def moments_of(rows: Float[Tensor, "n d"], origin: Origin, folder: Path) -> Mome
         if kept.origin == origin and kept.n == len(rows):
             return kept
     moments = reduce(add, (Moments.of(part, origin) for part in rows.split(BLOCK * PART)))
-    moments.save(path)
+    with suppress(OSError):  # whole features may lie where nothing can be written
+        moments.save(path)
     return moments
 
 

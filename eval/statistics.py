@@ -8,7 +8,7 @@ unpickling anything.
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from cascade.errors import UserError
 from cascade.eval.features import Features
 from cascade.eval.metrics import frechet
 from cascade.files import write_atomically
+from cascade.kinds import NPZ, kind_of
 
 
 def warnings_for(count: int, dim: int) -> list[str]:
@@ -130,11 +131,11 @@ class Moments:
         Raises:
             UserError: there is no such file, or these are no mean and covariance.
         """
-        found = _arrays(path)
+        found = _arrays(path, ["mu", "sigma", "n", *asdict(Origin())])
         names = {key: str(found[key]) for key in asdict(Origin()) if key in found}
         mean, cov = found.get("mu"), found.get("sigma")
         if mean is None or cov is None:
-            raise UserError(f"{path} has no mu and sigma: give statistics of pytorch-fid's format")
+            raise UserError(f"{path} has no mu and sigma{_instead(path)}")
         if (
             mean.ndim != 1
             or cov.shape != 2 * mean.shape
@@ -150,14 +151,30 @@ class Moments:
         return cls(torch.from_numpy(mean), torch.from_numpy((cov + cov.T) / 2), n, Origin(**names))
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path, keys: Collection[str]) -> dict[str, np.ndarray]:
+    """Some arrays, if they are there; ADM's files hold ten thousand pictures beside them."""
     try:
+        if (kind := kind_of(path)) != NPZ:
+            raise UserError(
+                f"{path} is {kind or 'no file of arrays'}: give statistics as mu and sigma in an "
+                ".npz (numpy.savez)"
+            )
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
+            return {key: file[key] for key in file.files if key in keys}
     except FileNotFoundError:
         raise UserError(f"no statistics at {path}: give an .npz file") from None
     except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a sound .npz file: make it again") from error
+
+
+def _instead(path: Path) -> str:
+    """What a file holds in the place of statistics, and what to do, as the end of a sentence."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+    held = f"{', '.join(sorted(names)[:5])}"
+    if "arr_0" in names:
+        return f" but {held}: if these are pictures, as of ADM's samples, save each as a PNG file"
+    return f" but {held}: give statistics of pytorch-fid's format"
 
 
 def cached_rows(

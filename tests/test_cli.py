@@ -1,7 +1,9 @@
 """The command line as a user meets it: help at once, errors in one line, exit code 2."""
 
+import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import webdataset
@@ -9,6 +11,8 @@ import webdataset
 from cascade.cli import main, parser
 from cascade.data.shards import Shards, loader
 from cascade.data.transforms import Pictures
+from cascade.errors import UserError
+from cascade.files import check_writable
 from cascade.verbs import train
 
 VERBS = ("train", "sample", "evaluate", "data", "describe", "demo", "sweep", "launch", "runs")
@@ -96,6 +100,62 @@ def test_what_a_data_worker_raises_is_one_line_as_well(tmp_path, capsys, monkeyp
 )
 def test_sample_refuses(argv, says, capsys):
     assert says in refused(["sample", *argv], capsys)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["sample", "a red circle", "--model", "nowhere", "--out", "PLACE/out.png"],
+        ["generate", "--model", "nowhere", "--prompts", "PROMPTS", "--out", "PLACE"],
+        ["evaluate", "--model", "no", "--data", "no", "--judge", "no", "--out", "PLACE"],
+        ["evaluate", "--pictures", "nowhere", "--out", "PLACE"],
+        ["train", "data.path=nowhere", "run=PLACE"],
+        ["train", "data.path=nowhere", "run=PLACE", "launcher=local"],
+        ["launch", "cascade=demo", "data.path=nowhere", "run=PLACE"],
+        ["sweep", "sweep=guidance", "run=PLACE"],
+        ["demo", "run=PLACE"],
+        ["data", "scenes", "PLACE", "--train", "1"],
+        ["data", "pack", "PLACE", "--pictures", "FOLDER"],
+    ],
+    ids=" ".join,
+)
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(argv, tmp_path, capsys):
+    (tmp_path / "file").write_text("a red circle")
+    given = {"PLACE": tmp_path / "file" / "out", "PROMPTS": tmp_path / "prompts.txt"}
+    given["PROMPTS"].write_text("a red circle")
+    given["FOLDER"] = tmp_path
+    for word, path in given.items():
+        argv = [a.replace(word, str(path)) for a in argv]
+    before = sorted(tmp_path.rglob("*"))
+    said = refused(argv, capsys)
+    assert str(tmp_path / "file") in said
+    assert "Not a directory" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_whether_a_place_can_be_written_to_is_asked_without_a_trace(tmp_path, monkeypatch):
+    check_writable(tmp_path / "a" / "b")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(UserError, match="dangling"):
+        check_writable(tmp_path / "dangling" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["dangling"]
+
+    def refuse(path, **_):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(UserError, match=r"cannot write to .*a \(.*Read-only file system\): give"):
+        check_writable(tmp_path / "a", "give another --out")
+
+
+def test_what_a_disk_refuses_is_one_line(tmp_path, capsys, monkeypatch):
+    def reading(args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
+
+    monkeypatch.setattr(train, "main", reading)
+    assert refused(["train"], capsys) == (
+        f"cascade: {tmp_path / 'x'}: Permission denied: choose another place"
+    )
 
 
 def test_sample_writes_over_nothing(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Generation as a job: nothing but prompts, seed and model changes a picture; none is missing."""
 
 import json
+import shlex
 from dataclasses import replace
 from itertools import pairwise
 
@@ -238,12 +239,14 @@ def test_a_picture_that_is_not_finite_ends_the_job(config, model, tmp_path):
 
 
 def test_shares_are_those_of_the_command_line_or_the_launcher(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     assert share(None) == (0, 1)
     assert share("1/4") == (1, 4)
     monkeypatch.setenv("SLURM_PROCID", "2")
     monkeypatch.setenv("SLURM_NTASKS", "3")
+    assert share(None) == (0, 1)  # a batch script without srun: nobody else is there
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
     assert share(None) == (2, 3)
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -267,8 +270,11 @@ def test_the_command_makes_the_same_pictures(saved_model, whole, tmp_path, capsy
     argv = ["generate", "--model", str(saved_model), "--prompts", str(tmp_path / "prompts.txt")]
     argv += ["--out", str(tmp_path / "out"), "--per-prompt", "2", "--batch", "3"]
     assert main([*argv, "--shard", "0/2"]) == 0
-    assert "other shards" in capsys.readouterr().out
-    assert main([*argv, "--shard", "1/2"]) == 0
+    said = capsys.readouterr().out
+    assert "4 are of other shards than 0/2" in said
+    rest = shlex.split(said.strip().rpartition(": ")[2])
+    assert rest == ["cascade", *argv, "--shard", "0/2", "--shard", "0/1"]
+    assert main(rest[1:]) == 0
     assert "all 10 pictures" in capsys.readouterr().out
     pictures = {name: data for name, data in whole.items() if name.suffix == ".png"}
     made = files(tmp_path / "out")

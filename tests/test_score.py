@@ -1,13 +1,17 @@
 """Numbers of pictures on disk: those of the metrics, whoever computes them, and with a protocol."""
 
+import gzip
 import json
 import math
+import pickle
+import shutil
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from cascade.cli import main
 from cascade.encoders.clip import Architecture, FrozenCLIP, save_clip
@@ -371,6 +375,63 @@ def test_the_command_refuses(options, says, sets, clip, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert says in error
     assert error.startswith("cascade: ")
+
+
+def test_nothing_is_written_into_what_is_measured(sets, clip, tmp_path, monkeypatch, capsys):
+    """Nor where the set is called `.`, whose features lay in it as `..features`."""
+    shutil.copytree(sets[0], tmp_path / "set")
+    before = sorted((tmp_path / "set").iterdir())
+    monkeypatch.chdir(tmp_path / "set")
+    argv = ["evaluate", "--pictures", ".", "--clip", str(clip), "--bootstrap", "0"]
+    assert main(argv) == 0
+    assert sorted((tmp_path / "set").iterdir()) == before
+    assert (tmp_path / "set.evaluation" / "numbers.json").exists()
+    assert list((tmp_path / "set.features").iterdir())
+    for option in ("--out", "--cache"):
+        refuse = [*argv[:2], str(tmp_path / "set"), *argv[3:], option, "inside"]
+        assert main(refuse) == 2
+        assert f"stays as it is: choose another {option}" in capsys.readouterr().err
+    assert sorted((tmp_path / "set").iterdir()) == before
+
+
+def written(path, kind):
+    data = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    match kind:
+        case "npy":
+            np.save(path.open("wb"), data["sigma"])
+        case "npz":
+            np.savez(path.open("wb"), **data)
+        case "pkl":
+            path.write_bytes(pickle.dumps(data))
+        case "pt":
+            torch.save({k: torch.from_numpy(v) for k, v in data.items()}, path)
+        case "old":
+            torch.save({"mu": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+        case "gz":
+            path.write_bytes(gzip.compress(b"x"))
+        case "png":
+            Image.fromarray(picture(0)).save(path, "PNG")
+        case "safetensors":
+            save_file({"mu": torch.zeros(3)}, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("npy", "a single NumPy array"),
+        ("npz", "a file of NumPy arrays"),
+        ("pkl", "a pickle, which is not opened"),
+        ("pt", "a file of PyTorch"),
+        ("old", "a pickle, which is not opened"),
+        ("gz", "compressed with gzip"),
+        ("png", "a single picture"),
+        ("safetensors", "a file of safetensors"),
+    ],
+)
+def test_another_container_is_called_what_it_is(kind, says, tmp_path):
+    path = tmp_path / "samples.tar"  # whatever its name says
+    written(path, kind)
+    refused(lambda: opened(path, False), f"is {says}")
 
 
 def test_pictures_or_a_model_and_not_both(capsys):

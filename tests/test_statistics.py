@@ -115,16 +115,39 @@ def test_what_are_no_moments_is_refused(tmp_path, arrays, message):
         Moments.load(tmp_path / "bad.npz")
 
 
-@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 half", b"mu, sigma\n", b"\x93NUMPY"])
-def test_what_is_no_npz_is_refused(tmp_path, data):
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "an empty file"),
+        (b"PK\x03\x04 half", "cut short"),
+        (b"mu, sigma\n", "no file of arrays"),
+        (b"\x93NUMPY", "a single NumPy array"),
+    ],
+)
+def test_what_is_no_npz_is_refused_as_what_it_is(tmp_path, data, says):
     with pytest.raises(UserError, match="no statistics at"):
         Moments.load(tmp_path / "absent.npz")
     (tmp_path / "bad.npz").write_bytes(data)
-    with pytest.raises(UserError, match="not a sound"):
+    with pytest.raises(UserError, match=says):
         Moments.load(tmp_path / "bad.npz")
-    np.save(tmp_path / "bad.npy", np.eye(3))
-    with pytest.raises(UserError, match="not a sound"):
-        Moments.load(tmp_path / "bad.npy")
+
+
+def test_only_the_statistics_of_adms_files_are_unpacked(tmp_path, monkeypatch):
+    """A reference batch of guided-diffusion: 10,000 pictures, and mu, sigma, mu_s, sigma_s."""
+    x, unpacked = rows(9, 4, 0).numpy(), []
+    pictures = np.zeros((20, 8, 8, 3), np.uint8)
+    own = {"mu": x.mean(0), "sigma": np.cov(x.T)}
+    np.savez(tmp_path / "VIRTUAL.NPZ.npz", arr_0=pictures, **own, mu_s=x[0], sigma_s=np.eye(4))
+    (tmp_path / "VIRTUAL.NPZ.npz").rename(tmp_path / "VIRTUAL.NPZ")
+    get = np.lib.npyio.NpzFile.__getitem__
+    monkeypatch.setattr(
+        np.lib.npyio.NpzFile, "__getitem__", lambda file, k: unpacked.append(k) or get(file, k)
+    )
+    assert Moments.load(tmp_path / "VIRTUAL.NPZ").mean.tolist() == x.mean(0).tolist()
+    assert sorted(unpacked) == ["mu", "sigma"]
+    np.savez(tmp_path / "samples.npz", pictures, np.zeros(20, int))
+    with pytest.raises(UserError, match="but arr_0, arr_1: if these are pictures"):
+        Moments.load(tmp_path / "samples.npz")
 
 
 def test_a_damaged_npz_is_refused(tmp_path):

@@ -151,6 +151,10 @@ def test_a_log_file_gets_lines_now_and_then(capsys, monkeypatch):
     first, last = capsys.readouterr().err.splitlines()
     assert first.endswith(" decoder: 1,000/4,000 images, 500.0/s, 0:00:06 left, loss 0.25")
     assert last.endswith(" decoder: 4,000/4,000 images, 500.0/s, 0:00:00 left, loss 0.25")
+    with bar("decoder") as progress:  # the last batch goes past the end
+        task = progress.add_task("", total=4000, rate=0, note="")
+        progress.update(task, completed=4032, rate=5.0)
+    assert capsys.readouterr().err.endswith("4,032/4,000 images, 5.0/s, 0:00:00 left\n")
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes that for a terminal
     with bar("decoder") as progress:
         progress.add_task("", total=10, rate=0, note="")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cascade.conditioning import Cond, Fourier
 from cascade.nets.layers import TransformerBlock, run, split_heads, zero
-from cascade.nets.prior import causal_mask
+from cascade.nets.prior import Places, causal_mask
 
 
 @dataclass
@@ -67,6 +67,7 @@ class TokenTransformer(nn.Module):
         # Positions half as large: which component a token is, must be plain at once.
         self.prefix_positions = nn.Parameter(torch.randn(context + 1, width) * 0.5)
         self.positions = nn.Parameter(torch.randn(1 + components, width) * 0.5)
+        self.places = Places(context)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(layers))
         self.norm_out = nn.LayerNorm(width)
         self.embed_out = zero(nn.Linear(width, width))
@@ -100,7 +101,7 @@ class TokenTransformer(nn.Module):
         return self._continued(h[:, None], cache)
 
     def _prefix(self, cond: Cond) -> Float[Tensor, "b n w"]:
-        return cond.tokens + self.prefix_positions[: cond.tokens.shape[1]]
+        return cond.tokens + self.places(self.prefix_positions, cond)
 
     def _continued(self, h: Float[Tensor, "b m w"], cache: Cache) -> Float[Tensor, "b v"]:
         places = slice(cache.length, cache.length + h.shape[1])

@@ -161,6 +161,16 @@ class GroupNorm(nn.GroupNorm):
             )
         super().__init__(groups, channels, eps)
 
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """norm(x), of which torch's own, channels-last on a CPU, loses the digits of a large mean.
+
+        It forms the variance as the mean square less the squared mean. A level that is common to a
+        group changes neither result nor gradients, so each group's mean is taken away first.
+        """
+        groups = x.detach().mean((2, 3)).unflatten(1, (self.num_groups, -1))
+        mean = groups.mean(2, keepdim=True).expand_as(groups).flatten(1)
+        return super().forward(x - mean[:, :, None, None])
+
     def activated(
         self, x: Float[Tensor, "b c h w"], modulation: Float[Tensor, "b d"] | None = None
     ) -> Float[Tensor, "b c h w"]:

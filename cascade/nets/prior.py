@@ -2,7 +2,8 @@
 
 The sequence is: the condition's tokens (encoded text, CLIP text embedding), the noise level, the
 noised CLIP image embedding, and a learned query, at which the answer is read. Dropping the text
-leaves the noised embedding in the sequence, so the unconditional branch sees x_t.
+leaves the noised embedding in the sequence, so the unconditional branch sees x_t. What follows the
+text stands behind the full context, however long the texts of a batch are.
 """
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cascade.conditioning import Cond
+from cascade.errors import UserError
 from cascade.nets.layers import NoiseLevel, Timestep, TransformerBlock, run, zero
 
 
@@ -20,6 +22,47 @@ def causal_mask(mask: Bool[Tensor, "b n"]) -> Bool[Tensor, "b 1 n n"]:
     causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
     itself = torch.eye(n, dtype=torch.bool, device=mask.device)
     return ((causal & mask[:, None]) | itself)[:, None]
+
+
+class Places(nn.Module):
+    """Which row of a table of positions each of a condition's tokens takes.
+
+    The text takes the rows from 0 on, and what follows it the rows behind the full context, as in
+    Karlo's and Kandinsky's priors: no sample depends on the longest text of its batch. A state dict
+    says so by `KEY`. Those of older runs do not: they were trained with the rows behind the longest
+    text of the batch, and keep to them (`fixed` is false, and the key stays absent).
+
+    Args:
+        context: the greatest length of the text.
+    """
+
+    KEY, VERSION = "places.version", 2
+
+    def __init__(self, context: int):
+        super().__init__()
+        self.context, self.fixed = context, True
+
+    def forward(self, table: Float[Tensor, "m w"], cond: Cond) -> Float[Tensor, "n w"]:
+        """The row of each token. UserError if the text is longer than the context."""
+        n = cond.tokens.shape[1]
+        if (text := n - cond.behind) > self.context:
+            raise UserError(
+                f"a caption has {text} tokens, and the prior takes {self.context}: set net.context "
+                "to the length of the text encoder"
+            )
+        if not self.fixed:
+            return table[:n]
+        end = self.context + 1
+        return torch.cat([table[:text], table[end - cond.behind : end]])
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.fixed:
+            destination[f"{prefix}version"] = torch.tensor(self.VERSION)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.fixed = state_dict.pop(f"{prefix}version", None) is not None
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class PriorTransformer(nn.Module):
@@ -52,6 +95,7 @@ class PriorTransformer(nn.Module):
         self.embed_in = nn.Linear(size, width)
         self.query = nn.Parameter(torch.randn(width) * 0.02)
         self.positions = nn.Parameter(torch.randn(context + 4, width) * 0.02)
+        self.places = Places(context)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(layers))
         self.norm_out = nn.LayerNorm(width)
         self.embed_out = zero(nn.Linear(width, size))
@@ -60,12 +104,10 @@ class PriorTransformer(nn.Module):
     def forward(
         self, x: Float[Tensor, "b d"], logsnr: Float[Tensor, " b"], cond: Cond
     ) -> Float[Tensor, "b d"]:
-        b, n, _ = cond.tokens.shape
         level = self.noise_level(logsnr)
-        own = [level, self.embed_in(x), self.query.expand(b, -1)]
+        own = [level, self.embed_in(x), self.query.expand(len(x), -1)]
         h = torch.cat([cond.tokens, torch.stack(own, 1).to(cond.tokens.dtype)], 1)
-        # The last three positions are the same whatever the length of the text.
-        h = h + torch.cat([self.positions[:n], self.positions[-3:]])
+        h = h + torch.cat([self.places(self.positions, cond), self.positions[-3:]])
         allowed = causal_mask(F.pad(cond.mask, (0, 3), value=True))
         for block in self.blocks:
             h = run(self, block, h, allowed)

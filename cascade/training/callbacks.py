@@ -58,7 +58,8 @@ class _Lines(Progress):
             return
         self.next = now + self.SECONDS
         rate, note = task.fields["rate"], task.fields["note"]
-        left = f"{timedelta(seconds=int(task.remaining / rate))} left" if rate else ""
+        seconds = max(0, int(task.remaining / rate)) if rate else 0  # a batch may go past the end
+        left = f"{timedelta(seconds=seconds)} left" if rate else ""
         done = f"{task.completed:,.0f}/{task.total:,.0f} {self.unit}"
         parts = (f"{datetime.now():%H:%M:%S} {self.what}: {done}", f"{rate:,.1f}/s", left, note)
         line = ", ".join(part for part in parts if part)

@@ -25,7 +25,7 @@ from cascade.encoders.sources import weights_hash
 from cascade.eval.extraction import features_of_split
 from cascade.eval.features import CLIPFeatures
 from cascade.eval.protocol import HeldOut, picture_metrics, side
-from cascade.files import write_atomically
+from cascade.files import check_writable, write_atomically
 from cascade.grids import grid, to_uint8
 from cascade.pipeline import Cascade
 from cascade.stage import Stage
@@ -86,6 +86,7 @@ def measure(file: Path) -> Path:
     done = [row for row in rows(folder) if (row["choices"], row["protocol"]) in known]
     left = [cell for cell in wanted if cell[0] not in [row["choices"] for row in done]]
     if left:
+        check_writable(folder)
         cascade, data = load_cascade(folder), Path(asked.data)
         captions = held_out_split(data, asked.split, asked.count, cascade, data / EMBEDDINGS)
         last = cascade.stages[-1].writes

@@ -17,6 +17,7 @@ from cascade.data.listing import columns, rows_of_table, table, texts_beside, us
 from cascade.data.pack import held_out, pack
 from cascade.data.scenes import write_scenes
 from cascade.errors import UserError
+from cascade.files import check_writable
 from cascade.training.callbacks import bar
 
 EMBEDDINGS, TEXT = "embeddings", "text"  # folders beside the shards, as conf/ has them
@@ -112,6 +113,7 @@ def text_encoder(name: str, checkpoint: str | None, length: int | None, bf16: bo
 
 def index_shards(folder: Path) -> None:
     """Indexes a folder of shards, and says what it holds and what is damaged."""
+    check_writable(folder, "index a copy, or train without an index, which searches at each start")
     with shown("index", "tars") as progress:
         summaries, unreadable = index_folder(folder, progress)
     splits: dict[str, list[Summary]] = {}
@@ -141,6 +143,7 @@ def pack_pictures(args: argparse.Namespace) -> None:
         raise UserError(f"{folder} is no folder: give that of the pictures")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a folder to write to")
+    check_writable(out)
     if min(args.size or 1, args.per_shard) < 1:
         raise UserError("--size and --per-shard: give 1 or more")
     named = _captioned(args) if args.captions else texts_beside(folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from cascade.files import check_writable
 from cascade.verbs.configuration import composed
 from cascade.verbs.data import EMBEDDINGS, embed, make_scenes
 from cascade.verbs.evaluate import evaluate
@@ -24,6 +25,7 @@ def main(args: argparse.Namespace) -> None:
     begin = time.monotonic()
     config = composed("demo", args.overrides)
     folder, data = Path(config.run), Path(config.shards)
+    check_writable(folder, "choose another run=...")
     folder.mkdir(parents=True, exist_ok=True)
     if config.scenes:
         counts = OmegaConf.to_container(config.scenes.counts)

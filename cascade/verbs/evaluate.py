@@ -24,7 +24,7 @@ from cascade.eval.geneval import level_of, measure, prompts, write_lines
 from cascade.eval.prior import measure_prior
 from cascade.eval.protocol import HeldOut, Metrics, distance, picture_metrics, without_text
 from cascade.eval.summary import write_report
-from cascade.files import write_atomically
+from cascade.files import check_writable, write_atomically
 from cascade.grids import to_uint8
 from cascade.pipeline import Cascade
 from cascade.stage import Stage
@@ -89,6 +89,7 @@ def evaluate(
     begin = time.monotonic()
     file = model if model.suffix == ".yaml" else model / CASCADE
     out = out or file.parent
+    check_writable(out, "choose another --out")
     cascade, runs = load_cascade(file, choices), stage_runs(file, choices)
     writers = dict(zip((stage.writes for stage in cascade.stages), runs.values()))
     checkpoint = newest_checkpoint(writers["clip_image"]) if "clip_image" in writers else None

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from cascade.errors import UserError
 from cascade.eval import coco, prompts
-from cascade.eval.generation import Job, generate, share
+from cascade.eval.generation import Job, generate, share, whole
 from cascade.eval.identity import described
 from cascade.eval.prompts import LAYOUTS, Prompt
+from cascade.files import check_writable
 from cascade.verbs.data import shown
 from cascade.verbs.sample import checked, load_cascade
 
@@ -18,6 +19,7 @@ def main(args: argparse.Namespace) -> None:
     checked([prompt.text for prompt in found])
     per_prompt = layout.per_prompt if args.per_prompt is None else args.per_prompt
     job = Job(Path(args.out), found, layout, per_prompt, args.seed, args.batch)
+    check_writable(job.out, "choose another --out")
     cascade = load_cascade(Path(args.model), args.set)
     if not cascade.stages[-1].writes.startswith("image_"):
         raise UserError(f"{args.model} paints no pictures: add its decoder to cascade.yaml")
@@ -30,7 +32,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"cannot write to {job.out}: {why}; give it room") from error
     count = len(job.items)
     if missing:
-        print(f"{count - missing:,} of {count:,} pictures are in {job.out}; other shards make more")
+        print(
+            f"{count - missing:,} of {count:,} pictures are in {job.out}; {missing:,} are of other "
+            f"shards than {shard[0]}/{shard[1]}. What nobody makes, this does: {whole(args)}"
+        )
     else:
         print(f"all {count:,} pictures are in {job.out}, and no others")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from cascade.files import check_writable
 from cascade.slurm.plan import DONE, Launcher, Link, Task, launch
 from cascade.verbs import whole
 from cascade.verbs.configuration import built, composed
@@ -21,6 +22,7 @@ from cascade.verbs.sending import training
 def main(args: argparse.Namespace) -> None:
     config = composed("launch", args.overrides)
     launcher, root = built(config.launcher), Path(config.run)
+    check_writable(root, "choose another run=...")
     links = chain(config, launcher)
     whole.write_cascade(config, root)
     launch(launcher, root, links)

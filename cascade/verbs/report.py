@@ -9,17 +9,20 @@ from cascade.eval.figures import save_drawings
 from cascade.eval.findings import write_findings
 from cascade.eval.page import write_index, write_page
 from cascade.eval.tables import write_cells, write_summary
+from cascade.files import check_writable
 
 
 def main(args: argparse.Namespace) -> None:
     root = Path(args.dir)
     sweeps = _sweeps(root)
     if args.findings:
+        check_writable(Path(args.findings).parent, "choose another --findings")
         write_findings(Path(args.findings), sweeps)
         print(args.findings)
     if all(sweep.folder is None for sweep in sweeps) and not args.out:
         return  # tables of findings: there is nothing to add to their page
     out, alone = Path(args.out or root), (root / ABOUT).is_file()
+    check_writable(out, "choose another --out")
     pages = [(sweep, out if alone else out / sweep.place) for sweep in sweeps]
     for sweep, folder in pages:
         write_cells(sweep, folder / "cells.csv")

@@ -21,6 +21,7 @@ from cascade.conditioning import Batch
 from cascade.data.shards import put_rows
 from cascade.diffusion import guidance
 from cascade.errors import UserError
+from cascade.files import check_writable
 from cascade.grids import grid, to_uint8
 from cascade.pipeline import BestOf, Cascade, Link, TextEmbedding, Untold
 from cascade.stage import Stage
@@ -38,6 +39,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--out {out} is not a .png file")
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} exists: choose another --out, or add --overwrite")
+    check_writable(out.parent, "choose another --out")
     if args.n < 1 or args.batch < 1:
         raise UserError("--n and --batch are at least 1")
     captions = checked([*args.captions, *_lines(args.file)])

@@ -31,7 +31,9 @@ from cascade.eval.report import Report
 from cascade.eval.scoring import Reference
 from cascade.eval.sets import PictureSet, picture_set
 from cascade.eval.statistics import Moments, Origin
+from cascade.files import beside, check_apart, check_writable
 from cascade.grids import grid
+from cascade.kinds import NPZ, kind_of
 from cascade.verbs.data import shown
 from cascade.verbs.sample import device
 
@@ -45,13 +47,20 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--data, --judge and --set are for --model: leave them out with --pictures")
     if args.bootstrap < 0:
         raise UserError("--bootstrap: give a number of draws, or 0 for no intervals")
+    out = Path(args.out) if args.out else beside(Path(args.pictures), ".evaluation")
+    check_writable(out, "choose another --out")
     shard, spaces = generation.share(args.shard), spaces_of(args)
     work = scoring_of(args)
+    for pictures in work.sets:
+        check_apart(out, pictures.path, "choose another --out")
+        check_apart(work.folder(pictures), pictures.path, "choose another --cache")
     records = work.records(spaces, shard)
     if records is None:
-        print("this shard's features are there; the last shard, or this command again, measures")
+        print(
+            f"the features of shard {shard[0]}/{shard[1]} are there. The last shard measures; what "
+            f"nobody makes, this does: {generation.whole(args)}"
+        )
         return
-    out = Path(args.out or f"{work.pictures.path}.evaluation")
     for note in work.notes:
         print(note)
     Console().print(*record.tables(records), sep="\n\n")
@@ -147,7 +156,7 @@ class Scoring:
     def _rows(
         self, pictures: PictureSet, space: Features, shard: tuple[int, int]
     ) -> Float[Tensor, "n d"] | None:
-        folder = self._folder(pictures)
+        folder = self.folder(pictures)
         try:
             with shown("features", "pictures") as progress:
                 return features_of(pictures, space, folder, device(), shard, progress)
@@ -158,10 +167,11 @@ class Scoring:
     def _moments(
         self, pictures: PictureSet, space: Features, rows: Float[Tensor, "n d"]
     ) -> Moments:
-        return moments_of(rows, Origin.of(space, pictures.hash), self._folder(pictures))
+        return moments_of(rows, Origin.of(space, pictures.hash), self.folder(pictures))
 
-    def _folder(self, pictures: PictureSet) -> Path:
-        return self.cache or Path(f"{pictures.path}.features")
+    def folder(self, pictures: PictureSet) -> Path:
+        """Where the features of a set are kept."""
+        return self.cache or beside(pictures.path, ".features")
 
     def _reference(self, space: Features, rows: Float[Tensor, "m d"]) -> Reference:
         other = self.reference
@@ -188,7 +198,7 @@ class Scoring:
 
     def report(self, records: Sequence[Record]) -> Report:
         """A page with all numbers, each with its protocol, and some of the pictures."""
-        page = Report(f"{self.pictures.path.name}: {len(self.pictures):,} pictures")
+        page = Report(f"{self.pictures.path.resolve().name}: {len(self.pictures):,} pictures")
         for note in self.notes:
             page.paragraph(note)
         page.heading("Numbers")
@@ -226,7 +236,7 @@ def scoring_of(args: argparse.Namespace) -> Scoring:
         said = coco.departures(pictures)
         with shown("read", "pictures") as progress:
             reference = coco.reference(Path(args.reference.removeprefix(coco.PREFIX)), progress)
-    elif args.reference and args.reference.endswith(".npz"):
+    elif args.reference and _statistics(Path(args.reference)):
         reference = Path(args.reference)
     elif args.reference:
         reference, _ = opened(Path(args.reference), mixed)
@@ -243,12 +253,22 @@ def scoring_of(args: argparse.Namespace) -> Scoring:
     )
 
 
+def _statistics(file: Path) -> bool:
+    """Whether a reference is a file of statistics: it is one of arrays, or is called so."""
+    return file.suffix.lower() == ".npz" or (file.is_file() and kind_of(file) == NPZ)
+
+
 def opened(path: Path, mixed: bool) -> tuple[PictureSet, Mapping[str, Any]]:
     """A set, and how it was made, if here; then it has to be whole.
 
     Args:
         mixed: pictures may be of several sizes.
     """
+    if path.is_file() and (found := kind_of(path)):
+        raise UserError(
+            f"{path} is {found}: give pictures as a folder or a tar of PNG, JPEG or WebP files, "
+            "and statistics as mu and sigma in an .npz (numpy.savez)"
+        )
     made = generation.check(path) if generation.generated(path) else None
     with shown("read", "pictures") as progress:
         pictures = picture_set(path, made and made.ids, progress=progress)

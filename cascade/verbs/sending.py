@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from cascade.files import check_writable
 from cascade.slurm.plan import FROZEN, Launcher, Link, Task, launch
 from cascade.slurm.state import seen
 from cascade.verbs.checks import check_identity, shares
@@ -50,4 +51,5 @@ def send(own: Sequence[str], overrides: Sequence[str]) -> None:
     """Sends one training off; `own` are the overrides that choose the launcher."""
     launcher = built(composed("launcher", own).launcher)
     task, _ = training(overrides, launcher)
+    check_writable(task.folder, "choose another run=...")
     launch(launcher, task.folder, [Link("train", [task])])

@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cascade.errors import UserError
-from cascade.files import write_atomically
+from cascade.files import check_writable, write_atomically
 from cascade.slurm.plan import DONE, FROZEN, Launcher, Link, Task, launch
 from cascade.verbs.configuration import built, composed
 from cascade.verbs.launch import trainings
@@ -37,6 +37,7 @@ def main(args: argparse.Namespace) -> None:
     own, overrides = split(args.overrides, _OWN)
     config = composed("sweep", own)
     launcher, root = built(config.launcher), Path(config.run)
+    check_writable(root, "choose another run=...")
     links = grid(config, overrides, launcher)
     describe(config, root)
     launch(launcher, root, links)

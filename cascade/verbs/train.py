@@ -25,6 +25,7 @@ from cascade.data.shards import Shards
 from cascade.data.stream import Stream, loader
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
+from cascade.files import check_writable
 from cascade.stage import Stage
 from cascade.training.agreement import check, verify
 from cascade.training.callbacks import History, SampleGrids
@@ -116,6 +117,7 @@ def _attempt(config: DictConfig) -> Path:
     if finished(folder) and loaded(folder / "config.yaml").images >= config.images:
         print(f"{config.name}: finished before ({folder})")
         return folder
+    check_writable(folder, "choose another run=...")
     _quiet()
     torch.manual_seed(config.seed)
     module = built(config.stage)

@@ -1,0 +1,57 @@
+"""What a file is, by its first bytes and not by its name, in words for an error message."""
+
+import zipfile
+from pathlib import Path
+
+NPZ = "a file of NumPy arrays (.npz)"
+
+_PICTURE = "a single picture"
+_BEGINNINGS = {
+    b"\x93NUMPY": "a single NumPy array (.npy)",
+    b"\x80\x02": "a pickle, which is not opened because it could run code",
+    b"\x80\x03": "a pickle, which is not opened because it could run code",
+    b"\x80\x04": "a pickle, which is not opened because it could run code",
+    b"\x80\x05": "a pickle, which is not opened because it could run code",
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ\0": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+    b"PAR1": "a Parquet table",
+    b"\xff\xd8\xff": _PICTURE,
+    b"\x89PNG\r\n\x1a\n": _PICTURE,
+    b"GIF8": _PICTURE,
+    b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched (git lfs pull)",
+    b"<!DOCTYPE html": "a web page",
+    b"<html": "a web page",
+}
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file is; None: none of the kinds that are known here, such as a tar.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(32)
+    if not head:
+        return "an empty file"
+    if head.startswith(b"PK\x03\x04"):
+        return _zipped(path)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return "a file of safetensors"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return _PICTURE
+    return next((words for start, words in _BEGINNINGS.items() if head.startswith(start)), None)
+
+
+def _zipped(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return "a zip archive that is cut short"
+    if any(name.endswith("/data.pkl") for name in names):
+        return "a file of PyTorch, whose pickle is not opened because it could run code"
+    return NPZ if any(name.endswith(".npy") for name in names) else "a zip archive"

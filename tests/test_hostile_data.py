@@ -23,9 +23,10 @@ from PIL import EpsImagePlugin, Image
 from cascade.data.corpus import OpenTar
 from cascade.data.index import scan
 from cascade.data.pack import fitted
+from cascade.data.rgb import MAX_SCANS
 from cascade.data.shards import Shards
 from cascade.data.stream import Stream
-from cascade.data.transforms import MAX_SCANS, BadSample, Pictures, decode
+from cascade.data.transforms import BadSample, Pictures, decode
 from cascade.data.urls import groups
 from cascade.verbs.configuration import built, composed
 from tests.hostile import Evil, refused

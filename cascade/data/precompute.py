@@ -20,9 +20,8 @@ from cascade.data.claims import Claims
 from cascade.data.corpus import OpenTar, Placed
 from cascade.data.embeddings import MANIFEST, OFFSETS, Manifest, read_manifest, write_embeddings
 from cascade.data.index import scan
-from cascade.data.items import captions_of
+from cascade.data.items import IDLE, captions_of, picture_of
 from cascade.data.transforms import BadSample, Pictures
-from cascade.draws import generator
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
@@ -185,8 +184,8 @@ class _Samples(Dataset):
         sample = Placed(self.tar, place)
         try:
             texts = captions_of(sample, self.captions)
-            picture = sample.read("picture") if self.pictures.sizes else b""
-            views = self.pictures(picture, generator(0, "crop", 0))  # of the whole: nothing drawn
+            largest = self.pictures.largest
+            views = self.pictures.views(picture_of(sample, largest), IDLE) if largest else {}
         except BadSample:
             return None
         return sample.key, texts, next(iter(views.values()), None)

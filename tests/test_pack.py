@@ -155,7 +155,7 @@ def test_every_picture_of_a_folder_is_packed_or_named(tmp_path, capsys):
     files = {f"{end}1.{end}": picture(n, form) for n, (end, form) in enumerate(same.items())}
     for n, (end, form) in enumerate(made_png.items()):
         files[f"{n}.{end}".rstrip(".")] = picture(50 + n, form)
-    files |= {"a.gif": frames("GIF"), "b.tif": frames("TIFF"), "c.heic": b"ftypheic"}
+    files |= {"a.gif": frames("GIF"), "b.tif": frames("TIFF"), "c.nef": picture(62, "TIFF")}
     files |= {
         "d.svg": b"<svg/>",
         "e.bin": b"\0\0\0\x18ftypheic\0\0\0\0",

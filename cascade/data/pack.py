@@ -71,7 +71,9 @@ def fitted(data: bytes, short: int | None = None) -> Fitted:
         sides = [round(ratio * n) for n in picture.size]
         picture = picture.resize(sides, Image.Resampling.BICUBIC)
     kind, file = kind if kind in _EXTENSIONS else "PNG", io.BytesIO()
-    picture.save(file, kind, quality=_QUALITY)
+    # A profile of grey or CMYK says nothing of RGB.
+    profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
+    picture.save(file, kind, quality=_QUALITY, **({"icc_profile": profile} if profile else {}))
     return Fitted(_EXTENSIONS[kind], file.getvalue(), picture.size, size)
 
 
@@ -189,11 +191,12 @@ def _made(row: Row, short: int | None) -> Fitted | str:
     """The picture of a row, or why there is none."""
     if row.size > LIMITS["picture"]:
         return "huge picture"
+    if rgb.ending(row.name) in rgb.UNREAD:  # of a camera's raw file, a TIFF is the preview
+        return rgb.FOREIGN
     try:
         return fitted(row.path.read_bytes(), short)
     except BadSample as reason:
-        foreign = str(reason) == "broken picture" and rgb.ending(row.name) in rgb.UNREAD
-        return rgb.FOREIGN if foreign else str(reason)
+        return str(reason)
     except OSError:
         return "missing file"
 

@@ -7,6 +7,7 @@ picture, such as the film of a phone's motion photo, is no part of it.
 """
 
 import io
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+
+log = logging.getLogger(__name__)
 
 MAX_PIXELS = 50_000_000
 MAX_SCANS = 100  # of a JPEG: a progressive one has 10 or so, and each runs over the whole picture
@@ -226,3 +229,13 @@ def suspicious(picture: UInt8[np.ndarray, "h w 3"]) -> bool:
     if np.count_nonzero(some == 255) < 0.8 * some.size:  # which is nearly always the end of it
         return False
     return float((picture == 255).all(-1).mean()) > 0.95
+
+
+def warn_of_white(where: object, names: Sequence[str], count: int) -> None:
+    """Logs how many of `count` pictures are suspicious, if any is; `names` are theirs."""
+    if names:
+        log.warning(
+            "%s: %d of %d pictures are nearly all white, such as %s (img2dataset makes those of "
+            "16 bits so): look at them",
+            *(where, len(names), count, names[0]),
+        )

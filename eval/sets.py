@@ -2,8 +2,8 @@
 
 A picture's id is its path in the set without the ending; what is hidden (a leading dot) is none.
 Ids are sorted, batches are a function of the set and the batch size, and a set's hash is one of
-all ids and bytes. What becomes RGB by a conversion is counted in `notes`; a file that is no 8-bit
-picture is refused by name. Captions lie beside the pictures (`eval.captions`).
+all ids and bytes. What becomes 8-bit RGB by a conversion is counted in `notes`; a picture that
+cannot be read is refused by name. Captions lie beside the pictures (`eval.captions`).
 """
 
 import hashlib

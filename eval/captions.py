@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade.data.index import PICTURES
 from cascade.data.listing import FILE_COLUMNS, one_line, table
+from cascade.data.rgb import ENDINGS
 from cascade.encoders.text import tokenize
 from cascade.errors import UserError
 from cascade.eval.sets import PictureSet
@@ -125,4 +125,4 @@ def _beside(pictures: PictureSet) -> Iterator[Row]:
 
 def _without_ending(name: str) -> str:
     stem, _, ending = name.rpartition(".")
-    return stem if ending.lower() in PICTURES else name
+    return stem if ending.lower() in ENDINGS else name

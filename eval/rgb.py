@@ -1,22 +1,29 @@
-"""From the bytes of a JPEG, PNG or WebP file to 8-bit RGB, and what was converted on the way.
+"""Pictures of measured sets: what `cascade.data.rgb` makes of them, and what was converted.
 
-Grey and palettes become RGB, transparency is laid on white, and a picture is turned as its EXIF
-says: each is noted. What would be lost on the way to 8-bit RGB is refused, as are files that ask
-for more memory or time than a picture needs. `BadSample` holds the end of a sentence.
+Each conversion is noted. A file that holds several pictures, or asks for more memory or time than a
+picture needs, is refused: `BadSample` holds the end of a sentence.
 """
 
-import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
-from cascade.data.transforms import MAX_PIXELS, MAX_SCANS, BadSample
+from cascade.data import rgb
+from cascade.data.rgb import CONVERTIBLE, MAX_PIXELS, MAX_SCANS, BadSample
 
-GREY, PALETTE = "grey, made RGB", "palette, made RGB"
+GREY, PALETTE, DEEP = "grey, made RGB", "palette, made RGB", "16 bits, made 8"
 TRANSPARENT, TURNED = "transparent, laid on white", "turned as EXIF says"
-_MODES = {"RGB": None, "RGBA": None, "LA": None, "PA": None, "L": GREY, "1": GREY, "P": PALETTE}
+_SENTENCES = {
+    "huge picture": f"has more than {MAX_PIXELS:,} pixels: save it smaller",
+    "too many scans": f"has more than {MAX_SCANS} scans: save it again",
+    "broken picture": "is broken, or no picture that is read here: save it as PNG",
+    rgb.FOREIGN: "is of a format that is not read: save it as PNG",
+    "values without a white": "has values that may be of any range: save it with 8 bits",
+}
 
 
 class Look(NamedTuple):
@@ -27,67 +34,60 @@ class Look(NamedTuple):
     notes: tuple[str, ...]
 
 
-def look(data: bytes) -> Look:
-    """Raises BadSample for what `pixels` would refuse without decoding."""
-    return _opened(data)[1]
+def look(data: bytes, stated: int | None = None) -> Look:
+    """What there is to say of a picture, decoded only where the header does not say it all.
+
+    Args:
+        stated: see `rgb.orientation`.
+
+    Raises:
+        BadSample: for what `pixels` would refuse without decoding, and for several pictures.
+    """
+    with _sentences():
+        image = rgb.opened(data, CONVERTIBLE)
+        if rgb.several(image):
+            raise BadSample("holds several pictures: save the one that counts")
+        turn, (w, h) = rgb.orientation(image, stated), image.size
+        notes = (*_notes(image, data), *([TURNED] if turn > 1 else []))
+        return Look((w, h) if turn > 4 else (h, w), rgb.format_of(image), notes)
 
 
-def pixels(data: bytes, square: int | None = None) -> UInt8[np.ndarray, "3 h w"]:
+def pixels(
+    data: bytes, square: int | None = None, stated: int | None = None
+) -> UInt8[np.ndarray, "3 h w"]:
     """The picture; or its centred square at `square` pixels, anti-aliased bicubic (Pillow's).
 
     Raises:
-        BadSample: no picture, a broken or animated one, one of 16 bits or of another colour space,
-            or a huge one.
+        BadSample: no picture, a broken one, or a huge one.
     """
-    image, (_, _, notes) = _opened(data)
-    try:
-        if TURNED in notes:
-            image = ImageOps.exif_transpose(image)
-        if TRANSPARENT in notes:
-            white = Image.new("RGBA", image.size, "white")
-            white.alpha_composite(image.convert("RGBA"))
-            image = white
-        image = image.convert("RGB")
-    except Exception as error:  # on hostile bytes the decoders raise nearly anything
-        raise BadSample("is broken: make it again") from error
+    with _sentences():
+        picture = rgb.picture(data, CONVERTIBLE, stated)
     if square:
-        w, h = image.size
+        h, w, _ = picture.shape
         side, left, top = min(w, h), (w - min(w, h)) // 2, (h - min(w, h)) // 2
         # Cut first: with resize's own `box`, pixels outside of it would have a say.
-        image = image.crop((left, top, left + side, top + side))
-        image = image.resize((square, square), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1)
+        cut = Image.fromarray(picture[top : top + side, left : left + side])
+        picture = np.asarray(cut.resize((square, square), Image.Resampling.BICUBIC))
+    return picture.transpose(2, 0, 1)
 
 
-def _opened(data: bytes) -> tuple[Image.Image, Look]:
+@contextmanager
+def _sentences() -> Iterator[None]:
     try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-        notes = _notes(image, data)
-        w, h = image.size
-        if TURNED in notes and image.getexif()[ExifTags.Base.Orientation] > 4:
-            w, h = h, w
-        return image, Look((h, w), image.format or "", notes)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample(f"has more than {MAX_PIXELS:,} pixels: save it smaller") from error
-    except BadSample:
-        raise
-    except Exception as error:
-        raise BadSample("is broken, or no picture: make it again") from error
+        yield
+    except BadSample as reason:
+        raise BadSample(_SENTENCES.get(str(reason), str(reason))) from reason
 
 
-def _notes(image: Image.Image, data: bytes) -> tuple[str, ...]:
-    if image.width * image.height > MAX_PIXELS:
-        raise BadSample(f"has more than {MAX_PIXELS:,} pixels: save it smaller")
-    if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
-        raise BadSample(f"has more than {MAX_SCANS} scans: save it again")
-    if getattr(image, "n_frames", 1) > 1:
-        raise BadSample("holds several pictures: save the one that counts")
-    if image.format == "PNG" and data[24] > 8:  # Pillow would cut colours to 8 bits
-        raise BadSample(f"has {data[24]} bits a channel: save it with 8")
-    if image.mode not in _MODES:
-        raise BadSample(f"is {image.mode}, not RGB: convert it as you mean it")
-    notes = [TRANSPARENT if image.has_transparency_data else _MODES[image.mode]]
-    # Where a PNG has it behind the pixels, Pillow would decode them all to look.
-    if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
-        notes.append(TURNED)
-    return tuple(note for note in notes if note)
+def _notes(image: Image.Image, data: bytes) -> Iterator[str]:
+    """What `rgb.rgb` does to a picture that does not merely lie there as 8-bit RGB."""
+    if image.has_transparency_data:
+        yield TRANSPARENT
+    elif image.mode in ("1", "L") or image.mode.startswith("I"):
+        yield GREY
+    elif image.mode == "P":
+        yield PALETTE
+    elif image.mode != "RGB":
+        yield f"{image.mode}, made RGB"
+    if image.mode.startswith("I") or (image.format == "PNG" and data[24] > 8):
+        yield DEEP

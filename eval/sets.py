@@ -2,18 +2,18 @@
 
 A picture's id is its path in the set without the ending; what is hidden (a leading dot) is none.
 Ids are sorted, batches are a function of the set and the batch size, and a set's hash is one of
-all ids and bytes. What becomes RGB by a conversion is counted in `notes`; a file that is no 8-bit
-picture is refused by name. Captions lie beside the pictures (`eval.captions`).
+all ids and bytes. What becomes 8-bit RGB by a conversion is counted in `notes`; a picture that
+cannot be read is refused by name. Captions lie beside the pictures (`eval.captions`).
 """
 
 import hashlib
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -23,13 +23,11 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from cascade.data.index import HOSTILE, LIMITS, PICTURES, Header
-from cascade.data.transforms import BadSample
+from cascade.data.index import HOSTILE, LIMITS, Header
+from cascade.data.items import stated_orientation
+from cascade.data.rgb import ENDINGS, UNREAD, BadSample, is_picture
 from cascade.errors import UserError
 from cascade.eval.rgb import Look, look, pixels
-
-# Pictures to whoever looks into the folder, but not read here: left out, they would be missed.
-OTHERS = {"bmp", "gif", "tif", "tiff", "avif", "heic", "jxl", "jp2", "ppm", "exr"}
 
 _PADDING = 2**20  # zeros behind the end of a tar: more than any usual record
 _WORKERS = min(16, os.cpu_count() or 1)  # Pillow decodes, and a hash is taken, without the GIL
@@ -41,6 +39,10 @@ class Span(NamedTuple):
     file: Path
     offset: int
     bytes: int
+
+    def head(self) -> bytes:
+        """The first 32 of them. Raises UserError as `read` does."""
+        return self._replace(bytes=min(32, self.bytes)).read()
 
     def read(self) -> bytes:
         """Raises UserError if they are gone, or not all there."""
@@ -56,10 +58,11 @@ class Span(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """Pictures and texts by id."""
+    """Pictures, and the texts and JSONs beside them, by id."""
 
     pictures: dict[str, Span]
     texts: dict[str, Span]
+    fields: dict[str, Span]
 
 
 def listed(path: Path) -> Listing:
@@ -69,17 +72,19 @@ def listed(path: Path) -> Listing:
         UserError: there is neither, a tar is damaged, two pictures have one id, or a name leads
             elsewhere or is of a kind of picture that is not read.
     """
-    found = Listing({}, {})
+    found = Listing({}, {}, {})
+    beside = {"txt": found.texts, "json": found.fields}
     for name, span in _files(path):
         stem, _, ending = name.rpartition(".")
         ending = ending.lower()
         if HOSTILE.search(name):
             raise UserError(f"{path}: a file is called {name!r}: rename it")
-        kind = found.pictures if ending in PICTURES else found.texts if ending == "txt" else None
+        kind = found.pictures if ending in ENDINGS else beside.get(ending)
         if "/." in f"/{name}":
             continue
-        if ending in OTHERS:
-            raise UserError(f"{path}: {name} is none of {', '.join(PICTURES)}: save it as PNG")
+        if kind is None and is_picture(name, span.head):
+            what = "of a format that is not read" if ending in UNREAD else "a picture by its bytes"
+            raise UserError(f"{path}: {name} is {what}: save it as PNG, and call it so")
         if kind is not None and kind.setdefault(stem, span) is not span:
             raise UserError(f"{path}: {name} is not the only one called {stem}: rename it")
     return found
@@ -140,6 +145,7 @@ class PictureSet:
         spans, texts: of pictures (sorted by id), and of the texts that lie beside them.
         looks, digests: what one pass over the bytes said of each picture, and their SHA-256.
         square: side that the centred square of each picture is resized to; None: as it is.
+        stated: how a picture has to be turned, by id, where the JSON beside it says so.
     """
 
     path: Path
@@ -148,6 +154,7 @@ class PictureSet:
     looks: list[Look]
     digests: list[bytes]
     square: int | None = None
+    stated: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -206,12 +213,12 @@ class PictureSet:
         Raises:
             UserError: a picture is broken.
         """
-        spans = list(self.spans.items())
+        spans = [(*item, self.square, self.stated.get(item[0])) for item in self.spans.items()]
         with ThreadPoolExecutor(_WORKERS) as pool:
             ahead: list[Future] = []
             for rows in [*blocks, []]:
                 ready = ahead
-                ahead = [pool.submit(_pixels, *spans[i], self.square) for i in rows]
+                ahead = [pool.submit(_pixels, *spans[i]) for i in rows]
                 if ready:
                     yield torch.from_numpy(np.stack([picture.result() for picture in ready]))
 
@@ -237,25 +244,39 @@ def picture_set(
     if not names:
         raise UserError(f"{path} holds no picture: give a folder or a tar of PNG, JPEG or WebP")
     spans = {name: found.pictures[name] for name in names}
+    stated = {n: turn for n in names if (turn := _stated(found.fields.get(n)))}
     looks, digests = [], []
     with ThreadPoolExecutor(_WORKERS) as pool:
-        for found_out, digest in pool.map(_looked, spans, spans.values()):
+        for found_out, digest in pool.map(_looked, names, spans.values(), map(stated.get, names)):
             looks.append(found_out)
             digests.append(digest)
             if progress:
                 progress(len(looks), len(spans))
-    return PictureSet(path, spans, found.texts, looks, digests, square)
+    return PictureSet(path, spans, found.texts, looks, digests, square, stated)
 
 
-def _looked(name: str, span: Span) -> tuple[Look, bytes]:
+def _looked(name: str, span: Span, stated: int | None) -> tuple[Look, bytes]:
     data = _read(name, span)
+    digest = hashlib.sha256(data)
+    if stated:  # of the same bytes, it makes another picture
+        digest.update(f"{stated}".encode())
     with _named(name, span):
-        return look(data), hashlib.sha256(data).digest()
+        return look(data, stated), digest.digest()
 
 
-def _pixels(name: str, span: Span, square: int | None) -> UInt8[np.ndarray, "3 h w"]:
+def _pixels(
+    name: str, span: Span, square: int | None, stated: int | None
+) -> UInt8[np.ndarray, "3 h w"]:
     with _named(name, span):
-        return pixels(_read(name, span), square)
+        return pixels(_read(name, span), square, stated)
+
+
+def _stated(fields: Span | None) -> int | None:
+    """EXIF's number, above 1, that a JSON beside a picture gives (see `items.picture_of`)."""
+    if not fields or fields.bytes > LIMITS["json"]:
+        return None
+    turn = stated_orientation(fields.read())
+    return turn if turn != 1 else None
 
 
 def _read(name: str, span: Span) -> bytes:

@@ -23,10 +23,12 @@ from PIL import EpsImagePlugin, Image
 from cascade.data.corpus import OpenTar
 from cascade.data.index import scan
 from cascade.data.pack import fitted
+from cascade.data.rgb import MAX_SCANS
 from cascade.data.shards import Shards
 from cascade.data.stream import Stream
-from cascade.data.transforms import MAX_SCANS, BadSample, Pictures, decode
+from cascade.data.transforms import BadSample, Pictures, decode
 from cascade.data.urls import groups
+from cascade.eval.rgb import pixels
 from cascade.verbs.configuration import built, composed
 from tests.hostile import Evil, refused
 
@@ -120,6 +122,35 @@ def test_a_hostile_picture_is_refused_with_a_reason(name, monkeypatch):
     data, reason = BAD_PICTURES[name]
     with pytest.raises(BadSample, match=reason), memory_limited(64):
         decode(data, 32)
+
+
+def patched(form, at, *fields, kind="<H"):
+    data = bytearray(coded(PICTURE, form))
+    for place, value in zip(at, fields):
+        struct.pack_into(kind, data, place, value)
+    return bytes(data)
+
+
+CONVERTED = {
+    "BMP": (patched("BMP", (18, 22), 8000, 8000, kind="<i"), "huge picture"),
+    "GIF": (patched("GIF", (6, 8), 65_000, 65_000), "huge picture"),
+    "PPM": (b"P6 8000 8000 255\n" + bytes(100), "huge picture"),
+    "TIFF": (coded(Image.new("1", (8000, 8000)), "TIFF", compression="group4"), "huge picture"),
+    "short TIFF": (coded(PICTURE, "TIFF")[:-500], "broken picture"),
+    "float TIFF": (coded(Image.new("F", (9, 9)), "TIFF"), "values without a white"),
+    "32-bit TIFF": (coded(Image.new("I", (9, 9)), "TIFF"), "values without a white"),
+    "EPS": (POSTSCRIPT, "broken picture"),
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_hostile_picture_that_would_be_converted_is_refused_with_a_reason(name, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("a program ran"))
+    data, reason = CONVERTED[name]
+    with pytest.raises(BadSample, match=reason), memory_limited(64):
+        fitted(data)
+    with pytest.raises(BadSample), memory_limited(64):
+        pixels(data)
 
 
 def many_frames(form):

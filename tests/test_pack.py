@@ -121,7 +121,7 @@ def test_what_cannot_be_packed_is_counted_by_reason_with_an_example(folder, monk
     assert packed(folder, "--val", "0") == 0
     shown = capsys.readouterr().out
     want = {
-        "broken picture": ["a.gif", "cut.jpg", "html.jpg"],
+        "broken picture": ["cut.jpg", "html.jpg"],
         "huge picture": ["huge.png"],
         "duplicate": ["./0.png", "0.png", "twin.jpg"],
         "missing file": ["", "\0", "gone.jpg", "link"],
@@ -132,12 +132,58 @@ def test_what_cannot_be_packed_is_counted_by_reason_with_an_example(folder, monk
     for reason, names in want.items():
         (line,) = [line for line in shown.splitlines() if reason in line]
         assert f" {len(names)} " in line
-    assert "holds 30 pictures; 15 were left out" in shown
+    assert "holds 31 pictures; 14 were left out" in shown
     stats = json.loads((folder / "out" / "train-00000_stats.json").read_text())
-    assert stats["pictures"] == 30
+    assert stats["pictures"] == 31
     late = {reason: sorted(names) for reason, names in stats["refused"].items()}
     assert late == {reason: want[reason] for reason in ("broken picture", "huge picture")}
-    assert len(Shards(folder / "out", SMALL)) == 30
+    assert len(Shards(folder / "out", SMALL)) == 31
+
+
+def frames(form):
+    file = io.BytesIO()
+    one, *more = [Image.fromarray(np.full((9, 9), 60 * i, np.uint8)) for i in range(3)]
+    one.save(file, form, save_all=True, append_images=more)
+    return file.getvalue()
+
+
+def test_every_picture_of_a_folder_is_packed_or_named(tmp_path, capsys):
+    same = {"jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "JFIF": "JPEG", "png": "PNG"}
+    made_png = {"bmp": "BMP", "dib": "BMP", "tif": "TIFF", "TIFF": "TIFF", "ppm": "PPM"}
+    made_png |= {"jp2": "JPEG2000", "": "BMP"}
+    (tmp_path / "pictures").mkdir()
+    files = {f"{end}1.{end}": picture(n, form) for n, (end, form) in enumerate(same.items())}
+    for n, (end, form) in enumerate(made_png.items()):
+        files[f"{n}.{end}".rstrip(".")] = picture(50 + n, form)
+    files |= {"a.gif": frames("GIF"), "b.tif": frames("TIFF"), "c.nef": picture(62, "TIFF")}
+    files |= {
+        "d.svg": b"<svg/>",
+        "e.bin": b"\0\0\0\x18ftypheic\0\0\0\0",
+        "one.gif": picture(9, "GIF"),
+    }
+    files |= {"f.avif": picture(60, "AVIF"), "w.webp": picture(61, "WEBP")}
+    for name, data in files.items():
+        (tmp_path / "pictures" / name).write_bytes(data)
+        (tmp_path / "pictures" / name).with_suffix(".txt").write_text(name)
+    for name in ("Thumbs.db", ".DS_Store", "._jpg1.jpg", "notes.md"):
+        (tmp_path / "pictures" / name).write_bytes(b"\0\5\x16\7 no picture")
+    assert packed(tmp_path, "--val", "0", captions=None) == 0
+    shown = capsys.readouterr().out
+    assert f"holds {len(files) - 5} pictures; 5 were left out" in shown
+    for reason, count in (("several pictures", 2), ("format that is not read", 3)):
+        (line,) = [line for line in shown.splitlines() if reason in line]
+        assert f" {count} " in line
+    found = {fields["file"]: own for _, _, fields, own in samples(tmp_path)}
+    for name, own in found.items():
+        ((extension, data),) = own.items()
+        if extension == "png" and not name.endswith("png"):
+            with Image.open(io.BytesIO(files[name])) as image:
+                want = np.asarray(image.convert("RGB"))
+            np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), want)
+        else:
+            assert data == files[name]
+            assert extension == {"w.webp": "webp", "png1.png": "png"}.get(name, "jpg")
+    assert len(Shards(tmp_path / "out", SMALL)) == len(found)
 
 
 def test_an_interrupted_call_goes_on_and_writes_only_what_is_missing(folder, monkeypatch, capsys):
@@ -266,6 +312,66 @@ def test_parquet_is_a_table_too(folder):
     rows = table(folder / "list.csv")
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "list.parquet")
     assert table(folder / "list.parquet") == rows
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Two files as `datasets` writes them: structs of bytes and path, in row groups of four."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        numbers = range(10 * part, 10 * part + 10)
+        images = [
+            {"bytes": picture(n, "PNG" if n % 3 else "JPEG"), "path": f"{n}.x"} for n in numbers
+        ]
+        images[3]["path"] = None
+        images[4] = None
+        images[5] = {"bytes": None, "path": "beside.png"}
+        columns = {"image": pyarrow.array(images, kind), "text": [f"number {n}" for n in numbers]}
+        columns["mask"] = [[{"bytes": b"x" * 9}]] * 10
+        file = tmp_path / "data" / f"train-{part:05d}-of-00002.parquet"
+        parquet.write_table(pyarrow.table(columns), file, row_group_size=4)
+    (tmp_path / "data" / "beside.png").write_bytes(picture(99, "PNG"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["data", "data/train-00000-of-00002.parquet"])
+def test_pictures_that_lie_in_parquet_are_packed(hub, name, monkeypatch, capsys):
+    monkeypatch.setattr("cascade.data.parquet._ROWS", 3)
+    count = 20 if name == "data" else 10
+    assert (
+        main(["data", "pack", str(hub / "out"), "--captions", str(hub / name), "--val", "2"]) == 0
+    )
+    shown = capsys.readouterr().out
+    lost = count // 10 + (count == 20)  # a row without a picture each, and one picture twice
+    assert f"holds {count - lost} pictures; {lost} were left out" in shown
+    assert "bytes" not in shown
+    found = samples(hub)
+    assert len(found) == count - lost
+    for _, caption, fields, own in found:
+        n = int(caption.split()[1])
+        data = picture(n, "PNG" if n % 3 else "JPEG") if n % 10 != 5 else picture(99, "PNG")
+        assert own == {"png" if n % 3 or n == 15 else "jpg": data}
+        if n % 10 not in (3, 5):
+            assert fields["file"] == f"{n}.x"
+    assert not [path for path in hub.iterdir() if path.name not in ("data", "out")]
+
+
+def test_of_two_columns_of_pictures_one_is_named(tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    columns = {"photo": [picture(0)], "sketch": [picture(1)], "caption": ["one"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "list.parquet")
+    (tmp_path / "pictures").mkdir()
+    assert packed(tmp_path, "--val", "0", captions="list.parquet") == 2
+    assert "pictures in photo, sketch: name one with --file-column" in capsys.readouterr().err
+    assert packed(tmp_path, "--val", "0", "--file-column", "sketch", captions="list.parquet") == 0
+    ((_, caption, fields, own),) = samples(tmp_path)
+    assert (caption, own, fields["file"]) == ("one", {"jpg": picture(1)}, "list.parquet: row 1")
 
 
 def test_parquet_without_pyarrow_names_the_extra(folder, monkeypatch, capsys):

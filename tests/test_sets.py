@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from cascade.data.transforms import MAX_PIXELS
+from cascade.data.rgb import MAX_PIXELS
 from cascade.errors import UserError
 from cascade.eval import captions, coco
 from cascade.eval.rgb import GREY, PALETTE, TRANSPARENT, TURNED
@@ -128,27 +128,6 @@ def test_conversions_are_made_as_said(tmp_path):
     assert pictures.sizes[pictures.ids.index("turned")] == (9, 4)
 
 
-def deep(mode):
-    pixels = np.full((6, 6), 4000, np.uint16)
-    return png(Image.fromarray(pixels)) if mode == "grey" else _deep_rgb()
-
-
-def _deep_rgb():
-    """A PNG of 16 bits a channel, which Pillow cannot write."""
-    import struct
-    import zlib
-
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    head = struct.pack(">IIBBBBB", 6, 6, 16, 2, 0, 0, 0)
-    rows = b"".join(b"\0" + b"\x12\x34" * 18 for _ in range(6))
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
 def animated():
     frames = [Image.fromarray(array(i)) for i in range(3)]
     return png(frames[0], save_all=True, append_images=frames[1:])
@@ -158,14 +137,9 @@ def huge():
     return png(Image.new("1", (10_000, MAX_PIXELS // 10_000 + 1)))
 
 
-def cmyk():
-    return png(Image.new("CMYK", (6, 6)), format="JPEG")
-
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 
 BAD = {
-    "16 bits of grey": ("a.png", lambda: deep("grey"), "16 bits"),
-    "16 bits of RGB": ("a.png", lambda: deep("rgb"), "16 bits"),
-    "CMYK": ("a.jpg", cmyk, "CMYK"),
     "animated": ("a.png", animated, "several pictures"),
     "animated webp": (
         "a.webp",
@@ -176,11 +150,41 @@ BAD = {
     ),
     "no picture": ("a.png", lambda: b"hello", "broken"),
     "empty": ("a.png", lambda: b"", "broken"),
-    "of another format": ("a.png", lambda: png(array(0), format="GIF"), "broken"),
+    "of another format": ("a.jpg", lambda: HEIC, "format that is not read"),
     "huge": ("a.png", huge, "pixels"),
-    "another ending": ("a.bmp", lambda: png(array(0), format="BMP"), "save it as PNG"),
+    "another ending": ("a.heic", lambda: HEIC, "format that is not read: save it as PNG"),
+    "no ending": ("a.bin", lambda: png(array(0)), "picture by its bytes: save it as PNG"),
     "the same id": ("p0.jpg", lambda: png(array(0), format="JPEG"), "not the only one"),
 }
+
+
+def test_whatever_a_picture_is_called_and_saved_as_it_is_read(folder):
+    for form, name in (("GIF", "a.gif"), ("BMP", "b.BMP"), ("TIFF", "c.tif"), ("PNG", "d.jfif")):
+        (folder / name).write_bytes(png(Image.fromarray(array(9)), format=form))
+    (folder / "e.gif").write_bytes(png(array(8, channels=1), format="GIF"))
+    (folder / "notes.md").write_text("no picture")
+    pictures = picture_set(folder)
+    found = held(pictures)
+    assert set(found) == {"deep/p5", "deep/p6", *(f"p{i}" for i in range(5)), *"abcde"}
+    for name in "bcd":
+        np.testing.assert_array_equal(found[name], array(9))
+    np.testing.assert_array_equal(found["e"], np.repeat(array(8, channels=1)[..., None], 3, 2))
+    names = [path.relative_to(folder) for path in folder.rglob("*.*") if path.suffix != ".md"]
+    (file := folder.parent / "captions.txt").write_text("".join(f"{n}\tx\n" for n in names))
+    assert len(captions.captioned(pictures, file)) == 12
+
+
+def test_a_picture_is_turned_as_img2dataset_says_beside_it(folder, tmp_path):
+    lying, fields = array(7, 4, 9), {"exif": json.dumps({"Image Orientation": "Rotated 90 CW"})}
+    (folder / "side.png").write_bytes(png(lying))
+    before = picture_set(folder).hash
+    (folder / "side.json").write_text(json.dumps(fields))
+    (folder / "p1.json").write_text("{")
+    for path in (folder, packed(folder, tmp_path / "set.tar")):
+        pictures = picture_set(path)
+        np.testing.assert_array_equal(held(pictures)["side"], np.rot90(lying, -1))
+        assert pictures.sizes[pictures.ids.index("side")] == (9, 4)
+        assert (pictures.notes, pictures.hash != before) == ({TURNED: 1}, True)
 
 
 @pytest.mark.parametrize("case", BAD)

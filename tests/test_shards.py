@@ -17,7 +17,10 @@ from cascade.data import items
 from cascade.data import shards as module
 from cascade.data.embeddings import Embeddings, write_embeddings
 from cascade.data.index import scan
+from cascade.data.precompute import _Samples
+from cascade.data.preflight import preflight
 from cascade.data.shards import SampleNumbers, Shards, collate, loader
+from cascade.data.stream import Stream
 from cascade.data.transforms import Pictures
 from cascade.errors import UserError
 
@@ -349,3 +352,68 @@ def test_a_set_too_large_for_the_cache_is_read_as_before(folder, monkeypatch, ca
     monkeypatch.setattr(module, "CACHE_BYTES", 1000)
     assert_paired(Shards(folder, SMALL, cache=True))
     assert "24 pictures of 8 px" in caplog.text
+
+
+# What img2dataset says of a picture
+
+TURNS = {
+    "Horizontal (normal)": lambda x: x,
+    "Mirrored horizontal": np.fliplr,
+    "Rotated 180": lambda x: np.rot90(x, 2),
+    "Mirrored vertical": np.flipud,
+    "Mirrored horizontal then rotated 90 CCW": lambda x: np.rot90(np.fliplr(x), 1),
+    "Rotated 90 CW": lambda x: np.rot90(x, -1),
+    "Mirrored horizontal then rotated 90 CW": lambda x: np.rot90(np.fliplr(x), -1),
+    "Rotated 90 CCW": lambda x: np.rot90(x, 1),
+}
+
+
+def saved(pixels, form="PNG", **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form, **options)
+    return file.getvalue()
+
+
+def test_a_picture_is_turned_as_its_json_says_and_never_twice(tmp_path):
+    """img2dataset drops the EXIF of what it encodes, and keeps it, in exifread's words, in JSON."""
+    stored = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    own, words = saved(stored, exif=exif), [*TURNS, "Rotated 90 CW", "Rotated 90 CW", "nonsense"]
+    members, right = [], [turn(stored) for turn in TURNS.values()]
+    right += [np.rot90(stored, -1), stored, stored, stored]
+    for n, word in enumerate([*words, None]):
+        about = json.dumps({"Thumbnail Orientation": "Rotated 180", "Image Orientation": word})
+        fields = json.dumps(
+            {"exif": about if word != "nonsense" else 7, "note": "Image Orientation"}
+        )
+        exif[0x0112] = 1  # "as it is": the file says so itself
+        data = own if n == 8 else saved(stored, exif=exif) if n == 9 else saved(stored)
+        fields = fields if word else '{"exif": "Image Orientation'
+        members += [
+            (f"{n:02d}.png", data),
+            (f"{n:02d}.txt", b"x"),
+            (f"{n:02d}.json", fields.encode()),
+        ]
+    tar = write(tmp_path / "00000.tar", members)
+    for cache in (False, True):
+        shards = Shards(tmp_path, SMALL, shuffle=False, cache=cache)
+        for n, picture in enumerate(right):
+            found = (shards[n]["image_8"].permute(1, 2, 0).numpy() + 1) * 127.5
+            assert np.abs(found - picture).max() < 0.5, (n, words[n : n + 1])
+    streamed = list(Stream(str(tar), SMALL, False, shuffle=False).items(range(len(right))))
+    seen = _Samples(tar, ["txt"], 8)
+    for n, item in enumerate(streamed):
+        assert torch.equal(item["image_8"], shards[n]["image_8"])
+        assert torch.equal(seen[n][2], shards[n]["image_8"])
+
+
+def test_nearly_white_pictures_are_warned_of_before_a_training(tmp_path, caplog):
+    white = np.full((8, 8, 3), 255, np.uint8)
+    pictures = [saved(white) if n in (2, 5) else picture(n) for n in range(8)]
+    members = [
+        m for n, data in enumerate(pictures) for m in ((f"{n}.png", data), (f"{n}.txt", b"x"))
+    ]
+    write(tmp_path / "00000.tar", members)
+    preflight(Shards(tmp_path, SMALL), 4)
+    assert "2 of 8 pictures are nearly all white, such as 00000/2" in caplog.text

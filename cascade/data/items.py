@@ -16,6 +16,18 @@ from cascade.draws import generator
 
 IDLE = np.random.default_rng(0)  # where nothing is drawn: to make a stream takes a while
 
+# EXIF's numbers of the orientations, as img2dataset writes them: in exifread's words.
+_ORIENTATIONS = {
+    "Horizontal (normal)": 1,
+    "Mirrored horizontal": 2,
+    "Rotated 180": 3,
+    "Mirrored vertical": 4,
+    "Mirrored horizontal then rotated 90 CCW": 5,
+    "Rotated 90 CW": 6,
+    "Mirrored horizontal then rotated 90 CW": 7,
+    "Rotated 90 CCW": 8,
+}
+
 
 @runtime_checkable
 class Sample(Protocol):
@@ -77,13 +89,37 @@ class Items:
 
     def decoded(self, sample: Sample) -> UInt8[np.ndarray, "s s 3"]:
         """Its picture at the largest size. Raises BadSample."""
-        return decode(sample.read("picture"), self.pictures.largest)
+        return picture_of(sample, self.pictures.largest)
 
     def _drawn(self, fields: Sequence[str], n: int) -> str:
         if len(fields) == 1:
             return fields[0]
         p = np.array([self.captions[field] for field in fields])
         return fields[generator(self.seed, "caption", n).choice(len(p), p=p / p.sum())]
+
+
+def picture_of(sample: Sample, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """The picture of a sample as `decode` gives it, turned as its JSON says if it does not itself.
+
+    (img2dataset writes pictures as they are stored, and the camera's orientation into the JSON.)
+    Raises BadSample.
+    """
+    data = sample.read("picture")
+    try:
+        fields = sample.read("json")
+    except BadSample:  # whoever asks for a caption of it is told so
+        fields = b""
+    return decode(data, size, stated=stated_orientation(fields))
+
+
+def stated_orientation(fields: bytes) -> int | None:
+    """EXIF's number of an orientation in the `exif` of img2dataset's JSON, if there is one."""
+    if b'"exif"' not in fields or b"Image Orientation" not in fields:
+        return None
+    try:
+        return _ORIENTATIONS.get(json.loads(json.loads(fields)["exif"])["Image Orientation"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def captions_of(sample: Sample, captions: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cascade.data.index import PICTURES
+from cascade.data import parquet
+from cascade.data.parquet import Stored
+from cascade.data.rgb import is_picture
 from cascade.errors import UserError
 
 FILE_COLUMNS = (
@@ -30,13 +32,16 @@ class Row(NamedTuple):
     """A picture to pack: its name in the list, its file, bytes, and captions by column."""
 
     name: str
-    path: Path
+    path: Path | Stored
     size: int
     captions: dict[str, str]
 
 
-def table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV, TSV, JSONL or parquet file.
+def table(path: Path, spill: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of a CSV, TSV, JSONL or parquet file, or of all parquet files of a folder.
+
+    Args:
+        spill: where pictures that lie in parquet are copied to (see `parquet.rows`).
 
     Raises:
         UserError: another kind of file, one that cannot be read or is damaged, or parquet where
@@ -46,8 +51,10 @@ def table(path: Path) -> list[dict[str, Any]]:
         ".csv": partial(_separated, delimiter=","),
         ".tsv": partial(_separated, delimiter="\t"),
         ".jsonl": _json_lines,
-        ".parquet": _parquet,
+        ".parquet": partial(parquet.rows, spill=spill),
     }
+    if parts := sorted(path.glob("*.parquet")) if path.is_dir() else []:
+        return [row for part in parts for row in table(part, spill)]
     read = readers.get(path.suffix.lower())
     if not read:
         raise UserError(f"{path}: give a table of captions that ends in {', '.join(readers)}")
@@ -90,16 +97,6 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def _parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(
-            f"{path} takes pyarrow to read: pip install cascade-diffusion[parquet]"
-        ) from error
-    return parquet.read_table(path).to_pylist()
-
-
 def columns(
     rows: Sequence[Mapping[str, Any]], file: str | None = None, captions: Sequence[str] = ()
 ) -> tuple[str, list[str]]:
@@ -110,7 +107,8 @@ def columns(
     """
     there = list(dict.fromkeys(name for row in rows for name in row))
     known = {name.lower(): name for name in there}
-    file = file or next((known[name] for name in FILE_COLUMNS if name in known), None)
+    common = [known[name] for name in FILE_COLUMNS if name in known]
+    file = file or next(iter(_of_pictures(rows, there) or common), None)
     captions = list(captions) or [
         name for name in there if name != file and CAPTION_COLUMN.fullmatch(name.lower())
     ]
@@ -124,24 +122,50 @@ def columns(
     return file, captions
 
 
+def _of_pictures(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """The column that holds pictures themselves, if there is one. UserError if there are more."""
+    held = [name for name in names if any(isinstance(row.get(name), Stored) for row in rows)]
+    if len(held) > 1:
+        raise UserError(f"there are pictures in {', '.join(held)}: name one with --file-column")
+    return held
+
+
 def rows_of_table(
     rows: Iterable[Mapping[str, Any]], file: str, captions: Sequence[str]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """File name and captions by column of each row; captions that are empty are left out."""
+) -> Iterator[tuple[str | Stored, dict[str, str]]]:
+    """File name and captions by column of each row; captions that are empty are left out.
+
+    Instead of a name there is the picture, where it lies in the table.
+    """
     for row in rows:
         texts = {name: one_line(row.get(name)) for name in captions}
-        yield str(row.get(file) or ""), {name: text for name, text in texts.items() if text}
+        named = row.get(file) or ""
+        if not isinstance(named, Stored | str):
+            named = str(named) if isinstance(named, int | float) else ""
+        yield named, {name: text for name, text in texts.items() if text}
 
 
 def texts_beside(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """The same for all pictures of a folder and those below it, with `name.txt` as caption."""
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower().lstrip(".") in PICTURES:
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if not hidden and is_picture(path.name, partial(_head, path)):
             try:
                 text = one_line(path.with_suffix(".txt").read_text(encoding="utf-8-sig"))
             except (OSError, UnicodeDecodeError):
                 text = ""
-            yield str(path.relative_to(folder)), {"caption": text} if text else {}
+            yield str(name), {"caption": text} if text else {}
+
+
+def _head(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
+    try:
+        with path.open("rb") as file:
+            return file.read(32)
+    except OSError:
+        return b""
 
 
 def one_line(text: Any) -> str:
@@ -152,7 +176,7 @@ def one_line(text: Any) -> str:
 
 def usable(
     folder: Path,
-    named: Iterable[tuple[str, dict[str, str]]],
+    named: Iterable[tuple[str | Stored, dict[str, str]]],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Row], dict[str, list[str]]]:
     """The pictures that are there and have a caption, each content once; the others by reason.
@@ -165,10 +189,12 @@ def usable(
     """
     rows, refused, seen = [], defaultdict(list), set()
     root = os.path.normpath(folder)
-    for name, captions in named:
-        path = Path(os.path.normpath(os.path.join(root, name)))
-        size = _size(path)
-        if not path.is_relative_to(root):
+    for given, captions in named:
+        held = isinstance(given, Stored)
+        name = given.name if held else given
+        path = given if held else Path(os.path.normpath(os.path.join(root, given)))
+        size = path.size if held else _size(path)
+        if not held and not path.is_relative_to(root):
             refused["outside of the folder"].append(name)
         elif size is None:
             refused["missing file"].append(name)
@@ -201,7 +227,7 @@ def _each_content_once(
     once, twins, contents = [], [], set()
     sizes = Counter(row.size for row in rows)
     for done, row in enumerate(rows, 1):
-        content = _digest(row.path) if row.size and sizes[row.size] > 1 else None
+        content = _content(row.path) if row.size and sizes[row.size] > 1 else None
         (twins if content in contents else once).append(row)
         if content:
             contents.add(content)
@@ -210,7 +236,9 @@ def _each_content_once(
     return once, twins
 
 
-def _digest(path: Path) -> bytes | None:
+def _content(path: Path | Stored) -> bytes | None:
+    if isinstance(path, Stored):
+        return path.digest
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "blake2b").digest()

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import webdataset
-from PIL import Image, ImageOps
+from PIL import Image
 
+from cascade.data import rgb
 from cascade.data.index import LIMITS
 from cascade.data.listing import Row
-from cascade.data.transforms import BadSample, _rgb, decode
+from cascade.data.rgb import BadSample
 from cascade.draws import generator
 from cascade.errors import UserError
 from cascade.files import write_atomically
@@ -48,24 +49,32 @@ class Fitted(NamedTuple):
 def fitted(data: bytes, short: int | None = None) -> Fitted:
     """A JPEG, PNG or WebP file as it is, if it decodes; one of a longer short side made smaller.
 
+    A picture of another format becomes a PNG of the same pixels.
+
     Args:
         short: greatest short side in pixels; None: any.
 
     Raises:
-        BadSample: as `decode` does.
+        BadSample: as `rgb.picture` does, or of another format there are several pictures, which a
+            PNG cannot hold.
     """
-    decode(data, 1, scaled=False)
-    image = Image.open(io.BytesIO(data), formats=tuple(_EXTENSIONS))
-    kind = "JPEG" if image.format == "MPO" else image.format  # a JPEG with a second one behind it
-    extension, size = _EXTENSIONS[kind], image.size
-    if short is None or min(size) <= short:
-        return Fitted(extension, data, size, size)
-    smaller, file = _rgb(image), io.BytesIO()
-    ImageOps.exif_transpose(smaller, in_place=True)
-    ratio = short / min(smaller.size)
-    smaller = smaller.resize([round(ratio * n) for n in smaller.size], Image.Resampling.BICUBIC)
-    smaller.save(file, kind, quality=_QUALITY)
-    return Fitted(extension, file.getvalue(), smaller.size, size)
+    image = rgb.opened(data, rgb.CONVERTIBLE)
+    kind, size = rgb.format_of(image), image.size
+    if kind not in _EXTENSIONS and rgb.several(image):
+        raise BadSample("several pictures")
+    picture = Image.fromarray(rgb.picture(data, rgb.CONVERTIBLE))
+    larger = short is not None and min(size) > short
+    if kind in _EXTENSIONS and not larger:
+        return Fitted(_EXTENSIONS[kind], data, size, size)
+    if larger:
+        ratio = short / min(size)
+        sides = [round(ratio * n) for n in picture.size]
+        picture = picture.resize(sides, Image.Resampling.BICUBIC)
+    kind, file = kind if kind in _EXTENSIONS else "PNG", io.BytesIO()
+    # A profile of grey or CMYK says nothing of RGB.
+    profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
+    picture.save(file, kind, quality=_QUALITY, **({"icc_profile": profile} if profile else {}))
+    return Fitted(_EXTENSIONS[kind], file.getvalue(), picture.size, size)
 
 
 def held_out(val: str, pictures: int) -> int:
@@ -182,6 +191,8 @@ def _made(row: Row, short: int | None) -> Fitted | str:
     """The picture of a row, or why there is none."""
     if row.size > LIMITS["picture"]:
         return "huge picture"
+    if rgb.ending(row.name) in rgb.UNREAD:  # of a camera's raw file, a TIFF is the preview
+        return rgb.FOREIGN
     try:
         return fitted(row.path.read_bytes(), short)
     except BadSample as reason:

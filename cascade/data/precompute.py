@@ -20,9 +20,9 @@ from cascade.data.claims import Claims
 from cascade.data.corpus import OpenTar, Placed
 from cascade.data.embeddings import MANIFEST, OFFSETS, Manifest, read_manifest, write_embeddings
 from cascade.data.index import scan
-from cascade.data.items import captions_of
+from cascade.data.items import IDLE, captions_of, picture_of
+from cascade.data.rgb import suspicious, warn_of_white
 from cascade.data.transforms import BadSample, Pictures
-from cascade.draws import generator
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
@@ -120,12 +120,15 @@ def about_pictures(clip: FrozenCLIP) -> Manifest:
 def picture_rows(
     tar: Path, clip: FrozenCLIP, captions: Sequence[str], workers: int = 0
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """`clip_image` of each good picture that has one of some captions."""
-    keys, rows = [], [torch.empty(0, clip.dim)]
+    """`clip_image` of each good picture that has one of some captions; warns of white ones."""
+    keys, rows, white = [], [torch.empty(0, clip.dim)], []
     for samples in _samples(tar, captions, clip.image_size, workers):
         keys += [key for key, _, _ in samples]
         pictures = torch.stack([picture for _, _, picture in samples])
         rows.append(clip.image(pictures).float().cpu())
+        bytes_ = ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        white += [key for (key, _, _), picture in zip(samples, bytes_) if suspicious(picture)]
+    warn_of_white(tar, white, len(keys))
     return keys, {"clip_image": torch.cat(rows)}
 
 
@@ -188,8 +191,8 @@ class _Samples(Dataset):
         sample = Placed(self.tar, place)
         try:
             texts = captions_of(sample, self.captions)
-            picture = sample.read("picture") if self.pictures.sizes else b""
-            views = self.pictures(picture, generator(0, "crop", 0))  # of the whole: nothing drawn
+            largest = self.pictures.largest
+            views = self.pictures.views(picture_of(sample, largest), IDLE) if largest else {}
         except BadSample:
             return None
         return sample.key, texts, next(iter(views.values()), None)

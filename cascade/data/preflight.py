@@ -8,6 +8,7 @@ import numpy as np
 from cascade.data.corpus import Placed
 from cascade.data.index import counted
 from cascade.data.items import fields_of
+from cascade.data.rgb import suspicious, warn_of_white
 from cascade.data.shards import Shards
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
@@ -17,6 +18,8 @@ LOOKS = 32  # samples that are looked at, evenly over the tars
 
 def preflight(shards: Shards, batch: int) -> None:
     """Looks at every tar's rights and at some samples, as training would read them.
+
+    Pictures among them that are nearly all white are warned of.
 
     How many workers there are plays no part: each may read any tar.
 
@@ -37,14 +40,16 @@ def preflight(shards: Shards, batch: int) -> None:
         )
     reasons: Counter[str] = Counter()
     found: set[str] = set()
+    white: list[str] = []
     ends = np.cumsum(shards.corpus.counts)
     for n in range(looks := min(LOOKS, len(shards))):
         at = n * len(shards) // looks
         tar = int(np.searchsorted(ends, at, side="right"))
         try:
-            found |= _look(shards, tar, at - int(ends[tar] - shards.corpus.counts[tar]))
+            found |= _look(shards, tar, at - int(ends[tar] - shards.corpus.counts[tar]), white)
         except BadSample as reason:
             reasons[str(reason)] += 1
+    warn_of_white(shards.corpus.paths[0].parent, white, looks)
     if 4 * reasons.total() > looks:
         raise UserError(
             f"of {looks} samples looked at {reasons.total()} are bad ({counted(reasons)}): mend "
@@ -57,10 +62,15 @@ def preflight(shards: Shards, batch: int) -> None:
         )
 
 
-def _look(shards: Shards, tar: int, place: int) -> set[str]:
-    """Reads a sample as training would. Returns the names of its fields, and "txt"."""
+def _look(shards: Shards, tar: int, place: int, white: list[str]) -> set[str]:
+    """Reads a sample as training would. Returns the names of its fields, and "txt".
+
+    Adds it to `white` if its picture is suspicious.
+    """
     shards.item(tar, place, 0)
     sample, reads = Placed(shards.corpus[tar], place), shards.make_item
+    if reads.pictures.sizes and suspicious(reads.decoded(sample)):
+        white.append(f"{sample.shard}/{sample.key}")
     fields = fields_of(sample) if {*reads.captions, *reads.json_fields} - {"txt"} else {}
     there = {name for name, value in fields.items() if value is not None}
     return there | ({"txt"} if sample.read("txt") else set())

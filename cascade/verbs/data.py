@@ -138,7 +138,11 @@ def index_shards(folder: Path) -> None:
 
 def pack_pictures(args: argparse.Namespace) -> None:
     """Packs a folder of pictures into shards, and says what was left out and why."""
-    folder, out = Path(args.pictures), Path(args.out)
+    out = Path(args.out)
+    if not (args.pictures or args.captions):
+        raise UserError("say what to pack: --pictures FOLDER, or --captions of a table with them")
+    listed = Path(args.captions or "")
+    folder = Path(args.pictures or (listed if listed.is_dir() else listed.parent))
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give that of the pictures")
     if out.exists() and not out.is_dir():
@@ -171,10 +175,11 @@ def pack_pictures(args: argparse.Namespace) -> None:
 
 
 def _captioned(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
-    rows = table(Path(args.captions))
+    room = next(parent for parent in Path(args.out).absolute().parents if parent.is_dir())
+    rows = table(Path(args.captions), spill=room)
     given = [name.strip() for name in args.caption_columns.split(",") if name.strip()]
     file, captions = columns(rows, args.file_column, given)
-    print(f"files are named by {file!r}, captions by {', '.join(map(repr, captions))}")
+    print(f"pictures are found by {file!r}, captions by {', '.join(map(repr, captions))}")
     return rows_of_table(rows, file, captions)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade.data.index import PICTURES
+from cascade.data.keys import PICTURES
 from cascade.data.listing import FILE_COLUMNS, one_line, table
 from cascade.encoders.text import tokenize
 from cascade.errors import UserError

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cascade.data.index import PICTURES
+from cascade.data.folders import walked
+from cascade.data.keys import PICTURES
 from cascade.errors import UserError
 
 FILE_COLUMNS = (
@@ -134,8 +135,12 @@ def rows_of_table(
 
 
 def texts_beside(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """The same for all pictures of a folder and those below it, with `name.txt` as caption."""
-    for path in sorted(folder.rglob("*")):
+    """The same for all pictures of a folder and those below it, with `name.txt` as caption.
+
+    Raises:
+        UserError: see `walked`.
+    """
+    for path in sorted(walked(folder)):
         if path.suffix.lower().lstrip(".") in PICTURES:
             try:
                 text = one_line(path.with_suffix(".txt").read_text(encoding="utf-8-sig"))

@@ -18,9 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from cascade.data.claims import Claims
 from cascade.data.corpus import OpenTar, Placed
+from cascade.data.dataset import read_dataset
 from cascade.data.embeddings import MANIFEST, OFFSETS, Manifest, read_manifest, write_embeddings
 from cascade.data.index import scan
 from cascade.data.items import captions_of
+from cascade.data.keys import FIRST_DOT
+from cascade.data.tar import tars_of
 from cascade.data.transforms import BadSample, Pictures
 from cascade.draws import generator
 from cascade.encoders.clip import FrozenCLIP
@@ -50,7 +53,7 @@ def precompute(
         UserError: `data` holds no tars, or `out` the rows of another encoder, or it cannot be
             written to.
     """
-    tars = sorted(data.glob("*.tar"))
+    tars = tars_of(data)
     if not tars:
         raise UserError(f"{data} holds no .tar shards")
     try:
@@ -175,7 +178,7 @@ class _Samples(Dataset):
 
     def __init__(self, tar: Path, captions: Sequence[str], size: int | None):
         members = {"txt" if field == "txt" else "json" for field in captions}
-        self.tar, self.captions = OpenTar(scan(tar), members), captions
+        self.tar, self.captions = OpenTar(scan(tar, _keys(tar.parent)), members), captions
         self.pictures = Pictures((size,) if size else ())
 
     def __len__(self) -> int:
@@ -190,6 +193,11 @@ class _Samples(Dataset):
         except BadSample:
             return None
         return sample.key, texts, next(iter(views.values()), None)
+
+
+def _keys(folder: Path) -> str:
+    dataset = read_dataset(folder)
+    return dataset.keys if dataset else FIRST_DOT
 
 
 def _samples(

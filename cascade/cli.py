@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     except tuple(_EXIT_CODES) as error:
         print(f"cascade: {_line(error)}", file=sys.stderr)
         _note(error)
-        return _EXIT_CODES[type(error)]
+        return next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
     except KeyboardInterrupt:
         print("cascade: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -342,7 +342,7 @@ def test_a_split_is_chosen_by_name(folder):
         Stream(str(folder / "train-00000.tar"), SMALL, False, split="val")
     plain = write(folder / "00000.tar", sample("p", 1))
     assert keys(read(in_order(plain))) == keys(read(in_order(plain, split="all"))) == ["00000/p"]
-    with pytest.raises(UserError, match="no held-out split"):
+    with pytest.raises(UserError, match="--val 1%"):
         in_order(plain, split="val")
 
 

@@ -28,7 +28,7 @@ from cascade.data.index import (
     time_now,
 )
 from cascade.data.keys import DOTTED, FIRST_DOT, REMEDY
-from cascade.data.splits import ALL, TRAIN, chosen, is_divided, lacking
+from cascade.data.splits import ALL, chosen, is_divided, lacking
 from cascade.data.tar import Paths, listed
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
@@ -110,7 +110,7 @@ class Corpus:
         captions: members that may caption a sample: of "txt" and "json".
         at_hand: how many tars are kept open.
         keys: where a key ends in a name; None: as the folder was indexed, or at the first dot.
-        hold_out: False trains on what the index holds out as well.
+        hold_out: a share of the pictures in place of the one that the index holds out; 0: none.
 
     Attributes:
         paths: of the tars.
@@ -131,16 +131,15 @@ class Corpus:
         captions: Set[str],
         at_hand: int,
         keys: str | None = None,
-        hold_out: bool = True,
+        hold_out: float | None = None,
     ):
-        self.captions, self._at_hand, self._keys = captions, at_hand, keys
+        self.captions, self._at_hand = captions, at_hand
+        self._keys, self._hold_out = keys, hold_out
         self._open: dict[int, OpenTar] = {}  # the one used last comes last
         self._scanned: dict[int, Index] = {}
         found = listed(path)
         self._datasets = {folder: read_dataset(folder) for folder in {p.parent for p in found}}
         self.paths, self.part = self._chosen(path, found, split)
-        if not hold_out and self.part == TRAIN:
-            self.part = ALL
         self._summaries = self._read()
         self.counts = [summary.usable(captions, self.part) for summary in self._summaries]
         self.usable = sum(summary.usable(captions) for summary in self._summaries)
@@ -163,11 +162,16 @@ class Corpus:
         shares = {self._share(tar) for tar in self.paths}
         return max(shares) if self.part != ALL else 0.0
 
+    @property
+    def part_of_tars(self) -> str:
+        """Which samples of the tars are meant; "": all."""
+        return f", {self.part}, held out {self.share}" if self.share else ""
+
     @cached_property
     def fingerprint(self) -> str:
         """Of the tars: names, bytes and numbers of samples, and so of the order as well."""
         found = [(p.name, p.stat().st_size, n) for p, n in zip(self.paths, self.counts)]
-        return _hashed([*found, *([(self.part, self.share)] if self.share else [])])
+        return _hashed(found, self.part_of_tars)
 
     @cached_property
     def identity(self) -> str | None:
@@ -178,12 +182,15 @@ class Corpus:
         digests = [summary.digest for summary in self._summaries]
         if not all(digests):
             return None
-        rows = [*zip(digests, self.counts)]
-        return _hashed([*rows, *([(self.part, self.share)] if self.share else [])])
+        return _hashed(zip(digests, self.counts), self.part_of_tars)
 
     def _share(self, tar: Path) -> float:
-        dataset = self._datasets[tar.parent]
-        return dataset.held_out if dataset and is_divided(tar.stem) else 0.0
+        return self._share_of(self._datasets[tar.parent], tar.stem)
+
+    def _share_of(self, dataset: Dataset | None, name: str) -> float:
+        if dataset is None or not is_divided(name):
+            return 0.0
+        return dataset.held_out if self._hold_out is None else self._hold_out
 
     def _chosen(self, path: Paths, found: Sequence[Path], split: str) -> tuple[list[Path], str]:
         """The tars of a split, and which part of their samples is meant."""
@@ -191,11 +198,11 @@ class Corpus:
         shares = {tar.stem: self._share(tar) for tar in found}
         names, part = chosen(shares, split, one_by_one)
         if not names:
-            raise lacking(path, list(shares), split, "split")
+            raise lacking(path, list(shares), split)
         whole = not one_by_one and Path(path).is_dir() and self._datasets[Path(path)]
         if whole:
             stems = (name.removesuffix(".tar") for name in whole.tars if name[0] != ".")
-            shares |= {stem: whole.held_out * is_divided(stem) for stem in stems}
+            shares |= {stem: self._share_of(whole, stem) for stem in stems}
             if gone := sorted({*chosen(shares, split)[0]} - {*names}):
                 raise UserError(f"{Path(path) / gone[0]}.tar is gone: {remedy(Path(path))}")
         return [tar for tar in found if tar.stem in names], part
@@ -231,7 +238,9 @@ class Corpus:
                 f"{tar.parent} was indexed with keys={dataset.keys}, not {self._keys}: "
                 f"{remedy(tar.parent)[:-1]} --keys {self._keys}`"
             )
-        summary = dataset.tars[tar.name]
+        summary, share = dataset.tars[tar.name], self._share(tar)
+        if share != dataset.held_out:
+            summary = load(tar).divided(share) if share else replace(summary, held_out={})
         now = time_now(tar, summary)
         if now == summary.mtime_ns:
             return summary
@@ -272,5 +281,6 @@ class Corpus:
         return tar
 
 
-def _hashed(rows: Iterable[tuple]) -> str:
-    return hashlib.sha256("".join(f"{row}\n" for row in rows).encode()).hexdigest()[:16]
+def _hashed(rows: Iterable[tuple], part: str) -> str:
+    text = "".join(f"{row}\n" for row in rows) + part
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -87,7 +87,7 @@ class Shards(Dataset):
         cache: bool = False,
         max_skip_fraction: float = 0.01,
         keys: str | None = None,
-        hold_out: bool = True,
+        hold_out: float | None = None,
     ):
         self.make_item = Items(pictures, captions, embeddings, json_fields, seed)
         self.embeddings, self.max_skip_fraction = self.make_item.embeddings, max_skip_fraction

@@ -26,6 +26,10 @@ _WORDS = {
 _BITS = 48  # of the number of a picture: its share of their range is a float64, exactly
 
 
+class NothingHeldOut(UserError):
+    """Nothing is held out, neither by the names of tars nor by an index."""
+
+
 def split_of(name: str) -> str | None:
     """The split that the name of a tar says: the first of its words that is one."""
     words = re.findall("[a-z]+", name.lower())
@@ -81,18 +85,25 @@ def chosen(shares: Mapping[str, float], split: str, listed: bool = False) -> tup
     return [name for name, share in shares.items() if share], HELD_OUT
 
 
-def lacking(where: object, names: Sequence[str], split: str, setting: str) -> UserError:
-    """What to say where `of_split` found none."""
-    known = sorted({split_of(name) or _prefix(name) for name in names} - {""})
-    if canonical(split) == HELD_OUT and not any(map(split_of, names)):
-        return UserError(
-            f"{where} has no held-out split: `cascade data index DIR --val 1%` makes one, or say "
-            f"{setting}={ALL}, which takes what is trained on as well"
-        )
-    return UserError(
-        f"{where} has no {split}-*.tar: choose a split of {known}, or {setting}={ALL} for all of "
-        "them"
-    )
+def lacking(where: object, names: Sequence[str], split: str) -> UserError:
+    """What to say where `chosen` found none of the tars that are there."""
+    said = {split_of(name) for name in names} - {None}
+    known = sorted(said or (set(map(_prefix, names)) - {""} if split == TRAIN else ()))
+    choose = f"choose a split of {known}, or" if known else "choose"
+    what = f"{where} has no {split}-*.tar: {choose} the split all, which is everything"
+    if canonical(split) != HELD_OUT:
+        return UserError(what)
+    return NothingHeldOut(f"{what}; `cascade data index DIR --val 1%` holds some pictures out")
+
+
+def described(split: str) -> str:
+    """What captions of a split are, in words."""
+    kind = canonical(split)
+    if kind == ALL:
+        return "captions of all samples, those of the training among them"
+    if kind == TRAIN:
+        return "captions of the training samples"
+    return "held-out captions" if kind in _WORDS.values() else f"captions of the split {split}"
 
 
 def _prefix(name: str) -> str:

@@ -90,7 +90,7 @@ def named(urls: str | Sequence[str], split: str, allow_pipe: bool) -> dict[str, 
         raise UserError(f"two tars are called {twice}: rename one, as names tell them apart")
     chosen = of_split(list(tars), split)
     if not chosen:
-        raise lacking("data.urls", list(tars), split, "data.split")
+        raise lacking("data.urls", list(tars), split)
     return {name: tars[name] for name in chosen}
 
 

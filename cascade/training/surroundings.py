@@ -6,6 +6,7 @@ conditions. Both are known by their content: where they lie, and what they are c
 
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import lightning as L

@@ -115,7 +115,7 @@ def _attempt(config: DictConfig) -> Path:
     if min(config.batch, config.images) < 1:
         raise UserError(f"batch={config.batch} images={config.images}: both are at least 1")
     check_identity(config, folder)
-    if finished(folder) and loaded(folder / "config.yaml").images >= config.images:
+    if finished(folder, config.images):
         print(f"{config.name}: finished before ({folder})")
         return folder
     _quiet()

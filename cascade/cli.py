@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--out", help="folder for numbers and report.html (default: model, PICTURES.evaluation)"
     )
-    evaluate.add_argument("--split", default="val", help="held-out split (default val)")
+    evaluate.add_argument("--split", default="val", help="held-out split (val); all: everything")
     evaluate.add_argument("--count", type=int, default=320, help="captions of each kind (320)")
     evaluate.add_argument("--guidance", default="1,2,4", help="decoder's scales to sweep (1,2,4)")
     evaluate.add_argument(
@@ -140,13 +140,24 @@ def parser() -> argparse.ArgumentParser:
     scenes.add_argument("--seed", type=int, default=0)
     index = kinds.add_parser("index", help="note where each sample lies, and find damage")
     index.add_argument("data", help="folder of shards")
+    index.add_argument(
+        "--val",
+        metavar="SHARE",
+        help="hold out so many pictures, as 1%% or 500, where tars are not called val-* (0: none; "
+        "default: as before)",
+    )
+    index.add_argument(
+        "--keys",
+        choices=["first_dot", "last_dot"],
+        help="where a sample's key ends in its members' names (default: as before, first_dot)",
+    )
     pack = kinds.add_parser("pack", help="write shards of a folder of pictures with captions")
     pack.add_argument("out", help="folder to write to")
     pack.add_argument("--pictures", help="folder of files (default: that of --captions)")
     pack.add_argument("--captions", help=".csv, .tsv, .jsonl or .parquet (default: NAME.txt files)")
     pack.add_argument("--file-column", help="of names or pictures (default: by common names)")
     pack.add_argument("--caption-columns", default="", help="the first is the sample's .txt")
-    pack.add_argument("--val", default="0.01", help="pictures held out, or their share (0.01)")
+    pack.add_argument("--val", default="0.01", help="pictures held out, or their share (1%%)")
     pack.add_argument("--size", type=int, help="make larger pictures smaller, to this short side")
     pack.add_argument("--per-shard", type=int, default=1000, help="pictures in a shard (1000)")
     pack.add_argument("--seed", type=int, default=0, help="of the order (default 0)")
@@ -238,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     except tuple(_EXIT_CODES) as error:
         print(f"cascade: {_line(error)}", file=sys.stderr)
         _note(error)
-        return _EXIT_CODES[type(error)]
+        return next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
     except OSError as error:
         if error.errno not in _REFUSED or not error.filename:
             raise

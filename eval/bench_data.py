@@ -30,9 +30,10 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from cascade.data.bsr import BSR
-from cascade.data.corpus import DATASET
+from cascade.data.dataset import DATASET
 from cascade.data.embeddings import write_embeddings
-from cascade.data.index import PICTURES, Index, save, scan, tars
+from cascade.data.index import Index, save, scan
+from cascade.data.keys import PICTURES
 from cascade.data.scenes import write_scenes
 from cascade.data.shards import Shards, collate, loader
 from cascade.data.transforms import Pictures, decode
@@ -56,7 +57,7 @@ def usual(path: str, split: str, size: int, low: int | None) -> Iterable:
         x = transform(image)
         return x, shrink(x) if shrink else None
 
-    urls = [str(tar) for tar in tars(path, split)]
+    urls = [str(tar) for tar in Shards(path, Pictures(()), split).corpus.paths]
     stream = wds.WebDataset(urls, shardshuffle=False).decode("pilrgb")
     return stream.to_tuple(";".join(PICTURES), "txt").map_tuple(both, str)
 
@@ -133,7 +134,7 @@ def bsr_rate(files: list[bytes], rounds: int) -> float:
 
 def index_rate(path: str, split: str, folder: Path, rounds: int) -> float:
     """MB/s of a tar in the disk cache, its index written included."""
-    tar = tars(path, split)[0]
+    tar = Shards(path, Pictures(()), split).corpus.paths[0]
     run = {"index": lambda: save(replace(scan(tar), tar=folder / tar.name))}
     return tar.stat().st_size / 1e6 / best_times(run, rounds)["index"]
 

@@ -92,7 +92,8 @@ def features_of_split(data: Path, split: str, size: int, space: Features) -> Flo
     Whoever measures against this split again, or looks for neighbours in it, reads that.
     """
     shards = Shards(data, Pictures((size,)), split, shuffle=False)
-    origin = Origin.of(space, f"{size} px, {weights_hash(shards.corpus.paths)}")
+    tars, part = shards.corpus.paths, shards.corpus.part_of_tars
+    origin = Origin.of(space, f"{size} px, {weights_hash(tars)}{part}")
 
     def rows() -> Iterator[Float[Tensor, "b d"]]:
         for start in range(0, len(shards), BLOCK):

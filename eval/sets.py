@@ -8,7 +8,6 @@ cannot be read is refused by name. Captions lie beside the pictures (`eval.capti
 
 import hashlib
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,13 +22,15 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from cascade.data.index import HOSTILE, LIMITS, Header
+from cascade.data.folders import walked
+from cascade.data.index import LIMITS
 from cascade.data.items import stated_orientation
+from cascade.data.keys import HOSTILE
 from cascade.data.rgb import ENDINGS, UNREAD, BadSample, is_picture
+from cascade.data.tar import PACKED, contents
 from cascade.errors import UserError
 from cascade.eval.rgb import Look, look, pixels
 
-_PADDING = 2**20  # zeros behind the end of a tar: more than any usual record
 _WORKERS = min(16, os.cpu_count() or 1)  # Pillow decodes, and a hash is taken, without the GIL
 
 
@@ -72,7 +73,7 @@ def listed(path: Path) -> Listing:
         UserError: there is neither, a tar is damaged, two pictures have one id, or a name leads
             elsewhere or is of a kind of picture that is not read.
     """
-    found = Listing({}, {}, {})
+    found, names = Listing({}, {}, {}), {}
     beside = {"txt": found.texts, "json": found.fields}
     for name, span in _files(path):
         stem, _, ending = name.rpartition(".")
@@ -80,13 +81,17 @@ def listed(path: Path) -> Listing:
         if HOSTILE.search(name):
             raise UserError(f"{path}: a file is called {name!r}: rename it")
         kind = found.pictures if ending in ENDINGS else beside.get(ending)
-        if "/." in f"/{name}":
+        if _hidden(name):
             continue
         if kind is None and is_picture(name, span.head):
             what = "of a format that is not read" if ending in UNREAD else "a picture by its bytes"
             raise UserError(f"{path}: {name} is {what}: save it as PNG, and call it so")
+        place = ("picture" if ending in ENDINGS else ending, stem)
         if kind is not None and kind.setdefault(stem, span) is not span:
-            raise UserError(f"{path}: {name} is not the only one called {stem}: rename it")
+            raise UserError(
+                f"{path}: {name} is not the only one called {stem}: rename {names[place]}"
+            )
+        names[place] = name
     return found
 
 
@@ -97,43 +102,35 @@ def _files(path: Path) -> Iterator[tuple[str, Span]]:
         return
     if not path.is_dir():
         raise UserError(f"{path} is not there: give a folder of pictures, or a tar of them")
-    for folder, folders, names in os.walk(path):
-        if links := [name for name in folders if Path(folder, name).is_symlink()]:
-            raise UserError(
-                f"{Path(folder, links[0])} is a link to a folder: give what it leads to"
-            )
-        for name in names:
-            file = Path(folder, name)
-            inside = file.relative_to(path).as_posix()
-            if file.suffix == ".tar":
-                stem = inside.removesuffix(".tar")
-                yield from ((f"{stem}/{member}", span) for member, span in _members(file))
-            elif file.is_file():
-                yield inside, Span(file, 0, file.stat().st_size)
+    for file in walked(path):
+        inside = file.relative_to(path).as_posix()
+        if _hidden(inside):
+            continue
+        if file.suffix == ".tar":
+            stem = inside.removesuffix(".tar")
+            yield from ((f"{stem}/{member}", span) for member, span in _members(file))
+        elif file.name.endswith(PACKED):
+            raise UserError(f"{file} is compressed: unpack it, or move it out of {path}")
+        elif file.is_file():
+            yield inside, Span(file, 0, file.stat().st_size)
+        elif file.is_symlink():
+            raise UserError(f"{file} is a link to {file.readlink()}, which is not there: remove it")
+
+
+def _hidden(name: str) -> bool:
+    return "/." in f"/{name}"
 
 
 def _members(tar: Path) -> Iterator[tuple[str, Span]]:
     """Names of the files in a tar, and where their bytes are. UserError if it is not whole."""
-    size, end = tar.stat().st_size, 0
-    damaged = UserError(f"{tar} is no whole tar: copy it again (compressed, it has to be unpacked)")
-    try:
-        with tarfile.open(tar, "r:", tarinfo=Header) as archive:
-            while member := archive.next():
-                archive.members.clear()  # or it would keep them all
-                end = member.offset_data + -(-member.size // 512) * 512
-                if member.isreg():
-                    if member.issparse() or member.size > size - member.offset_data:
-                        raise damaged
-                    name = member.name.removeprefix("./")
-                    yield name, Span(tar, member.offset_data, member.size)
-    except (OSError, tarfile.TarError, ValueError, RecursionError):
-        raise damaged from None
-    # tarfile takes a damaged header for the end, which is a block of zeros, and some behind it.
-    with tar.open("rb") as file:
-        file.seek(end)
-        rest = file.read(_PADDING + 1)
-    if any(rest) or not 512 <= len(rest) <= _PADDING:
-        raise damaged
+    found = contents(tar)
+    if not found.whole:
+        raise UserError(f"{tar} is no whole tar: copy it again")
+    for member in found.members:
+        name = member.name.removeprefix("./")
+        if member.lost and not _hidden(name):
+            raise UserError(f"{tar}: {name} is a {member.lost}: pack the file that is meant")
+        yield name, Span(tar, member.offset, member.bytes)
 
 
 @dataclass(frozen=True, eq=False)

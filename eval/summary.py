@@ -7,6 +7,7 @@ is of.
 from pathlib import Path
 
 from cascade.conditioning import Batch
+from cascade.data.splits import described
 from cascade.eval.attribution import MEASURES, sentence
 from cascade.eval.geneval import TASKS
 from cascade.eval.protocol import KINDS, Metrics
@@ -36,7 +37,7 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     report = Report("Cascade: from captions to pictures")
     space = metrics["features"]
     report.paragraph(
-        f"All pictures are of held-out captions, one each, none chosen, seed {metrics['seed']}. "
+        f"All pictures are of {_whose(metrics)}, one each, none chosen, seed {metrics['seed']}. "
         f"Distances are Fréchet distances in this space: {space}. They are not FID, "
         "which is defined by other features, and compare only with each other."
     )
@@ -64,7 +65,7 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     _stages(report, metrics)
     if "prior" in metrics:
         report.heading("The prior")
-        _prior(report, metrics["prior"])
+        _prior(report, metrics["prior"], described(next(iter(metrics["captions"]))))
     if "geneval" in metrics:
         report.heading("GenEval on scenes")
         _geneval(report, metrics["geneval"])
@@ -73,6 +74,11 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
         report.losses(run, run.parent.name)
         _over_time(report, run.parent / "samples")
     report.save(path)
+
+
+def _whose(metrics: Metrics) -> str:
+    """ "held-out captions", or whatever they are."""
+    return "; ".join(dict.fromkeys(described(split) for split in metrics["captions"]))
 
 
 def _pictures(report: Report, batch: Batch) -> None:
@@ -182,9 +188,9 @@ def _stages(report: Report, metrics: Metrics) -> None:
         report.table(["embedding of", "size", "n", "whole", "binding"], rows)
 
 
-def _prior(report: Report, prior: Metrics) -> None:
+def _prior(report: Report, prior: Metrics, whose: str) -> None:
     report.paragraph(
-        "Image embeddings that the prior makes of held-out captions, against the true ones: with "
+        f"Image embeddings that the prior makes of {whose}, against the true ones: with "
         "the averaged weights, with those of the last step (online), and the text embeddings in "
         f"their place. Retrieval is among {prior['gallery']}; equal captions count as right."
     )

@@ -12,8 +12,10 @@ import torch
 
 from cascade.cli import main
 from cascade.data import corpus as module
+from cascade.data import dataset as dataset_module
 from cascade.data import preflight as preflight_module
-from cascade.data.corpus import DATASET, Corpus, index_folder
+from cascade.data.corpus import Corpus
+from cascade.data.dataset import DATASET, index_folder
 from cascade.data.embeddings import Embeddings, write_embeddings
 from cascade.data.index import load, save, scan
 from cascade.data.preflight import preflight
@@ -225,11 +227,12 @@ def test_a_folder_that_is_not_as_it_was_indexed_is_refused(folder):
     with pytest.raises(UserError, match=rf"train-00001.tar is gone: {REMEDY}"):
         Shards(folder, SMALL)
     (folder / "away").rename(tar)
-    shards = Shards(folder, SMALL, shuffle=False)
-    os.utime(tar, ns=(0, tar.stat().st_mtime_ns + 1))
+    shards, data = Shards(folder, SMALL, shuffle=False), tar.read_bytes()
+    tar.write_bytes(data.replace(b"0000.jpg", b"9999.jpg"))
     for start in (lambda: Shards(folder, SMALL), lambda: shards[8]):
         with pytest.raises(UserError, match=rf"train-00001.tar is not as it was.*{REMEDY}"):
             start()
+    tar.write_bytes(data)
     indexed(folder)
     (folder / DATASET).write_text(text.replace('"samples": 8', '"samples": 7'))
     os.utime(tar, ns=(0, json.loads(text)["tars"][tar.name]["mtime_ns"]))
@@ -254,10 +257,12 @@ def test_an_interrupted_call_goes_on(folder, monkeypatch):
         index_folder(folder, stop)
     assert not (folder / DATASET).exists()
     scanned = []
-    monkeypatch.setattr(module, "scan", lambda tar: scanned.append(tar.name) or scan(tar))
-    summaries, unreadable = indexed(folder)
+    monkeypatch.setattr(
+        dataset_module, "scan", lambda tar, keys: scanned.append(tar.name) or scan(tar)
+    )
+    dataset, unreadable = indexed(folder)
     assert scanned == ["train-00002.tar", "val-00000.tar"]
-    assert (len(summaries), unreadable) == (4, [])
+    assert (len(dataset.tars), unreadable) == (4, [])
     assert not list(folder.glob(".*"))
 
 

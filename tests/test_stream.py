@@ -92,7 +92,7 @@ def folder(tmp_path):
 
 def test_items_are_those_of_the_indexed_reader(folder):
     for tar in folder.glob("*.tar"):
-        names = Shards([tar], SMALL, split="").corpus[0]
+        names = Shards([tar], SMALL, split="all").corpus[0]
         names = [names.key(i) for i in range(len(names))]
         rows = {"clip_image": torch.rand(len(names), 3)}
         write_embeddings(folder / "clip", tar.stem, names[::-1], rows, {})
@@ -338,10 +338,12 @@ def test_a_split_is_chosen_by_name(folder):
     assert len(Stream(both, SMALL, False).urls) == 4
     (item,) = read(Stream(both, SMALL, False, split="val", shuffle=False))
     assert item["key"] == "val-00000/v"
-    with pytest.raises(UserError, match=r"no val-\*.tar, but \['train'\]: .*grids=0"):
+    with pytest.raises(UserError, match=r"no val-\*.tar: choose a split of \['train'\]"):
         Stream(str(folder / "train-00000.tar"), SMALL, False, split="val")
     plain = write(folder / "00000.tar", sample("p", 1))
-    assert keys(read(in_order(plain, split="val"))) == ["00000/p"]
+    assert keys(read(in_order(plain))) == keys(read(in_order(plain, split="all"))) == ["00000/p"]
+    with pytest.raises(UserError, match="--val 1%"):
+        in_order(plain, split="val")
 
 
 def test_what_cannot_be_opened_is_refused_before_it_is_needed(folder, monkeypatch):

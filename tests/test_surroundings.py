@@ -1,15 +1,28 @@
 """A run goes on with the shards and the encoders that it began with, or not at all."""
 
+import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
 
+from cascade.data.dataset import index_folder
 from cascade.data.scenes import write_scenes
+from cascade.data.shards import Shards
+from cascade.data.transforms import Pictures
 from cascade.encoders.clip import save_clip
 from cascade.errors import UserError
+from cascade.training import callbacks
+from cascade.training.checkpoint import newest_checkpoint
+from cascade.training.surroundings import recorded
 from cascade.verbs import train
+from cascade.verbs.checks import check_identity
 from cascade.verbs.configuration import built, composed
+from cascade.verbs.evaluate import check_unseen
 
 SMALL = ["stage=decoder_text", "text=clip_tiny", "size=16", "batch=4", "warmup=8", "grids=0"]
 SMALL += ["net.channels=8", "net.embed=16", "net.blocks=1", "net.width=32", "net.head_channels=8"]
@@ -27,9 +40,9 @@ def go(tmp_path):
     write_scenes(tmp_path / "shards", "plain", "train", 20, 16, seed=0, shard_size=10)
     write_clip(tmp_path / "clip", 0)
 
-    def run(images):
-        own = [f"data.path={tmp_path / 'shards'}", f"clip.path={tmp_path / 'clip'}"]
-        own += [f"run={tmp_path / 'run'}", f"images={images}", "learning_rate=constant"]
+    def run(images, root=tmp_path, data="shards"):
+        own = [f"data.path={root / data}", f"clip.path={root / 'clip'}"]
+        own += [f"run={root / 'run'}", f"images={images}", "learning_rate=constant"]
         return train.run(composed("train", [*SMALL, *own]))
 
     run(8)
@@ -66,3 +79,118 @@ def test_an_encoder_that_was_exchanged_is_refused(go, tmp_path):
         go(16)
     write_clip(tmp_path / "clip", 0)
     go(16)
+
+
+def images(root):
+    return json.loads((root / "run/status.json").read_text())["images"]
+
+
+def moved(tmp_path):
+    """All of it, elsewhere."""
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    for name in ("shards", "clip", "run"):
+        (tmp_path / name).rename(place / name)
+    return place
+
+
+def test_what_lies_elsewhere_or_is_named_in_another_way_is_the_same(go, tmp_path, monkeypatch):
+    (tmp_path / "linked").symlink_to(tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    go(12, data="linked")
+    go(16, Path(), "./shards/")
+    place = moved(tmp_path)
+    go(20, place)
+    assert images(place) == 20
+    shutil.copytree(place / "shards", tmp_path / "shards")  # with the times of today
+    for tar in (tmp_path / "shards").glob("*.tar"):
+        os.utime(tar, (1, 1))
+    shutil.copytree(place / "clip", tmp_path / "clip")
+    shutil.copytree(place / "run", tmp_path / "run")
+    go(24)
+    assert images(tmp_path) == 24
+
+
+def test_what_lies_elsewhere_and_is_another_is_refused(go, tmp_path):
+    place = moved(tmp_path)
+    write_clip(place / "clip", 1)
+    with pytest.raises(UserError, match="clip has other weights than when this run began"):
+        go(16, place)
+    write_clip(place / "clip", 0)
+    write_clip(place / "other", 1)
+    (tmp_path / "clip").symlink_to(place / "clip")
+    config = composed("train", [*SMALL, f"data.path={place / 'shards'}", f"run={place / 'run'}"])
+    config.learning_rate = config.stage.learning_rate = None
+    for key, value in (("clip.path", place / "other"), ("text.reader.path_or_name", place / "no")):
+        OmegaConf.update(config, key, str(value))
+        with pytest.raises(UserError, match=key.split(".")[0]):
+            check_identity(config, place / "run")
+
+
+def test_an_index_knows_shards_by_their_content(go, tmp_path):
+    shards = tmp_path / "shards"
+    index_folder(shards, lambda *_: None)
+    go(12)  # begun without one
+    for number in (1, 0):  # in their order, under other names
+        (shards / f"train-0000{number}.tar").rename(shards / f"train-1000{number}.tar")
+    index_folder(shards, lambda *_: None)
+    go(16)
+    a, b = (shards / f"train-1000{n}.tar" for n in (0, 1))
+    other, time = bytearray(b.read_bytes()), b.stat()
+    at = other.index(b"IDAT") + 20
+    other[at] ^= 1
+    b.write_bytes(other)
+    os.utime(b, ns=(time.st_atime_ns, time.st_mtime_ns))  # as large, as old, as many samples
+    (shards / "train-10001.index").unlink()
+    index_folder(shards, lambda *_: None)
+    with pytest.raises(UserError, match="shards are others"):
+        go(20)
+    other[at] ^= 1
+    b.write_bytes(other)
+    index_folder(shards, lambda *_: None)
+    go(20)
+    assert images(tmp_path) == 20
+    assert a.exists()
+
+
+def test_a_run_keeps_what_is_held_out_since_it_began_and_is_not_measured_with_it(go, tmp_path):
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    index_folder(shards, lambda *_: None, val="25%")
+    go(12)
+    kept = recorded(newest_checkpoint(run))
+    assert kept["held_out"] == 0
+    with pytest.raises(UserError, match=r"was trained with what .* holds out now.*--split all"):
+        check_unseen([run], shards, "val")
+    shutil.rmtree(run)
+    go(12)
+    assert recorded(newest_checkpoint(run))["held_out"] == 0.25
+    check_unseen([run], shards, "val")
+    index_folder(shards, lambda *_: None, val="50%")
+    go(16)
+    assert recorded(newest_checkpoint(run))["held_out"] == 0.25
+    with pytest.raises(UserError, match="holds out now"):
+        check_unseen([run], shards, "val")
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_grids_show_what_is_held_out_or_are_labelled(tmp_path, held_out, monkeypatch):
+    write_scenes(tmp_path / "shards", "plain", "train", 20, 16, seed=0)
+    (tmp_path / "shards/train-00000.tar").rename(tmp_path / "shards/00000.tar")
+    write_clip(tmp_path / "clip", 0)
+    if held_out:
+        index_folder(tmp_path / "shards", lambda *_: None, val="40%")
+    own = [f"data.path={tmp_path / 'shards'}", f"clip.path={tmp_path / 'clip'}", "grids=1"]
+    own += [f"run={tmp_path / 'run'}", "images=4", "learning_rate=constant"]
+    seen = []
+
+    def noted(pictures, columns, captions, scale):
+        seen.append(captions)
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(callbacks, "grid", noted)
+    train.run(composed("train", [*SMALL, *own]))
+    split = "val" if held_out else "train"
+    shards = Shards(tmp_path / "shards", Pictures(()), split, shuffle=False)
+    label = "" if held_out else "training: "
+    assert seen[0] == seen[-1]
+    assert seen[0] == [label + shards[n]["caption"] for n in range(len(shards))][:16]

@@ -1,56 +1,54 @@
 """The tars of a split, each opened when it is needed: an indexed folder of any size starts at once.
 
-`dataset.json`, which `cascade data index` writes into a folder of tars, holds the numbers of each
-tar and the totals; the samples themselves are in the indexes beside the tars. What was indexed is
-not read as anything else: a tar that changed, came or went is refused.
+What was indexed (`cascade.data.dataset`) is not read as anything else: a tar that changed, came or
+went is refused.
 """
 
 import hashlib
-import json
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import asdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
+from cascade.data.dataset import DATASET, Dataset, read_dataset, remedy, renewed, total
 from cascade.data.index import (
     CUT,
     LIMITS,
     MEMBERS,
     Index,
-    Paths,
     Summary,
-    check_unchanged,
     counted,
     load,
-    save,
     scan,
-    tars,
+    time_now,
 )
+from cascade.data.keys import DOTTED, FIRST_DOT, REMEDY
+from cascade.data.splits import ALL, chosen, is_divided, lacking
+from cascade.data.tar import Paths, listed
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
-from cascade.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-DATASET = "dataset.json"
 MEND = "fetch or write it again"
 LONG = 5.0  # seconds after which a start without an index says so
 
 
 class OpenTar:
-    """The samples of one tar that have the captions asked for, read by their places 0, 1, ..."""
+    """The samples of a part of one tar that have the captions asked for, by places 0, 1, ..."""
 
-    def __init__(self, index: Index, captions: Set[str]):
-        self.shard, self._index, self._captions = index.tar.stem, index, captions
-        self._rows, self._file = index.usable(captions), _opened(index.tar)
+    def __init__(self, index: Index, captions: Set[str], part: str = ALL, share: float = 0.0):
+        self.shard, self._index = index.tar.stem, index
+        self._given = index, captions, part, share
+        self._rows, self._file = index.usable(captions, part, share), _opened(index.tar)
 
     def __reduce__(self):  # an open file does not travel to a worker
-        return OpenTar, (self._index, self._captions)
+        return OpenTar, self._given
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -106,77 +104,162 @@ class Corpus:
     """The tars of a split, in the order of their names.
 
     Args:
-        path: a folder, a glob, or a list of tars.
-        split: only tars called `{split}-*`; all, if no name carries a split or a list has no such.
+        path: a folder, a tar, a glob, or a list of tars.
+        split: what `splits.of_split` finds by name; "val" may be what the folder's index holds out
+            of the others, which lack it then; "all" is everything.
         captions: members that may caption a sample: of "txt" and "json".
         at_hand: how many tars are kept open.
+        keys: where a key ends in a name; None: as the folder was indexed, or at the first dot.
+        hold_out: a share of the pictures in place of the one that the index holds out; 0: none.
 
     Attributes:
         paths: of the tars.
         counts: of the samples of each tar.
-        left_out: how many samples were left out, by reason.
+        usable: how many samples the tars have, those of other splits included.
+        left_out: how many samples were left out, by reason; `such_as` names one of each.
+        share: of the pictures that is held out of these tars, or is all that is taken.
 
     Raises:
-        UserError: no tars, one that cannot be read or is not as it was indexed, or no usable
-            sample in them.
+        UserError: no tars, one that cannot be read or is not as it was indexed, another rule for
+            keys than they were indexed with, or no usable sample in them.
     """
 
-    def __init__(self, path: Paths, split: str, captions: Set[str], at_hand: int):
-        self.paths, self.captions, self._at_hand = tars(path, split), captions, at_hand
+    def __init__(
+        self,
+        path: Paths,
+        split: str,
+        captions: Set[str],
+        at_hand: int,
+        keys: str | None = None,
+        hold_out: float | None = None,
+    ):
+        self.captions, self._at_hand = captions, at_hand
+        self._keys, self._hold_out = keys, hold_out
         self._open: dict[int, OpenTar] = {}  # the one used last comes last
         self._scanned: dict[int, Index] = {}
-        self._summaries = self._read(path, split)
-        self.counts = [summary.usable(captions) for summary in self._summaries]
+        found = listed(path)
+        self._datasets = {folder: read_dataset(folder) for folder in {p.parent for p in found}}
+        self.paths, self.part = self._chosen(path, found, split)
+        self._summaries = self._read()
+        self.counts = [summary.usable(captions, self.part) for summary in self._summaries]
+        self.usable = sum(summary.usable(captions) for summary in self._summaries)
         self.left_out: Counter[str] = Counter()
-        for summary, count in zip(self._summaries, self.counts):
+        for summary in self._summaries:
             self.left_out.update(summary.left_out)
-            self.left_out["no caption"] += summary.samples - count
+            self.left_out["no caption"] += summary.samples - summary.usable(captions)
         self.left_out = +self.left_out
+        self.such_as = total(self._summaries).such_as
+        self._complain(path)
+
+    @property
+    def lost(self) -> str:
+        """What was left out, in words, and what to do about it."""
+        hint = f"; {REMEDY}" if DOTTED in self.left_out else ""
+        return counted(self.left_out, self.such_as) + hint
+
+    @property
+    def share(self) -> float:
+        shares = {self._share(tar) for tar in self.paths}
+        return max(shares) if self.part != ALL else 0.0
+
+    @property
+    def part_of_tars(self) -> str:
+        """Which samples of the tars are meant; "": all."""
+        return f", {self.part}, held out {self.share}" if self.share else ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the tars: names, bytes and numbers of samples, and so of the order as well."""
+        found = [(p.name, p.stat().st_size, n) for p, n in zip(self.paths, self.counts)]
+        return _hashed(found, self.part_of_tars)
+
+    @cached_property
+    def identity(self) -> str | None:
+        """Of the tars' content in its order, wherever they lie and whatever they are called.
+
+        None where some were not read as a whole.
+        """
+        digests = [summary.digest for summary in self._summaries]
+        if not all(digests):
+            return None
+        return _hashed(zip(digests, self.counts), self.part_of_tars)
+
+    def _share(self, tar: Path) -> float:
+        return self._share_of(self._datasets[tar.parent], tar.stem)
+
+    def _share_of(self, dataset: Dataset | None, name: str) -> float:
+        if dataset is None or not is_divided(name):
+            return 0.0
+        return dataset.held_out if self._hold_out is None else self._hold_out
+
+    def _chosen(self, path: Paths, found: Sequence[Path], split: str) -> tuple[list[Path], str]:
+        """The tars of a split, and which part of their samples is meant."""
+        one_by_one = not isinstance(path, str | Path)
+        shares = {tar.stem: self._share(tar) for tar in found}
+        names, part = chosen(shares, split, one_by_one)
+        if not names:
+            raise lacking(path, list(shares), split)
+        whole = not one_by_one and Path(path).is_dir() and self._datasets[Path(path)]
+        if whole:
+            stems = (name.removesuffix(".tar") for name in whole.tars if name[0] != ".")
+            shares |= {stem: self._share_of(whole, stem) for stem in stems}
+            if gone := sorted({*chosen(shares, split)[0]} - {*names}):
+                raise UserError(f"{Path(path) / gone[0]}.tar is gone: {remedy(Path(path))}")
+        return [tar for tar in found if tar.stem in names], part
+
+    def _read(self) -> list[Summary]:
+        start, moved = time.monotonic(), defaultdict(dict)
+        summaries = []
+        for n, tar in enumerate(self.paths):
+            if (dataset := self._datasets[tar.parent]) is not None:
+                summaries.append(self._noted(tar, dataset, moved[tar.parent]))
+                continue
+            self._scanned[n] = scan(tar, self._keys or FIRST_DOT)
+            summaries.append(self._scanned[n].summary)
+            if start and time.monotonic() - start > LONG:
+                log.warning(
+                    "%s has no index, and so all %d tars are searched at each start: %s",
+                    tar.parent,
+                    len(self.paths),
+                    remedy(tar.parent),
+                )
+                start = 0.0
+        for folder, times in moved.items():
+            if times:
+                renewed(folder, self._datasets[folder], times)
+        return summaries
+
+    def _noted(self, tar: Path, dataset: Dataset, moved: dict[str, int]) -> Summary:
+        """What the index of its folder says of a tar; of one that was copied the time is noted."""
+        if tar.name not in dataset.tars:
+            raise UserError(f"{tar} is not in {DATASET}: {remedy(tar.parent)}")
+        if self._keys not in (None, dataset.keys):
+            raise UserError(
+                f"{tar.parent} was indexed with keys={dataset.keys}, not {self._keys}: "
+                f"{remedy(tar.parent)[:-1]} --keys {self._keys}`"
+            )
+        summary, share = dataset.tars[tar.name], self._share(tar)
+        if share != dataset.held_out:
+            summary = load(tar).divided(share) if share else replace(summary, held_out={})
+        now = time_now(tar, summary)
+        if now == summary.mtime_ns:
+            return summary
+        moved[tar.name] = now
+        return replace(summary, mtime_ns=now)
+
+    def _complain(self, path: Paths) -> None:
         if not sum(self.counts):
             raise UserError(
-                f"{path} has no usable sample ({counted(self.left_out)}): a sample is a picture "
-                f"(jpg, jpeg, png, webp) and a caption ({', '.join(sorted(captions))}) side by side"
+                f"{path} has no usable sample ({self.lost}): a sample is a picture "
+                f"(jpg, jpeg, png, webp) and a caption ({', '.join(sorted(self.captions))}) side "
+                "by side"
             )
         cut = [n for n, summary in enumerate(self._summaries) if summary.left_out.get(CUT)]
         for n in cut[:3]:
             samples = self._summaries[n].samples
             log.warning("%s is %s after %d samples: %s", self.paths[n], CUT, samples, MEND)
         if self.left_out:
-            log.warning("%s: samples left out: %s", path, counted(self.left_out))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the tars: names, bytes and numbers of samples, and so of the order as well."""
-        found = ((p.name, p.stat().st_size, n) for p, n in zip(self.paths, self.counts))
-        return hashlib.sha256("".join(f"{tar}\n" for tar in found).encode()).hexdigest()[:16]
-
-    def _read(self, path: Paths, split: str) -> list[Summary]:
-        datasets = {folder: read_dataset(folder) for folder in {p.parent for p in self.paths}}
-        whole = isinstance(path, str | Path) and Path(path).is_dir()
-        if whole and (listed := datasets[Path(path)]) is not None:
-            named = self.paths[0].name.startswith(f"{split}-")
-            expected = {name for name in listed if not named or name.startswith(f"{split}-")}
-            if gone := sorted(expected - {p.name for p in self.paths}):
-                raise UserError(f"{Path(path) / gone[0]} is gone: {_remedy(Path(path))}")
-        summaries, start = [], time.monotonic()
-        for n, tar in enumerate(self.paths):
-            if (listed := datasets[tar.parent]) is not None:
-                if tar.name not in listed:
-                    raise UserError(f"{tar} is not in {DATASET}: {_remedy(tar.parent)}")
-                check_unchanged(tar, listed[tar.name])
-                summaries.append(listed[tar.name])
-            else:
-                self._scanned[n] = scan(tar)
-                summaries.append(self._scanned[n].summary)
-                if start and time.monotonic() - start > LONG:
-                    log.warning(
-                        "%s has no index, and so all %d tars are searched at each start: %s",
-                        tar.parent,
-                        len(self.paths),
-                        _remedy(tar.parent),
-                    )
-                    start = 0.0
-        return summaries
+            log.warning("%s: samples left out: %s", path, self.lost)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}  # open files do not travel to a worker
@@ -185,100 +268,19 @@ class Corpus:
         """Tar n. Raises UserError if it cannot be opened, or its index is stale or damaged."""
         tar = self._open.pop(n, None)
         if tar is None:
-            index = self._scanned.get(n) or load(self.paths[n])
-            check_unchanged(self.paths[n], index)
-            if index.summary != self._summaries[n]:
-                tar = self.paths[n]
-                raise UserError(f"{tar}: its index is not {DATASET}'s: {_remedy(tar.parent)}")
-            tar = OpenTar(index, self.captions)
+            path, summary = self.paths[n], self._summaries[n]
+            if (now := time_now(path, summary)) != summary.mtime_ns:
+                summary = self._summaries[n] = replace(summary, mtime_ns=now)
+            index, share = self._scanned.get(n) or load(path), self._share(path)
+            if replace(index.divided(share), mtime_ns=now) != summary:
+                raise UserError(f"{path}: its index is not {DATASET}'s: {remedy(path.parent)}")
+            tar = OpenTar(index, self.captions, self.part, share)
             if len(self._open) >= self._at_hand:
                 del self._open[next(iter(self._open))]
         self._open[n] = tar
         return tar
 
 
-def index_folder(
-    folder: Path, progress: Callable[[int, int], None]
-) -> tuple[dict[str, Summary], list[str]]:
-    """Indexes the tars of a folder, one at a time, and writes `dataset.json`.
-
-    Tars with a valid index are passed over, so that an interrupted call goes on.
-
-    Args:
-        progress: called with (tars done, tars in all).
-
-    Returns:
-        The summary of each tar by file name, and what is wrong with those that cannot be read.
-
-    Raises:
-        UserError: no tars, or the folder cannot be written to.
-    """
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise UserError(f"{folder}: no .tar is there; give the folder of the shards")
-    summaries, unreadable = {}, []
-    try:
-        for n, tar in enumerate(paths):
-            try:
-                summaries[tar.name] = _indexed(tar).summary
-            except UserError as error:
-                unreadable.append(str(error))
-            progress(n + 1, len(paths))
-        totals = total(summaries.values())
-        found = {
-            "totals": {"tars": len(summaries), **asdict(totals)},
-            "tars": {name: asdict(summary) for name, summary in summaries.items()},
-        }
-        del found["totals"]["mtime_ns"]
-        text = json.dumps(found, indent=1) + "\n"
-        write_atomically(folder / DATASET, lambda beside: beside.write_text(text))
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {os.strerror(error.errno or 0)}") from error
-    return summaries, unreadable
-
-
-def _indexed(tar: Path) -> Index:
-    try:
-        index = load(tar)
-        check_unchanged(tar, index)
-    except UserError:
-        index = scan(tar)
-        save(index)
-    return index
-
-
-def total(summaries: Iterable[Summary]) -> Summary:
-    """The sums; the time is the latest."""
-    rows = list(summaries)
-    left_out = sum((Counter(row.left_out) for row in rows), Counter())
-    sums = (sum(getattr(row, name) for row in rows) for name in ("samples", "txt", "json"))
-    latest = max((row.mtime_ns for row in rows), default=0)
-    return Summary(sum(row.bytes for row in rows), latest, *sums, dict(left_out))
-
-
-def read_dataset(folder: Path) -> dict[str, Summary] | None:
-    """The summary of each tar of an indexed folder, by file name; None if it was not indexed.
-
-    Raises:
-        UserError: `dataset.json` is damaged.
-    """
-    path = folder / DATASET
-    try:
-        if not path.exists():
-            return None
-        found = json.loads(path.read_text())["tars"]
-        return {name: _summary(numbers) for name, numbers in found.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {_remedy(folder)}") from error
-
-
-def _summary(numbers: Mapping[str, Any]) -> Summary:
-    summary = Summary(**numbers)
-    plain = [n for name, n in numbers.items() if name != "left_out"]
-    if not all(type(n) is int for n in (*plain, *summary.left_out.values())):
-        raise TypeError("not a number")
-    return summary
-
-
-def _remedy(folder: Path) -> str:
-    return f"run `cascade data index {folder}`"
+def _hashed(rows: Iterable[tuple], part: str) -> str:
+    text = "".join(f"{row}\n" for row in rows) + part
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,20 +1,18 @@
 """Which samples a tar holds and where: one pass over its headers, and no sample is read.
 
-A sample is a run of neighbouring members with one key, the name up to the first dot of its base
-name (the WebDataset convention); extensions are lower-cased, and empty members count as missing.
 What a pass finds may be kept beside the tar, in `{shard}.index` (safetensors, with a checksum); it
-does not depend on which captions are asked for.
+does not depend on which captions are asked for. There it is joined by what only reading all bytes
+can say: a digest of the tar, by which it is known wherever it lies and whatever it is called, and a
+number for each picture, by which it may be held out (`cascade.data.splits`).
 """
 
-import glob
+import hashlib
 import json
 import os
-import re
-import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,24 +20,28 @@ from jaxtyping import Int64, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cascade.data.keys import (
+    CAPTIONS,
+    DOTTED,
+    DUPLICATE,
+    FIRST_DOT,
+    Group,
+    check_rule,
+    grouped,
+    joined,
+)
+from cascade.data.splits import ALL, HELD_OUT, content_number, is_held_out
+from cascade.data.tar import contents
 from cascade.errors import UserError
 from cascade.files import write_atomically
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
-CAPTIONS = ("txt", "json")
 MEMBERS = ("picture", *CAPTIONS)
 CUT = "cut short"
 
 # What a stranger's tar may ask for: longer members are bad samples, and never read.
 LIMITS = {"picture": 2**26, "txt": 2**20, "json": 2**20}  # bytes
-MAX_HEADER = 2**20  # bytes of an extended header, all of which tarfile keeps in memory
-HOSTILE = re.compile(r"^/|(^|/)\.\.(/|$)|[\0-\x1f\x7f]")  # keys that lead elsewhere, or are no line
 
 _ARRAYS = ("names", "ends", "spans")
-_PADDING = 2**20  # zeros behind the end of a tar: more than any usual record
-
-Paths = str | Path | Sequence[str | Path]
-Groups = list[tuple[str, dict[str, tuple[int, int]]]]  # a key, and (offset, bytes) by extension
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Summary:
     Attributes:
         samples: with a picture and a caption, that is a `txt` or a `json`.
         txt, json: of these, those that have one.
+        such_as: by reason, the name of a member of a sample that was left out.
+        digest: of all its bytes; "": it was not read.
+        held_out: how many of `samples`, `txt` and `json` the folder's index holds out.
     """
 
     bytes: int
@@ -57,10 +62,15 @@ class Summary:
     txt: int
     json: int
     left_out: dict[str, int]
+    such_as: dict[str, str] = field(default_factory=dict)
+    digest: str = ""
+    held_out: dict[str, int] = field(default_factory=dict)
 
-    def usable(self, captions: Set[str]) -> int:
-        """How many samples have one of these members."""
-        return self.samples if len(captions) > 1 else getattr(self, *captions)
+    def usable(self, captions: Set[str], part: str = ALL) -> int:
+        """How many samples of a part have one of these members."""
+        of = "samples" if len(captions) > 1 else next(iter(captions))
+        whole, held_out = getattr(self, of), self.held_out.get(of, 0)
+        return {ALL: whole, HELD_OUT: held_out}.get(part, whole - held_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +81,10 @@ class Index:
         tar: where it lies, with its size and time as they were when it was read.
         names, ends: the keys one behind the other in UTF-8, and where each ends.
         spans: offset and bytes of each sample's picture, txt and json; 0 bytes: it has none.
-        left_out: how many samples were left out, by reason.
+        left_out: how many samples were left out, by reason; `such_as` names a member of one.
+        keys: where a key ends in a name (`cascade.data.keys`).
+        digest: of all its bytes; "": it was not read.
+        numbers: of each picture's bytes (`content_number`); None: it was not read.
     """
 
     tar: Path
@@ -81,147 +94,135 @@ class Index:
     ends: Int64[np.ndarray, " n"]
     spans: Int64[np.ndarray, "n 3 2"]
     left_out: Counter[str]
+    such_as: dict[str, str] = field(default_factory=dict)
+    keys: str = FIRST_DOT
+    digest: str = ""
+    numbers: Int64[np.ndarray, " n"] | None = None
 
     def key(self, row: int) -> str:
         start = self.ends[row - 1] if row else 0
         return self.names[start : self.ends[row]].tobytes().decode(errors="surrogateescape")
 
-    def usable(self, captions: Set[str]) -> Int64[np.ndarray, " m"]:
-        """The rows that have one of these members, of "txt" and "json"."""
+    def usable(
+        self, captions: Set[str], part: str = ALL, share: float = 0.0
+    ) -> Int64[np.ndarray, " m"]:
+        """The rows of a part that have one of these members, of "txt" and "json".
+
+        Args:
+            share: of the pictures that are held out; only of a tar that was read.
+        """
         columns = [MEMBERS.index(caption) for caption in captions]
-        return np.flatnonzero(self.spans[:, columns, 1].any(1))
+        chosen = self.spans[:, columns, 1].any(1)
+        if part != ALL and share:
+            held_out = is_held_out(self.numbers, share)
+            chosen = chosen & (held_out if part == HELD_OUT else ~held_out)
+        return np.flatnonzero(chosen)
 
     @property
     def summary(self) -> Summary:
-        txt, fields = (int((self.spans[:, i, 1] > 0).sum()) for i in (1, 2))
-        left_out = dict(self.left_out)
-        return Summary(self.bytes, self.mtime_ns, len(self.ends), txt, fields, left_out)
+        return self.divided(0.0)
+
+    def divided(self, share: float) -> Summary:
+        """Its numbers, where so large a share of the pictures is held out."""
+        members = {"samples": set(CAPTIONS), "txt": {"txt"}, "json": {"json"}}
+        counts = {name: len(self.usable(of)) for name, of in members.items()}
+        held_out = {}
+        if share:
+            held_out = {n: len(self.usable(of, HELD_OUT, share)) for n, of in members.items()}
+        left_out, such_as = dict(self.left_out), dict(self.such_as)
+        about = {"left_out": left_out, "such_as": such_as, "digest": self.digest}
+        return Summary(self.bytes, self.mtime_ns, **counts, **about, held_out=held_out)
 
 
-def tars(path: Paths, split: str) -> list[Path]:
-    """The tars of a folder, a glob or a list that belong to a split, by name.
-
-    Raises:
-        UserError: there is none, all belong to other splits, or two have the same name.
-    """
-    if listed := not isinstance(path, str | Path):
-        names = path
-    else:
-        names = Path(path).glob("*.tar") if Path(path).is_dir() else glob.glob(str(path))
-    found = sorted(Path(name) for name in names)
-    if not found:
-        raise UserError(f"{path}: no .tar is there; give the folder of the shards, or a glob")
-    splits = {match[1] for tar in found if (match := re.match(r"([a-zA-Z]\w*)-", tar.name))}
-    chosen = [tar for tar in found if tar.name.startswith(f"{split}-")]
-    if not chosen and (listed or not splits):
-        chosen = found
-    if not chosen:
-        raise UserError(f"{path} has no {split}-*.tar: choose a split of {sorted(splits)}")
-    if twice := [stem for stem, n in Counter(tar.stem for tar in chosen).items() if n > 1]:
-        raise UserError(f"two shards are called {twice[0]}: rename one, as names tell them apart")
-    return chosen
+def counted(reasons: Mapping[str, int], such_as: Mapping[str, str] | None = None) -> str:
+    """ "3 no caption (such as a.jpg), 1 no picture"; "none" of nothing."""
+    named = {reason: f" (such as {name})" for reason, name in (such_as or {}).items()}
+    parts = (f"{n} {reason}{named.get(reason, '')}" for reason, n in Counter(reasons).most_common())
+    return ", ".join(parts) or "none"
 
 
-def counted(reasons: Mapping[str, int]) -> str:
-    """ "3 no caption, 1 no picture"; "none" of nothing."""
-    return ", ".join(f"{n} {reason}" for reason, n in Counter(reasons).most_common()) or "none"
-
-
-def scan(tar: Path) -> Index:
+def scan(tar: Path, keys: str = FIRST_DOT) -> Index:
     """The samples of a tar, found by reading its headers.
 
     Of samples with equal keys the first one with a picture and a caption counts. The last sample
     of a tar that was cut short is left out: nobody can say whether it is whole.
 
+    Args:
+        keys: where a key ends in a name.
+
     Raises:
-        UserError: the tar cannot be opened.
+        UserError: the tar cannot be opened, or is compressed.
     """
-    groups, whole, stat = _groups(tar)
+    check_rule(keys)
+    found = contents(tar)
+    groups = list(grouped(found.members, keys, lambda m: (m.offset, m.bytes)))
     left_out: Counter[str] = Counter()
-    if not whole:
+    if found.whole:
+        groups = joined(groups)
+    else:
         groups = groups[:-1]
         left_out[CUT] += 1
     kept: dict[str, list[tuple[int, int]]] = {}
-    for key, members in groups:
-        picture = next((members[e] for e in PICTURES if e in members), None)
-        if HOSTILE.search(key):
-            left_out["hostile name"] += 1
-        elif not picture:
-            left_out["no picture"] += 1
-        elif members.keys().isdisjoint(CAPTIONS):
-            left_out["no caption"] += 1
-        elif key in kept:
-            left_out["duplicate key"] += 1
-        else:
-            kept[key] = [picture, *(members.get(e, (0, 0)) for e in CAPTIONS)]
+    such_as: dict[str, str] = {}
+    for group in groups:
+        faults = _faults(group, kept)
+        left_out += faults
+        for reason in faults:
+            such_as.setdefault(reason, group.first.encode(errors="replace").decode())
+        if not group.fault and group.key not in kept:
+            kept[group.key] = [group.picture, *(group.members.get(e, (0, 0)) for e in CAPTIONS)]
     names = [key.encode(errors="surrogateescape") for key in kept]
     return Index(
         tar,
-        stat.st_size,
-        stat.st_mtime_ns,
+        found.stat.st_size,
+        found.stat.st_mtime_ns,
         np.frombuffer(b"".join(names), np.uint8),
         np.cumsum([len(name) for name in names], dtype=np.int64),
         np.array(list(kept.values()), np.int64).reshape(-1, 3, 2),
         left_out,
+        such_as,
+        keys,
     )
 
 
-class Header(tarfile.TarInfo):
-    """The header of a member; one of an impossible size is a damaged one.
+def _faults(group: Group, kept: Mapping[str, object]) -> Counter[str]:
+    """How many samples are lost with a group, by reason."""
+    dotted, reason = group.dotted, group.fault or (DUPLICATE if group.key in kept else "")
+    # A group of names with dots is no sample itself, but as many as were meant.
+    return Counter({DOTTED: dotted} if dotted else {}) + Counter(
+        {reason: 1} if reason and not (dotted and not group.members) else {}
+    )
 
-    (tarfile takes a negative size for a way back, and goes round for ever.)
+
+def read_through(index: Index) -> Index:
+    """The same, with what only reading all of the tar can say.
+
+    Raises:
+        UserError: it cannot be read.
     """
-
-    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # tarfile's own hook
-        if self.size < 0 or (self.size > MAX_HEADER and not self.isreg()):
-            raise tarfile.InvalidHeaderError("bad size")
-        return super()._proc_member(archive)
-
-
-def _groups(tar: Path) -> tuple[Groups, bool, os.stat_result]:
-    """All runs of members with one key, and whether the tar has its end."""
-    groups, end = [], 0
+    numbers, most = np.zeros(len(index.ends), np.int64), LIMITS["picture"]
     try:
-        with open(tar, "rb") as file:
-            stat = os.fstat(file.fileno())
-            try:
-                with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as archive:
-                    while member := archive.next():
-                        archive.members.clear()  # or it would keep them all
-                        end = member.offset_data + -(-member.size // 512) * 512
-                        _append(groups, member)
-                        if not 0 <= member.size <= stat.st_size - member.offset_data:
-                            return groups, False, stat
-            except (tarfile.TarError, ValueError, RecursionError):
-                return groups, False, stat
-            # tarfile takes a damaged header for the end, but the end is a block of zeros, and
-            # nothing but some zeros follows it: a file that was never filled has more of them.
-            file.seek(end)
-            rest = file.read(_PADDING + 1)
-            return groups, len(rest) in range(512, _PADDING + 1) and not any(rest), stat
+        with open(index.tar, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            for row, (offset, size) in enumerate(index.spans[:, 0].tolist()):
+                numbers[row] = content_number(os.pread(file.fileno(), min(size, most), offset))
     except OSError as error:
-        raise UserError(f"cannot read {tar}: {os.strerror(error.errno or 0)}") from error
-
-
-def _append(groups: Groups, member: tarfile.TarInfo) -> None:
-    folder, _, name = member.name.rpartition("/")
-    stem, _, extension = name.partition(".")
-    if not stem or not member.isreg() or member.issparse():
-        return
-    key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-    if not groups or groups[-1][0] != key or extension in groups[-1][1]:
-        groups.append((key, {}))
-    if member.size:
-        groups[-1][1][extension] = (member.offset_data, member.size)
+        raise UserError(f"cannot read {index.tar}: {os.strerror(error.errno or 0)}") from error
+    return replace(index, digest=digest, numbers=numbers)
 
 
 def save(index: Index) -> None:
     """Writes an index beside its tar."""
     arrays = {name: getattr(index, name) for name in _ARRAYS}
+    if index.numbers is not None:
+        arrays["numbers"] = index.numbers
     about = {
         "bytes": str(index.bytes),
         "mtime_ns": str(index.mtime_ns),
         "left_out": json.dumps(index.left_out),
+        "such_as": json.dumps(index.such_as),
+        "keys": index.keys,
+        "digest": index.digest,
     }
     about["checksum"] = _checksum(arrays, about)
     path = index.tar.with_suffix(".index")
@@ -229,7 +230,7 @@ def save(index: Index) -> None:
 
 
 def load(tar: Path) -> Index:
-    """The index beside a tar.
+    """The index beside a tar; one of an older version lacks a digest and the pictures' numbers.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -238,30 +239,51 @@ def load(tar: Path) -> Index:
     try:
         with safe_open(path, framework="np") as file:
             about = dict(file.metadata())
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about.pop("checksum") != _checksum(arrays, about):
             raise ValueError("another checksum")
-        left_out = Counter(json.loads(about["left_out"]))
-        return Index(tar, int(about["bytes"]), int(about["mtime_ns"]), **arrays, left_out=left_out)
+        return Index(
+            tar,
+            int(about["bytes"]),
+            int(about["mtime_ns"]),
+            *(arrays[name] for name in _ARRAYS),
+            left_out=Counter(json.loads(about["left_out"])),
+            such_as=json.loads(about.get("such_as", "{}")),
+            keys=about.get("keys", FIRST_DOT),
+            digest=about.get("digest", ""),
+            numbers=arrays.get("numbers"),
+        )
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged: {remedy}") from error
 
 
-def check_unchanged(tar: Path, then: Index | Summary) -> None:
-    """Raises UserError if a tar has another size or time than when it was indexed."""
+def time_now(tar: Path, then: Index | Summary) -> int:
+    """The time of a tar that is what it was when it was indexed.
+
+    A copy may have another time: it is read once, if its digest is known.
+
+    Raises:
+        UserError: its content is another, or another time is all that can be said.
+    """
     try:
         stat = tar.stat()
+        same = stat.st_size == then.bytes
+        if same and stat.st_mtime_ns != then.mtime_ns:
+            with open(tar, "rb") as file:
+                digest = then.digest and hashlib.file_digest(file, "sha256").hexdigest()
+            same = bool(digest) and digest == then.digest
     except OSError as error:
         raise UserError(f"cannot read {tar}: {os.strerror(error.errno or 0)}") from error
-    if (stat.st_size, stat.st_mtime_ns) != (then.bytes, then.mtime_ns):
+    if not same:
         raise UserError(
             f"{tar} is not as it was when it was indexed: run `cascade data index {tar.parent}` "
             "(a copy keeps its time with cp -p or rsync -t)"
         )
+    return stat.st_mtime_ns
 
 
 def _checksum(arrays: dict[str, np.ndarray], about: dict[str, str]) -> str:
     value = zlib.crc32(json.dumps(about, sort_keys=True).encode())
-    for name in _ARRAYS:
+    for name in sorted(arrays, key=[*_ARRAYS, "numbers"].index):
         value = zlib.crc32(np.ascontiguousarray(arrays[name]).data, value)
     return f"{value:08x}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cascade.data import parquet
+from cascade.data.folders import walked
 from cascade.data.parquet import Stored
 from cascade.data.rgb import is_picture
 from cascade.errors import UserError
@@ -146,8 +147,12 @@ def rows_of_table(
 
 
 def texts_beside(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """The same for all pictures of a folder and those below it, with `name.txt` as caption."""
-    for path in sorted(folder.rglob("*")):
+    """The same for all pictures of a folder and those below it, with `name.txt` as caption.
+
+    Raises:
+        UserError: see `walked`.
+    """
+    for path in sorted(walked(folder)):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
         if not hidden and is_picture(path.name, partial(_head, path)):

@@ -23,6 +23,8 @@ from cascade.data import rgb
 from cascade.data.index import LIMITS
 from cascade.data.listing import Row
 from cascade.data.rgb import BadSample
+from cascade.data.splits import share_or_count
+from cascade.data.tar import tars_of
 from cascade.draws import generator
 from cascade.errors import UserError
 from cascade.files import write_atomically
@@ -78,17 +80,18 @@ def fitted(data: bytes, short: int | None = None) -> Fitted:
 
 
 def held_out(val: str, pictures: int) -> int:
-    """How many pictures "100", or a share such as "0.01", holds out: less than all.
+    """How many pictures "100", or a share such as "0.01" or "1%", holds out: less than all.
 
     Raises:
         UserError: it is neither.
     """
     try:
-        count = math.ceil(float(val) * pictures) if "." in val else int(val)
+        value = share_or_count(val)
+        count = value if isinstance(value, int) else math.ceil(value * pictures)
     except ValueError:
         count = -1
     if not 0 <= count < pictures:
-        raise UserError(f"--val {val}: give a number below {pictures} or a share such as 0.01")
+        raise UserError(f"--val {val}: give a number below {pictures} or a share such as 1%")
     return count
 
 
@@ -142,7 +145,7 @@ def pack(
 def _claim(out: Path, about: dict[str, Any]) -> None:
     path = out / MANIFEST
     if not path.exists():
-        if any(out.glob("*.tar")):
+        if tars_of(out):
             raise UserError(f"{out} holds other shards: choose another folder")
         write_atomically(path, lambda beside: beside.write_text(json.dumps(about) + "\n"))
         return
@@ -172,7 +175,11 @@ def _write(
 ) -> None:
     """Writes a shard of rows by number, and then its statistics."""
     refused, numbers = defaultdict(list), list(rows)
-    with webdataset.TarWriter(str(path), mtime=0) as writer, ThreadPoolExecutor() as pool:
+    with (
+        path.open("wb") as file,  # by name, webdataset would take some paths for URLs
+        webdataset.TarWriter(file, mtime=0) as writer,
+        ThreadPoolExecutor() as pool,
+    ):
         for start in range(0, len(numbers), _AHEAD):
             some = numbers[start : start + _AHEAD]
             made = pool.map(partial(_made, short=short), map(rows.get, some))

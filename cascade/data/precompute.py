@@ -18,10 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from cascade.data.claims import Claims
 from cascade.data.corpus import OpenTar, Placed
+from cascade.data.dataset import read_dataset
 from cascade.data.embeddings import MANIFEST, OFFSETS, Manifest, read_manifest, write_embeddings
 from cascade.data.index import scan
 from cascade.data.items import IDLE, captions_of, picture_of
+from cascade.data.keys import FIRST_DOT
 from cascade.data.rgb import suspicious, warn_of_white
+from cascade.data.tar import tars_of
 from cascade.data.transforms import BadSample, Pictures
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.text import FrozenT5
@@ -50,7 +53,7 @@ def precompute(
         UserError: `data` holds no tars, or `out` the rows of another encoder, or it cannot be
             written to.
     """
-    tars = sorted(data.glob("*.tar"))
+    tars = tars_of(data)
     if not tars:
         raise UserError(f"{data} holds no .tar shards")
     if read_manifest(out) and all((out / f"{tar.stem}.safetensors").exists() for tar in tars):
@@ -181,7 +184,7 @@ class _Samples(Dataset):
 
     def __init__(self, tar: Path, captions: Sequence[str], size: int | None):
         members = {"txt" if field == "txt" else "json" for field in captions}
-        self.tar, self.captions = OpenTar(scan(tar), members), captions
+        self.tar, self.captions = OpenTar(scan(tar, _keys(tar.parent)), members), captions
         self.pictures = Pictures((size,) if size else ())
 
     def __len__(self) -> int:
@@ -196,6 +199,11 @@ class _Samples(Dataset):
         except BadSample:
             return None
         return sample.key, texts, next(iter(views.values()), None)
+
+
+def _keys(folder: Path) -> str:
+    dataset = read_dataset(folder)
+    return dataset.keys if dataset else FIRST_DOT
 
 
 def _samples(

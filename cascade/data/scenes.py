@@ -226,7 +226,8 @@ def _write(
     progress: Callable[[int], None] | None,
     path: Path,
 ) -> None:
-    with webdataset.TarWriter(str(path), mtime=0) as writer:
+    # By name, webdataset would take some paths for URLs.
+    with path.open("wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
         for done, (key, fields) in enumerate(samples(), start + 1):
             png = io.BytesIO()
             picture = render(Scene.from_json(fields["scene"]), fields["width"])

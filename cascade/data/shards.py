@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cascade.conditioning import Batch
 from cascade.data.corpus import Corpus, Placed
 from cascade.data.embeddings import Embeddings, padded
-from cascade.data.index import Paths, counted
+from cascade.data.index import counted
 from cascade.data.items import Items
 from cascade.data.order import Order
+from cascade.data.tar import Paths
 from cascade.data.transforms import BadSample, Pictures
 from cascade.errors import UserError
 
@@ -55,7 +56,7 @@ class Shards(Dataset):
     Args:
         path: a folder, a glob, or a list of tars.
         pictures: which sizes, and which crop.
-        split: only tars called `{split}-*`; all, if the names carry no split.
+        split, keys, hold_out: see `Corpus`.
         captions: caption fields, "txt" or a field of the JSON, and how often each is taken. A
             sample that lacks some of them is captioned by the others. None: the `txt`.
         seed: of the order, the crops and the captions.
@@ -85,13 +86,15 @@ class Shards(Dataset):
         json_fields: Sequence[str] = (),
         cache: bool = False,
         max_skip_fraction: float = 0.01,
+        keys: str | None = None,
+        hold_out: float | None = None,
     ):
         self.make_item = Items(pictures, captions, embeddings, json_fields, seed)
         self.embeddings, self.max_skip_fraction = self.make_item.embeddings, max_skip_fraction
         members = {"txt" if field == "txt" else "json" for field in self.make_item.captions}
         if block < 1:
             raise UserError(f"data.block={block}: shuffle at least 1 tar at a time")
-        self.corpus = Corpus(path, split, members, block)
+        self.corpus = Corpus(path, split, members, block, keys, hold_out)
         self.order = Order(self.corpus.counts, seed, block, shuffle)
         self.skipped = self.corpus.left_out
         self._check_left_out(path)
@@ -101,11 +104,11 @@ class Shards(Dataset):
 
     def _check_left_out(self, path: Paths) -> None:
         left_out, share = self.skipped.total(), self.max_skip_fraction
-        if left_out > max(1, share * (left_out + len(self))):
+        whole = left_out + self.corpus.usable
+        if left_out > max(1, share * whole):
             raise UserError(
-                f"{path}: {left_out} of {left_out + len(self)} samples are left out "
-                f"({counted(self.skipped)}), over {share:.1%}: mend the shards, or allow more with "
-                "+data.max_skip_fraction=..."
+                f"{path}: {left_out} of {whole} samples are left out ({self.corpus.lost}), over "
+                f"{share:.1%}: mend the shards, or allow more with +data.max_skip_fraction=..."
             )
 
     def __len__(self) -> int:

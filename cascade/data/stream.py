@@ -21,6 +21,7 @@ from cascade.data import shards
 from cascade.data.embeddings import Embeddings
 from cascade.data.index import counted
 from cascade.data.items import Items
+from cascade.data.keys import FIRST_DOT, check_rule
 from cascade.data.shards import PATIENCE, Loader, SampleNumbers, Shards, Skip, collate
 from cascade.data.transforms import BadSample, Pictures
 from cascade.data.urls import Streamed, named, streamed
@@ -39,7 +40,8 @@ class Stream:
         pictures, captions, seed, json_fields, max_skip_fraction: as for `Shards`.
         allow_pipe: whether pipe:COMMAND is run by a shell: for the command line to say, never for
             a file that came with the data.
-        split: only tars called `{split}-*`; all, if the names carry no split.
+        split: what `splits.of_split` finds by name.
+        keys: where a key ends in a name (`cascade.data.keys`).
         shuffle: False reads the tars once, in order.
         buffer: how many samples are shuffled together, in each worker, as undecoded files.
         embeddings: precomputed folders, joined by the names of the tars.
@@ -61,11 +63,13 @@ class Stream:
         embeddings: Mapping[str, Embeddings] | None = None,
         json_fields: Sequence[str] = (),
         max_skip_fraction: float = 0.01,
+        keys: str = FIRST_DOT,
     ):
+        check_rule(keys)
         self.make_item = Items(pictures, captions, embeddings, json_fields, seed)
         self.seed, self.shuffle, self.buffer = seed, shuffle, buffer
         self.embeddings, self.max_skip_fraction = self.make_item.embeddings, max_skip_fraction
-        self.urls = named(urls, split, allow_pipe)
+        self.urls, self.keys = named(urls, split, allow_pipe), keys
         for store in self.embeddings:
             store.require(list(self.urls))
 
@@ -107,10 +111,14 @@ class Stream:
         seed = int(generator(self.seed, "stream", start).integers(2**31))
         # All parts draw the same tars, and take turns. By itself webdataset would ask the
         # environment for the rank, which a spawned worker does not know.
-        drawn = webdataset.ResampledShards(
-            list(self.urls), seed=seed, worker_seed=lambda: 0, deterministic=True
+        drawn = webdataset.ResampledShards(  # of numbers: it would expand braces in names
+            [str(i) for i in range(len(self.urls))],
+            seed=seed,
+            worker_seed=lambda: 0,
+            deterministic=True,
         )
-        mine = (source["url"] for source in islice(drawn, part, None, parts))
+        names = list(self.urls)
+        mine = (names[int(source["url"])] for source in islice(drawn, part, None, parts))
         rng = random.Random(seed + part)
         return webdataset.shuffle(self.buffer, rng=rng)(self._read(mine, bad))
 
@@ -119,7 +127,7 @@ class Stream:
         barren, total = 0, 0
         for name in names:
             before = total
-            for sample in streamed(name, self.urls[name], bad):
+            for sample in streamed(name, self.urls[name], bad, self.keys):
                 total += 1
                 yield sample
             barren = barren + 1 if total == before else 0

@@ -5,8 +5,8 @@ found out, whatever a server or a command said. Nothing is decoded here.
 """
 
 import logging
+import os
 import re
-import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,28 @@ from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import NamedTuple
 from urllib.parse import urlparse
-from urllib.request import url2pathname
+from urllib.request import pathname2url, url2pathname
 
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
-from cascade.data.index import CAPTIONS, CUT, HOSTILE, LIMITS, PICTURES, Header
+from cascade.data.index import CUT, LIMITS
+from cascade.data.keys import (
+    CAPTIONS,
+    DOTTED,
+    DUPLICATE,
+    FIRST_DOT,
+    HOSTILE_NAME,
+    NO_CAPTION,
+    NO_PICTURE,
+    PICTURES,
+    REMEDY,
+    Group,
+    grouped,
+)
+from cascade.data.splits import lacking, of_split
+from cascade.data.tar import BROKEN, Compressed, StreamMember
+from cascade.data.tar import streamed as members_of
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
 
@@ -29,10 +45,7 @@ log = logging.getLogger(__name__)
 
 WAITS = (1.0, 5.0)  # seconds before a tar that broke off is read once more
 
-BROKEN = (OSError, tarfile.TarError, ValueError, RecursionError)
-
 _LIMITS = {e: LIMITS.get(e, LIMITS["picture"]) for e in (*PICTURES, *CAPTIONS)}
-_PADDING = 2**20  # zeros behind the end of a tar: more than any usual record
 
 
 class Streamed(NamedTuple):
@@ -60,9 +73,10 @@ def named(urls: str | Sequence[str], split: str, allow_pipe: bool) -> dict[str, 
     Raises:
         UserError: one that cannot or may not be opened, two tars of one name, or none of the split.
     """
-    found = [u for some in ([urls] if isinstance(urls, str) else urls) for u in expand_urls(some)]
+    given = [urls] if isinstance(urls, str) else urls
+    found = [url for some in given for url in _expanded(some)]
     for url in found:
-        scheme = urlparse(url).scheme
+        scheme = "" if _is_file(url) else urlparse(url).scheme
         if scheme == "pipe" and not allow_pipe:
             raise UserError(f"{url} runs a command: if it is yours, set data.allow_pipe=true")
         if scheme not in ("", "file", *gopen_schemes):
@@ -74,14 +88,22 @@ def named(urls: str | Sequence[str], split: str, allow_pipe: bool) -> dict[str, 
     if len(tars) < len(found):
         twice = Counter(map(_name, found)).most_common(1)[0][0]
         raise UserError(f"two tars are called {twice}: rename one, as names tell them apart")
-    splits = {match[1] for name in tars if (match := re.match(r"([a-zA-Z]\w*)-", name))}
-    chosen = {name: u for name, u in tars.items() if not splits or name.startswith(f"{split}-")}
+    chosen = of_split(list(tars), split)
     if not chosen:
-        raise UserError(
-            f"data.urls has no {split}-*.tar, but {sorted(splits)}: add them, or choose another "
-            "data.split (of sample grids: grid_split, or grids=0)"
-        )
-    return chosen
+        raise lacking("data.urls", list(tars), split)
+    return {name: tars[name] for name in chosen}
+
+
+def _expanded(urls: str) -> list[str]:
+    """What braces and "::" stand for; a file that is there is never taken for a pattern."""
+    return [urls] if _is_file(urls) else expand_urls(urls)
+
+
+def _is_file(url: str) -> bool:
+    try:
+        return Path(url).is_file()
+    except (OSError, ValueError):  # a command may be too long for a name
+        return False
 
 
 def _name(url: str) -> str:
@@ -89,91 +111,83 @@ def _name(url: str) -> str:
     return (re.findall(r"([^/\s'\"=?&]+)\.tar\b", url) or [url])[-1]
 
 
-def streamed(name: str, url: str, bad: list[tuple[str, str]]) -> Iterator[Streamed]:
-    """The usable samples of a tar. One that breaks off is opened again, and gone on with."""
-    given, keys = 0, set()
+def streamed(
+    name: str, url: str, bad: list[tuple[str, str]], keys: str = FIRST_DOT
+) -> Iterator[Streamed]:
+    """The usable samples of a tar. One that breaks off is opened again, and gone on with.
+
+    Args:
+        bad: those that are not, as "shard/key" and reason, are added to it.
+        keys: where a key ends in a name.
+    """
+    given, seen = 0, _Seen(name, bad)
     for wait in (*WAITS, None):
         try:
-            for key, members in islice(groups(url), given, None):
+            for group in islice(groups(url, keys), given, None):
                 given += 1
-                picture = next((members[e] for e in PICTURES if e in members), b"")
-                captions = {e: members[e] for e in CAPTIONS if e in members}
-                if HOSTILE.search(key):
-                    bad.append((f"{name}/{key!r}", "hostile name"))
-                elif picture == b"":
-                    bad.append((f"{name}/{key}", "no picture"))
-                elif not captions:
-                    bad.append((f"{name}/{key}", "no caption"))
-                elif key in keys:
-                    bad.append((f"{name}/{key}", "duplicate key"))
-                else:
-                    keys.add(key)
-                    yield Streamed(name, key, {"picture": picture, **captions})
+                if seen.good(group):
+                    yield Streamed(name, group.key, {"picture": group.picture, **group.captions})
             return
         except BROKEN as error:
-            if wait is None:
+            if wait is None or isinstance(error, Compressed):
                 log.warning("%s breaks off after %d samples: %s", url, given, error)
-            else:
-                time.sleep(wait)
+                break
+            time.sleep(wait)
     bad.append((f"{name}/", CUT if given else "cannot be read"))
 
 
-def groups(url: str) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+class _Seen:
+    """Tells good samples of a tar from others, which it notes; some of which it warns once."""
+
+    def __init__(self, name: str, bad: list[tuple[str, str]]):
+        self.name, self.bad = name, bad
+        self.good_keys: set[str] = set()
+        self.halves: dict[str, str] = {}  # by key, what it lacks
+        self.warned: set[str] = set()
+
+    def good(self, group: Group) -> bool:
+        if group.dotted:
+            self._warn(f"{group.first}: {REMEDY}", DOTTED)
+            self.bad += [(f"{self.name}/{group.first}", DOTTED)] * group.dotted
+            if not group.members:
+                return False
+        fault = group.fault or (DUPLICATE if group.key in self.good_keys else "")
+        if not fault:
+            self.good_keys.add(group.key)
+            return True
+        if {self.halves.setdefault(group.key, fault), fault} == {NO_PICTURE, NO_CAPTION}:
+            what = f"the picture and the caption of {group.key} lie apart: write the tar sorted"
+            self._warn(f"{what}, as tar --sort=name does", "unsorted")
+            return False  # it was noted with its first half
+        key = repr(group.key) if fault == HOSTILE_NAME else group.key
+        self.bad.append((f"{self.name}/{key}", fault))
+        return False
+
+    def _warn(self, text: str, what: str) -> None:
+        if what not in self.warned:
+            log.warning("%s: %s", self.name, text)
+        self.warned.add(what)
+
+
+def groups(url: str, keys: str = FIRST_DOT) -> Iterator[Group]:
     """The runs of members with one key, as `index` has them; the last one if the tar has its end.
 
     Raises:
         one of `BROKEN`: it cannot be opened, or breaks off.
     """
-    now, members = None, {}
-    for member, tar in _members(url):
-        folder, _, name = member.name.rpartition("/")
-        stem, _, extension = name.partition(".")
-        key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-        if not stem or not member.isreg() or member.issparse():
-            continue
-        if key != now or extension in members:
-            if now is not None:
-                yield now, members
-            now, members = key, {}
-        if member.size and extension in _LIMITS:
-            short = member.size <= _LIMITS[extension]
-            members[extension] = tar.extractfile(member).read() if short else None
-    if now is not None:
-        yield now, members
-
-
-class _Header(Header):
-    @classmethod
-    def fromtarfile(cls, tar: "_Tar") -> "_Header":
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
-            tar.ended = True
-            raise
-
-
-class _Tar(tarfile.TarFile):
-    """Tells its end, a block of zeros, from a damaged or missing header: `tarfile` does not."""
-
-    tarinfo = _Header
-    ended = False
-
-
-def _members(url: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    if urlparse(url).scheme and _is_file(url):  # a colon in a path
+        url = f"file:{pathname2url(os.path.abspath(url))}"
     try:
         stream = gopen(url)
     except ValueError as error:  # WDS_SECURE=1 in the environment
         raise UserError(f"{url}: {error}") from error
     try:
-        # Not compressed, as those that are indexed: a kilobyte could become a gigabyte.
-        with _Tar.open(fileobj=stream, mode="r|") as tar:
-            while member := tar.next():
-                yield member, tar
-                tar.members.clear()
-            # What follows is read, or the command that prints it would complain.
-            rest = tar.fileobj.read(_PADDING + 1)
-            if not tar.ended or len(rest) > _PADDING or any(rest):
-                raise tarfile.ReadError("no end")
+        yield from grouped(members_of(stream), keys, _taken)
     finally:
         with suppress(OSError, TimeoutExpired):  # a command that fails behind the end did its work
             stream.close()
+
+
+def _taken(member: StreamMember) -> bytes | None:
+    extension = member.name.rpartition(".")[2].lower()
+    return member.read() if member.bytes <= _LIMITS[extension] else None

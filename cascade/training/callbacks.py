@@ -162,17 +162,19 @@ def _rows(path: Path, images: int) -> list[dict[str, str]]:
 
 
 class SampleGrids(L.Callback):
-    """Paints the same held-out batch over the course of the training, with the average's weights.
+    """Paints the same batch over the course of the training, with the average's weights.
 
     Args:
         run: the run's directory; the grids are `samples/{images}.png`, and the truth `truth.png`.
         ema: the average.
         batch: of held-out samples, complete with all that the stage reads.
+        label: what stands before each caption, where the samples are others.
         images: the counts at which to paint.
     """
 
-    def __init__(self, run: Path, ema: EMA, batch: Batch, images: list[int]):
+    def __init__(self, run: Path, ema: EMA, batch: Batch, label: str, images: list[int]):
         self.run, self.ema, self.batch, self.images = run, ema, batch, sorted(images)
+        self.label = label
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -197,5 +199,6 @@ class SampleGrids(L.Callback):
         folder = self.run / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         scale = max(1, 128 // pictures.shape[-1])  # a caption needs some width
-        sheet = grid(to_uint8(pictures), 8, captions=self.batch["caption"], scale=scale)
+        captions = [self.label + caption for caption in self.batch["caption"]]
+        sheet = grid(to_uint8(pictures), 8, captions=captions, scale=scale)
         sheet.save(folder / f"{name}.png")

@@ -1,16 +1,22 @@
 """What a run depends on beside its configuration: its shards and its frozen encoders.
 
 A run that goes on with others would not be the run that it was: another order of samples, other
-conditions.
+conditions. Both are known by their content: where they lie, and what they are called, may change.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from cascade.data.shards import Shards
+from cascade.data.splits import ALL
 from cascade.data.stream import Stream
 from cascade.errors import UserError
+from cascade.training.checkpoint import STATE, Checkpoint, newest_checkpoint
 
 
 class Surroundings(L.Callback):
@@ -18,29 +24,104 @@ class Surroundings(L.Callback):
 
     Args:
         module: its frozen encoders, if it has any, are told by the hash of their weights.
-        shards: by their fingerprint; a stream, which has no order, is not compared.
+        shards: by their content, or fingerprint, and by whose embeddings they are joined with; a
+            stream, which has no order, by the latter alone.
     """
 
     def __init__(self, module: L.LightningModule, shards: Shards | Stream):
         self.encoders = {e.name: e.hash for e in getattr(module, "encoders", ())}
-        self.shards = shards.corpus.fingerprint if isinstance(shards, Shards) else None
+        self.shards = _of(shards)
+        self.embeddings = [about.hash for s in shards.embeddings if (about := s.about)]
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict[str, Any]) -> None:
-        checkpoint["surroundings"] = {"encoders": dict(self.encoders), "shards": self.shards}
+        own = {"encoders": dict(self.encoders), "embeddings": list(self.embeddings)}
+        checkpoint["surroundings"] = {**own, **self.shards}
 
     def on_load_checkpoint(self, trainer, module, checkpoint: dict[str, Any]) -> None:
         """Raises UserError where shards or encoders are others than those of the checkpoint."""
         then = checkpoint.get("surroundings")
         if then is None:  # of a version that did not note them
             return
-        if then["shards"] != self.shards:
+        if not _same(then, self.shards):
             raise UserError(
                 "the shards are others than when this run began (tars were added, removed or "
                 "changed), and so is their order: put them back, or choose another run=..."
             )
-        for name, before in then["encoders"].items():
-            if self.encoders.get(name, before) != before:
+        if then.get("embeddings", self.embeddings) != self.embeddings:
+            raise UserError(
+                "the embeddings are of other weights than when this run began: put the old ones "
+                "back, or choose another run=..."
+            )
+        now, before = list(self.encoders.items()), list(then["encoders"].items())
+        for (name, here), (_, there) in zip(now, before):  # in their order: they may have moved
+            if here != there:
                 raise UserError(
                     f"{name} has other weights than when this run began: put the old ones back, "
                     "or choose another run=..."
                 )
+
+
+def recorded(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    """What a run was trained with until this checkpoint; None: nothing says it."""
+    if checkpoint is None:
+        return None
+    file = checkpoint.path / STATE
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return state.get("surroundings")
+
+
+def as_begun(
+    checkpoint: Checkpoint | None, shards: Callable[..., Shards | Stream]
+) -> Shards | Stream:
+    """The shards that a run began with; where it begins, those that there are.
+
+    A run that was begun before its tars had a split, or an index held anything out of them, keeps
+    the order that it had, and so what is held out since.
+
+    Args:
+        shards: makes them, with other arguments where some are given.
+
+    Raises:
+        UserError: they cannot be made.
+    """
+    then = recorded(checkpoint)
+    if then is None or then["shards"] is None:
+        return shards()
+    try:
+        today: Shards | Stream | UserError = shards()
+    except UserError as error:
+        today = error
+    if not isinstance(today, UserError) and _same(then, _of(today)):
+        return today
+    for options in ({"hold_out": then.get("held_out", 0.0)}, {"split": ALL}):
+        with suppress(UserError):
+            if _same(then, _of(before := shards(**options))):
+                return before
+    if isinstance(today, UserError):
+        raise today
+    return today  # whatever they are: the checkpoint will refuse them
+
+
+def trained_on(run: Path, shards: Callable[..., Shards], share: float) -> bool:
+    """Whether a run is known to be trained with some of what so large a share holds out.
+
+    Args:
+        shards: makes those that it may have been trained on.
+    """
+    then = recorded(newest_checkpoint(run))
+    if then is None or (had := then.get("held_out", 0.0)) >= share:
+        return False
+    return _same(then, _of(shards(hold_out=had)))
+
+
+def _of(shards: Shards | Stream) -> dict[str, Any]:
+    if not isinstance(shards, Shards):
+        return {"shards": None, "content": None, "held_out": 0.0}
+    corpus = shards.corpus
+    return {"shards": corpus.fingerprint, "content": corpus.identity, "held_out": corpus.share}
+
+
+def _same(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """By content, where it is known of both; of older runs, or without an index, by name."""
+    by = "content" if then.get("content") and now["content"] else "shards"
+    return then[by] == now[by]

@@ -32,7 +32,7 @@ from cascade.stage import Stage
 from cascade.training.cost import Account
 from cascade.verbs.configuration import loaded
 from cascade.verbs.data import EMBEDDINGS
-from cascade.verbs.evaluate import held_out_split
+from cascade.verbs.evaluate import check_unseen, held_out_split
 from cascade.verbs.nearest import nearest
 from cascade.verbs.sample import device, load_cascade, paint
 from cascade.verbs.whole import CASCADE, stage_choices, stage_runs
@@ -88,6 +88,7 @@ def measure(file: Path) -> Path:
     if left:
         check_writable(folder)
         cascade, data = load_cascade(folder), Path(asked.data)
+        check_unseen(stage_runs(folder / CASCADE).values(), data, asked.split)
         captions = held_out_split(data, asked.split, asked.count, cascade, data / EMBEDDINGS)
         last = cascade.stages[-1].writes
         _save_grid(folder, "truth", captions.truth[last], captions)

@@ -11,16 +11,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cascade.data.corpus import MEND, index_folder, total
+from cascade.data.corpus import MEND
+from cascade.data.dataset import index_folder, total
 from cascade.data.index import CUT, Summary, counted
+from cascade.data.keys import CAPTIONS, DOTTED, REMEDY
 from cascade.data.listing import columns, rows_of_table, table, texts_beside, usable
 from cascade.data.pack import held_out, pack
 from cascade.data.scenes import write_scenes
+from cascade.data.splits import HELD_OUT, split_of
 from cascade.errors import UserError
 from cascade.files import check_writable
 from cascade.training.callbacks import bar
 
 EMBEDDINGS, TEXT = "embeddings", "text"  # folders beside the shards, as conf/ has them
+NO_SPLIT = "none by name"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -30,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
         counts = {"train": args.train, "val": args.val, "unseen": args.unseen}
         make_scenes(Path(args.out), args.level, counts, args.size, args.seed)
     elif args.kind == "index":
-        index_shards(Path(args.data))
+        index_shards(Path(args.data), args.keys, args.val)
     elif args.kind == "pack":
         pack_pictures(args)
     else:
@@ -111,28 +115,35 @@ def text_encoder(name: str, checkpoint: str | None, length: int | None, bf16: bo
     return FrozenCLIP(name, checkpoint)
 
 
-def index_shards(folder: Path) -> None:
+def index_shards(folder: Path, keys: str | None = None, val: str | None = None) -> None:
     """Indexes a folder of shards, and says what it holds and what is damaged."""
     check_writable(folder, "index a copy, or train without an index, which searches at each start")
     with shown("index", "tars") as progress:
-        summaries, unreadable = index_folder(folder, progress)
+        dataset, unreadable = index_folder(folder, progress, keys, val)
     splits: dict[str, list[Summary]] = {}
-    for name, summary in summaries.items():
-        splits.setdefault(name.rpartition("-")[0], []).append(summary)
-    findings = Table("split", "tars", "samples", "with txt", "with json", "GB", "left out")
+    for name, summary in dataset.tars.items():
+        splits.setdefault(split_of(Path(name).stem) or NO_SPLIT, []).append(summary)
+    names = ("split", "tars", "samples", "held out", "with txt", "with json", "GB", "left out")
+    findings = Table(*names)
     for split, found in sorted(splits.items()):
         sums = total(found)
-        counts = (len(found), sums.samples, sums.txt, sums.json)
-        size = f"{sums.bytes / 1e9:,.2f}"
-        findings.add_row(escape(split), *(f"{n:,}" for n in counts), size, counted(sums.left_out))
+        counts = (len(found), sums.samples, sums.usable(set(CAPTIONS), HELD_OUT))
+        counts += (sums.txt, sums.json)
+        size, left_out = f"{sums.bytes / 1e9:,.2f}", counted(sums.left_out, sums.such_as)
+        findings.add_row(split, *(f"{n:,}" for n in counts), size, escape(left_out))
     Console().print(findings)
-    for name, summary in summaries.items():
+    for name, summary in dataset.tars.items():
         if summary.left_out.get(CUT):
             print(f"{folder / name} is {CUT} after {summary.samples} samples: {MEND}")
+    sums = total(dataset.tars.values())
+    if dotted := sums.left_out.get(DOTTED):
+        print(f"{dotted:,} samples such as {sums.such_as[DOTTED]} are left out: {REMEDY}")
+    if not dataset.held_out and HELD_OUT not in splits:
+        print(f"nothing is held out: `cascade data index {folder} --val 1%` holds pictures out")
     if unreadable:
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         raise UserError(f"{unreadable[0]}{more}: mend or remove it, then index again")
-    if not any(summary.samples for summary in summaries.values()):
+    if not sums.samples:
         raise UserError(f"{folder} has no sample: a picture and a caption, side by side")
 
 

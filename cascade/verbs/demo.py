@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from cascade.files import check_writable
+from cascade.verbs.checks import check_split
 from cascade.verbs.configuration import composed
 from cascade.verbs.data import EMBEDDINGS, embed, make_scenes
 from cascade.verbs.evaluate import evaluate
@@ -30,6 +31,8 @@ def main(args: argparse.Namespace) -> None:
     if config.scenes:
         counts = OmegaConf.to_container(config.scenes.counts)
         make_scenes(data, config.scenes.level, counts, config.scenes.size, config.seed)
+    else:
+        check_split(data, next(iter(config.evaluate.counts)))
     for name in config.stages:
         train_stage(config, name, folder, data)
     write_cascade(config, folder)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from cascade.files import check_writable
 from cascade.slurm.plan import DONE, Launcher, Link, Task, launch
 from cascade.verbs import whole
+from cascade.verbs.checks import check_split
 from cascade.verbs.configuration import built, composed
 from cascade.verbs.sending import training
 
@@ -32,9 +33,12 @@ def chain(config: DictConfig, launcher: Launcher) -> list[Link]:
     """The links of a cascade, in an order in which each stands behind those that it needs.
 
     Raises:
-        UserError: the configuration of a stage is wrong, or its directory is another's.
+        UserError: the configuration of a stage is wrong, its directory is another's, or the shards
+            have no split to measure with.
     """
     root, data = Path(config.run), Path(config.data.path)
+    if not config.scenes:
+        check_split(data, next(iter(config.evaluate.counts)))
     asked = {name: whole.overrides(config, name, root, data) for name in config.stages}
     links = trainings(config, root, asked, launcher)
     ended = all(task.done for link in links for task in link.tasks)

@@ -18,9 +18,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from cascade.data.splits import HELD_OUT, described
 from cascade.errors import UserError
 from cascade.files import check_writable, write_atomically
 from cascade.slurm.plan import DONE, FROZEN, Launcher, Link, Task, launch
+from cascade.verbs.checks import check_split
 from cascade.verbs.configuration import built, composed
 from cascade.verbs.launch import trainings
 from cascade.verbs.sending import LAUNCHER, split, training
@@ -50,13 +52,16 @@ def grid(config: DictConfig, overrides: Sequence[str], launcher: Launcher) -> li
         overrides: of every point's training, behind those of the sweep.
 
     Raises:
-        UserError: the sweep needs what is not shared, or a configuration is wrong.
+        UserError: the sweep needs what is not shared, a configuration is wrong, or the shards have
+            no such split to measure with.
     """
     root, home, data = Path(config.run), Path(config.home), Path(config.data.path)
     if unknown := [name for name in config.needs if name not in config.shared]:
         raise UserError(f"needs {unknown[0]}, which `shared` does not say how to train")
     if config.axes and not config.train:
         raise UserError("axes without train: say which stage the points train, as train=decoder")
+    if config.cascade and not config.scenes:
+        check_split(data, config.evaluate.split)
     asked = {
         name: [*config.shared[name], f"run={home / name}", f"data.path={data}"]
         for name in config.needs
@@ -104,7 +109,9 @@ def describe(config: DictConfig, root: Path) -> None:
     about |= {part: {axis: list(of) for axis, of in grid.items()} for part, grid in grids.items()}
     about |= {part: OmegaConf.to_container(config[part]) for part in ("at", "expected")}
     about |= {"seeds": list(config.seeds), "features": "picture embeddings of the CLIP that judges"}
-    about |= {"reference": f"all pictures of the split {config.evaluate.split}"}
+    split = config.evaluate.split
+    whose = "" if described(split) == described(HELD_OUT) else f" ({described(split)})"
+    about |= {"reference": f"all pictures of the split {split}{whose}"}
     text = json.dumps(about, indent=1) + "\n"
     write_atomically(root / "sweep.json", lambda path: path.write_text(text))
     for name, *_ in points(config) if config.cascade else ():

@@ -22,6 +22,7 @@ from cascade.conditioning import Batch
 from cascade.data.embeddings import Embeddings
 from cascade.data.preflight import preflight
 from cascade.data.shards import Shards
+from cascade.data.splits import ALL, TRAIN, NothingHeldOut, canonical
 from cascade.data.stream import Stream, loader
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
@@ -30,6 +31,7 @@ from cascade.stage import Stage
 from cascade.training.agreement import check, verify
 from cascade.training.callbacks import History, SampleGrids
 from cascade.training.checkpoint import (
+    Checkpoint,
     CheckpointFolders,
     Checkpoints,
     finished,
@@ -41,9 +43,9 @@ from cascade.training.interruption import Interruption, deaf, stoppable
 from cascade.training.precision import Bfloat16
 from cascade.training.seeding import Seeding
 from cascade.training.skips import Skips
-from cascade.training.surroundings import Surroundings
+from cascade.training.surroundings import Surroundings, as_begun
 from cascade.training.watchdog import Watchdog
-from cascade.verbs.checks import check_identity, shares
+from cascade.verbs.checks import check_identity, replaced, shares
 from cascade.verbs.configuration import built, composed, loaded, saved
 from cascade.verbs.sending import LAUNCHER, send, split
 
@@ -114,15 +116,15 @@ def _attempt(config: DictConfig) -> Path:
     if min(config.batch, config.images) < 1:
         raise UserError(f"batch={config.batch} images={config.images}: both are at least 1")
     check_identity(config, folder)
-    if finished(folder) and loaded(folder / "config.yaml").images >= config.images:
+    if finished(folder, config.images):
         print(f"{config.name}: finished before ({folder})")
         return folder
     check_writable(folder, "choose another run=...")
     _quiet()
     torch.manual_seed(config.seed)
     module = built(config.stage)
-    shards = _checked_data(config, module)
     checkpoint = newest_checkpoint(folder)
+    shards = _checked_data(config, module, checkpoint)
     if not checkpoint and isinstance(module, Stage):
         # Lazily: pixels need no statistics, and so no pictures.
         module.codec.fit(map(module.completed, _first_batches(shards, config.fit_images)))
@@ -144,13 +146,15 @@ def _attempt(config: DictConfig) -> Path:
     return folder
 
 
-def _checked_data(config: DictConfig, module: L.LightningModule) -> Shards | Stream:
+def _checked_data(
+    config: DictConfig, module: L.LightningModule, checkpoint: Checkpoint | None
+) -> Shards | Stream:
     """The training data, when it fits the module: in seconds, and before a device is taken."""
     if isinstance(module, Stage):
         clip = FrozenCLIP(config.clip.path, config.clip.get("checkpoint"))
         fields = [f for f, p in (config.data.get("captions") or {"txt": 1.0}).items() if p > 0]
         check(module, _stores(config), clip, config.data.pictures.get("crop"), fields)
-    shards = built(config.data)
+    shards = as_begun(checkpoint, lambda **options: built({**config.data, **options}))
     if isinstance(shards, Shards):
         preflight(shards, config.batch)
         if isinstance(module, Stage):
@@ -171,7 +175,7 @@ def _callbacks(
     callbacks += [Seeding(config.seed), History(folder, config.name, config.images)]
     if config.grids and hasattr(module, "sampler") and module.writes.startswith("image"):
         marks = [config.images * (i + 1) // config.grids for i in range(config.grids)]
-        callbacks.append(SampleGrids(folder, ema, _held_out(config), marks))
+        callbacks.append(SampleGrids(folder, ema, *_shown(config, shards), marks))
     skips = Skips(folder, shards.max_skip_fraction, checkpoints.save)
     return [*callbacks, skips, Interruption(folder, checkpoints), checkpoints]
 
@@ -208,14 +212,28 @@ def _first_batches(shards: Shards | Stream, images: int) -> Iterable[Batch]:
     return loader(shards, 256, batches=-(-count // 256))
 
 
-def _held_out(config: DictConfig, count: int = 16) -> Batch:
+def _shown(config: DictConfig, data: Shards | Stream, count: int = 16) -> tuple[Batch, str]:
+    """Held-out samples to paint; where nothing is held out, some of the training, and so labelled.
+
+    Raises:
+        UserError: the shards lack another split that was asked for.
+    """
     # What is sampled from is whole: BSR degrades in training only.
     pictures = {**config.data.pictures, "degrade": None}
     as_sampled = {"split": config.grid_split, "shuffle": False, "pictures": pictures}
     # Nothing is kept of them; a stream that is not shuffled ends by itself.
-    shards = built({k: v for k, v in {**config.data, **as_sampled}.items() if k != "cache"})
+    own = {k: v for k, v in {**config.data, **as_sampled}.items() if k != "cache"}
+    trained = canonical(config.grid_split) in (TRAIN, ALL)
+    try:
+        shards = built(own)
+        # Held out by an index since, while the training had it from the beginning.
+        late = isinstance(shards, Shards) and shards.corpus.share > data.corpus.share
+    except NothingHeldOut:
+        late = True
+    if late:
+        trained, shards = True, built({**own, "split": config.data.get("split", TRAIN)})
     count = min(count, len(shards)) if isinstance(shards, Shards) else count
-    return next(iter(loader(shards, count, batches=1)))
+    return next(iter(loader(shards, count, batches=1))), "training: " if trained else ""
 
 
 def _quiet() -> None:
@@ -233,15 +251,7 @@ def load(folder: Path) -> Any:
     stage, clip = OmegaConf.to_container(config.stage), Path(config.clip.path)
     beside = folder.parent / clip.name
     if not clip.exists() and beside.is_dir():
-        stage = _replaced(stage, str(clip), str(beside))
+        stage = replaced(stage, str(clip), str(beside))
     module = built(stage)
     module.restore(folder)
     return module.eval()
-
-
-def _replaced(node: Any, old: Any, new: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: _replaced(value, old, new) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_replaced(value, old, new) for value in node]
-    return new if node == old else node

@@ -1,0 +1,272 @@
+"""The one reader of tars: which files one holds, where their bytes lie, and whether it is whole.
+
+The end of a tar is a block of zeros with nothing but some zeros behind it; `tarfile` takes a
+damaged header for the end as well. A link stands for the file in the same tar that it leads to. A
+compressed tar is refused: nothing in it has a place, and a kilobyte could become a gigabyte.
+"""
+
+import glob
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from posixpath import dirname, join, normpath
+from typing import IO, NamedTuple, Protocol, runtime_checkable
+
+from cascade.errors import UserError
+
+MAX_HEADER = 2**20  # bytes of an extended header, all of which tarfile keeps in memory
+BROKEN = (OSError, tarfile.TarError, ValueError, RecursionError)  # how a damaged tar is found out
+
+LINK = "link to no file of the tar"
+STREAMED_LINK = "link, which a stream cannot follow"
+SPARSE = "sparse file"
+
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")  # endings
+_COMPRESSIONS = {
+    b"\x1f\x8b": "it is gzipped: unpack it (gunzip)",
+    b"BZh": "it is compressed with bzip2: unpack it (bunzip2)",
+    b"\xfd7zXZ": "it is compressed with xz: unpack it (unxz)",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd: unpack it (unzstd)",
+}
+_PADDING = 2**20  # zeros behind the end of a tar: more than any usual record
+
+
+Paths = str | Path | Sequence[str | Path]
+
+
+class Member(NamedTuple):
+    """A file of a tar, or a link to one, under its own name, with the place of its bytes.
+
+    Attributes:
+        lost: why it cannot be read; "": it can.
+    """
+
+    name: str
+    offset: int
+    bytes: int
+    lost: str = ""
+
+
+class Contents(NamedTuple):
+    """The files of a tar in its order, and its size and time. If it is not `whole`, the last file
+    may be cut short, and others may have followed."""
+
+    members: list[Member]
+    whole: bool
+    stat: os.stat_result
+
+
+class StreamMember(NamedTuple):
+    """A file that a stream is at; its bytes are read before the next one, or never."""
+
+    name: str
+    bytes: int
+    lost: str
+    read: Callable[[], bytes]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What a stream is read from: a file, or the output of a command."""
+
+    def read(self, size: int) -> bytes: ...
+
+
+class Compressed(tarfile.ReadError):
+    """A tar is compressed; the message says how, and what unpacks it."""
+
+
+class Header(tarfile.TarInfo):
+    """The header of a member; one of an impossible size is a damaged one.
+
+    (tarfile takes a negative size for a way back, and goes round for ever.)
+    """
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # tarfile's own hook
+        if self.size < 0 or (self.size > MAX_HEADER and not self.isreg()):
+            raise tarfile.InvalidHeaderError("bad size")
+        return super()._proc_member(archive)
+
+
+def tars_of(folder: Path) -> list[Path]:
+    """The tars of a folder by name, without hidden ones: a Mac leaves `._NAME.tar` beside each.
+
+    Raises:
+        UserError: all that are there are compressed.
+    """
+    found = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    packed = [] if found else sorted(p for p in folder.glob("*") if p.name.endswith(PACKED))
+    if packed:
+        raise UserError(f"{packed[0]} is compressed ({len(packed)} such tars): unpack them")
+    return found
+
+
+def listed(path: Paths) -> list[Path]:
+    """The tars of a folder, a glob or a list, by name; what is there is never taken for a glob.
+
+    Raises:
+        UserError: there is none, or two have the same name.
+    """
+    if not isinstance(path, str | Path):
+        found = sorted(Path(name) for name in path)
+    elif Path(path).is_dir():
+        found = tars_of(Path(path))
+    else:
+        names = [path] if Path(path).exists() else glob.glob(str(path))
+        found = sorted(Path(name) for name in names)
+    if not found:
+        raise UserError(f"{path}: no .tar is there; give the folder of the shards, or a glob")
+    if twice := [stem for stem, n in Counter(tar.stem for tar in found).items() if n > 1]:
+        raise UserError(f"two shards are called {twice[0]}: rename one, as names tell them apart")
+    return found
+
+
+def contents(tar: Path) -> Contents:
+    """The files of a tar, found by reading its headers.
+
+    A hard link leads to the last file of its target's name before it, a symbolic one to the last
+    of all: what unpacking would leave.
+
+    Raises:
+        UserError: it cannot be opened, or is compressed.
+    """
+    found: list[tarfile.TarInfo] = []
+    try:
+        with open(tar, "rb") as file:
+            stat = os.fstat(file.fileno())
+            _check_plain(file.read(8))
+            file.seek(0)
+            whole = _headers(file, stat.st_size, found)
+    except Compressed as error:
+        raise UserError(f"{tar}: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {tar}: {os.strerror(error.errno or 0)}") from error
+    return Contents(_followed(found), whole, stat)
+
+
+def _check_plain(start: bytes) -> None:
+    for magic, what in _COMPRESSIONS.items():
+        if start.startswith(magic):
+            raise Compressed(what)
+
+
+def _headers(file: IO[bytes], size: int, found: list[tarfile.TarInfo]) -> bool:
+    """Adds the headers of a tar of this size; returns whether it has its end."""
+    end = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=Header, encoding="utf-8") as archive:
+            while member := archive.next():
+                archive.members.clear()  # or it would keep them all
+                found.append(member)
+                end = archive.offset
+                cut = member.size > size - member.offset_data
+                if cut and member.isreg() and not member.issparse():
+                    return False
+    except (tarfile.TarError, ValueError, RecursionError):
+        return False
+    file.seek(end)
+    rest = file.read(_PADDING + 1)  # a file that was never filled has more zeros
+    return 512 <= len(rest) <= _PADDING and not any(rest)
+
+
+def _followed(found: list[tarfile.TarInfo]) -> list[Member]:
+    """The files among these, and the links to files; links to folders of the tar are left out."""
+    if not any(m.islnk() or m.issym() for m in found):
+        return [_file(m) for m in found if m.isreg()]
+    last: dict[str, int] = {}
+    before: dict[int, int | None] = {}  # where a hard link leads
+    for i, member in enumerate(found):
+        if member.islnk():
+            before[i] = last.get(normpath(member.linkname))
+        last[normpath(member.name)] = i
+
+    def target(i: int | None) -> tarfile.TarInfo | None:
+        for _ in range(40):  # a chain of links, or a circle
+            if i is None or not (found[i].islnk() or found[i].issym()):
+                break
+            i = before[i] if found[i].islnk() else last.get(_target(found[i]))
+        return None if i is None or found[i].islnk() or found[i].issym() else found[i]
+
+    folders = {normpath(m.name) for m in found if m.isdir()}
+    folders |= {folder for m in found for folder in _parents(normpath(m.name))}
+    members = []
+    for i, member in enumerate(found):
+        if member.isreg():
+            members.append(_file(member))
+        elif member.islnk() or member.issym():
+            file = target(i)
+            if file is not None and file.isreg():
+                members.append(_file(file)._replace(name=member.name))
+            elif not (member.issym() and _target(member) in folders):
+                members.append(Member(member.name, 0, 0, LINK))
+    return members
+
+
+def _file(member: tarfile.TarInfo) -> Member:
+    if member.issparse():
+        return Member(member.name, 0, 0, SPARSE)
+    return Member(member.name, member.offset_data, member.size)
+
+
+def _target(link: tarfile.TarInfo) -> str:
+    return normpath(join(dirname(link.name), link.linkname))
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := dirname(name):
+        yield name
+        if name == "/":
+            return
+
+
+class _StreamHeader(Header):
+    @classmethod
+    def fromtarfile(cls, tar: "_StreamedTar") -> "_StreamHeader":
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            tar.ended = True
+            raise
+
+
+class _StreamedTar(tarfile.TarFile):
+    tarinfo = _StreamHeader
+    ended = False
+
+
+class _Begun:
+    """A file of which some bytes were read already."""
+
+    def __init__(self, start: bytes, file: Source):
+        self.start, self.file = start, file
+
+    def read(self, size: int) -> bytes:
+        data, self.start = self.start[:size], self.start[size:]
+        return data or self.file.read(size)
+
+
+def streamed(file: Source) -> Iterator[StreamMember]:
+    """The files of a tar that is read from front to back, links among them as lost.
+
+    Raises:
+        Compressed: nothing can be read.
+        one of `BROKEN`: it breaks off.
+    """
+    start = file.read(8)
+    _check_plain(start)
+    with _StreamedTar.open(fileobj=_Begun(start, file), mode="r|", encoding="utf-8") as tar:
+        while member := tar.next():
+            lost = SPARSE if member.issparse() else "" if member.isreg() else STREAMED_LINK
+            if member.isreg() or member.islnk() or member.issym():
+                yield StreamMember(member.name, member.size, lost, lambda m=member: _data(tar, m))
+            tar.members.clear()
+        # What follows is read, or the command that prints it would complain.
+        rest = tar.fileobj.read(_PADDING + 1)
+        if not tar.ended or len(rest) > _PADDING or any(rest):
+            raise tarfile.ReadError("no end")
+
+
+def _data(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    return tar.extractfile(member).read()

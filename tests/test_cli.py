@@ -9,7 +9,8 @@ import webdataset
 from cascade.cli import main, parser
 from cascade.data.shards import Shards, loader
 from cascade.data.transforms import Pictures
-from cascade.verbs import train
+from cascade.errors import UserError
+from cascade.verbs import sample, train
 
 VERBS = ("train", "sample", "evaluate", "data", "describe", "demo", "sweep", "launch", "runs")
 VERBS += ("cells", "generate", "report")
@@ -90,12 +91,29 @@ def test_what_a_data_worker_raises_is_one_line_as_well(tmp_path, capsys, monkeyp
         (["x" * 10_000, "--model", "nowhere"], "10,000 characters"),
         (["--model", "nowhere"], "no caption"),
         (["a", "--model", "nowhere", "--file", "missing.txt"], "missing.txt"),
+        (["a \udcfc", "--model", "nowhere"], "caption 1 is not in the terminal's encoding"),
         (["a", "--model", "nowhere", "--out", "picture.gif"], ".png"),
         (["a", "--model", "nowhere", "--n", "0"], "at least 1"),
     ],
 )
 def test_sample_refuses(argv, says, capsys):
     assert says in refused(["sample", *argv], capsys)
+
+
+@pytest.mark.parametrize("form", ["{}\n", "p{n}\t{}\r\n"])
+def test_captions_of_a_file_are_one_a_line_and_ids_are_not_painted(form, tmp_path, monkeypatch):
+    found = []
+
+    def painted(captions):
+        found.extend(captions)
+        raise UserError("enough")
+
+    monkeypatch.setattr(sample, "checked", painted)
+    texts = [f"a red{s}circle" for s in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"] + ["über"]
+    lines = [form.replace("{n}", str(n)).replace("{}", text) for n, text in enumerate(texts)]
+    (tmp_path / "a.txt").write_bytes("".join(lines).encode("utf-16"))
+    assert main(["sample", "--model", "nowhere", "--file", str(tmp_path / "a.txt")]) == 2
+    assert found == ["a red circle"] * 8 + ["über"]
 
 
 def test_sample_writes_over_nothing(tmp_path, capsys):

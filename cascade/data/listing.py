@@ -3,27 +3,19 @@
 What cannot be used is left out by reason and by name. A caption is one line, stripped.
 """
 
-import csv
 import hashlib
-import json
 import os
-import re
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cascade.data.index import PICTURES
-from cascade.errors import UserError
+from cascade.data.tables import Caption, as_one, captions_in
+from cascade.texts import BadText, decoded, lines
 
-FILE_COLUMNS = (
-    *("file_name", "filename", "file", "file_path", "filepath"),
-    *("image", "image_file", "image_path", "picture", "path", "name"),
-)
 MAX_CAPTIONS = 50_000  # characters of a picture's captions together, so that its JSON can be read
-CAPTION_COLUMN = re.compile(r"(\w+_)?(caption|text|txt|prompt|description)s?(_?\d+)?|alt|title")
 
 
 class Row(NamedTuple):
@@ -32,127 +24,29 @@ class Row(NamedTuple):
     name: str
     path: Path
     size: int
-    captions: dict[str, str]
+    captions: dict[str, Caption]
 
 
-def table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV, TSV, JSONL or parquet file.
+def texts_beside(folder: Path) -> Iterator[tuple[str, dict[str, Caption] | str]]:
+    """Names and captions of all pictures of a folder and those below it: the lines of `name.txt`.
 
-    Raises:
-        UserError: another kind of file, one that cannot be read or is damaged, or parquet where
-            pyarrow is not installed.
+    Where that is no text, the reason stands for the captions.
     """
-    readers = {
-        ".csv": partial(_separated, delimiter=","),
-        ".tsv": partial(_separated, delimiter="\t"),
-        ".jsonl": _json_lines,
-        ".parquet": _parquet,
-    }
-    read = readers.get(path.suffix.lower())
-    if not read:
-        raise UserError(f"{path}: give a table of captions that ends in {', '.join(readers)}")
-    try:
-        rows = list(read(path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: save it as UTF-8") from error
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not rows:
-        raise UserError(f"{path} has no rows: give a table with a header and a row per picture")
-    return rows
-
-
-def _separated(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, delimiter=delimiter, strict=True)
-        header = next(lines, [])
-        for fields in filter(None, lines):
-            if len(fields) != len(header):  # a caption with a bare comma would lose its rest
-                raise ValueError(
-                    f"line {lines.line_num} has {len(fields)} fields, the header {len(header)}; "
-                    "put quotes around what holds a separator"
-                )
-            yield dict(zip(header, fields))
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is not an object")
-                yield row
-
-
-def _parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(
-            f"{path} takes pyarrow to read: pip install cascade-diffusion[parquet]"
-        ) from error
-    return parquet.read_table(path).to_pylist()
-
-
-def columns(
-    rows: Sequence[Mapping[str, Any]], file: str | None = None, captions: Sequence[str] = ()
-) -> tuple[str, list[str]]:
-    """Which column names the file, and which hold captions: as given, or by common names.
-
-    Raises:
-        UserError: there is no such column.
-    """
-    there = list(dict.fromkeys(name for row in rows for name in row))
-    known = {name.lower(): name for name in there}
-    file = file or next((known[name] for name in FILE_COLUMNS if name in known), None)
-    captions = list(captions) or [
-        name for name in there if name != file and CAPTION_COLUMN.fullmatch(name.lower())
-    ]
-    wrong = [name for name in (file, *captions) if name and name not in there]
-    if wrong or not file or not captions:
-        what = wrong[0] if wrong else "a caption" if file else "a file"
-        raise UserError(
-            f"no column for {what} among {', '.join(there)}: name them with --file-column and "
-            "--caption-columns"
-        )
-    return file, captions
-
-
-def rows_of_table(
-    rows: Iterable[Mapping[str, Any]], file: str, captions: Sequence[str]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """File name and captions by column of each row; captions that are empty are left out."""
-    for row in rows:
-        texts = {name: one_line(row.get(name)) for name in captions}
-        yield str(row.get(file) or ""), {name: text for name, text in texts.items() if text}
-
-
-def texts_beside(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """The same for all pictures of a folder and those below it, with `name.txt` as caption."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower().lstrip(".") in PICTURES:
             try:
-                text = one_line(path.with_suffix(".txt").read_text(encoding="utf-8-sig"))
-            except (OSError, UnicodeDecodeError):
-                text = ""
-            yield str(path.relative_to(folder)), {"caption": text} if text else {}
-
-
-def one_line(text: Any) -> str:
-    """A caption without line breaks, or "" for what is no text."""
-    # JSON can hold halves of surrogate pairs, which UTF-8 cannot.
-    return " ".join(text.split()).encode(errors="replace").decode() if isinstance(text, str) else ""
+                caption = captions_in(lines(decoded(path.with_suffix(".txt").read_bytes())))
+                found = {"caption": caption} if caption else {}
+            except OSError:
+                found = {}
+            except BadText as error:
+                found = f"caption is {error}"
+            yield str(path.relative_to(folder)), found
 
 
 def usable(
     folder: Path,
-    named: Iterable[tuple[str, dict[str, str]]],
+    named: Iterable[tuple[str, dict[str, Caption] | str]],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Row], dict[str, list[str]]]:
     """The pictures that are there and have a caption, each content once; the others by reason.
@@ -161,6 +55,7 @@ def usable(
     of equal sizes are read.
 
     Args:
+        named: names, with captions by column, or why there are none.
         progress: called with (pictures compared, pictures in all).
     """
     rows, refused, seen = [], defaultdict(list), set()
@@ -172,9 +67,9 @@ def usable(
             refused["outside of the folder"].append(name)
         elif size is None:
             refused["missing file"].append(name)
-        elif not captions:
-            refused["no caption"].append(name)
-        elif sum(map(len, captions.values())) > MAX_CAPTIONS:
+        elif isinstance(captions, str) or not captions:
+            refused[captions or "no caption"].append(name)
+        elif sum(len(as_one(text)) for text in captions.values()) > MAX_CAPTIONS:
             refused["huge caption"].append(name)
         elif path in seen:
             refused["duplicate"].append(name)

@@ -1,16 +1,22 @@
 """What can be known about a configuration's data before a device is taken: seconds, not hours."""
 
+import logging
 import os
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from cascade.data.corpus import Placed
 from cascade.data.index import counted
-from cascade.data.items import fields_of
+from cascade.data.items import CHOOSE, Items, fields_of
 from cascade.data.shards import Shards
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
+from cascade.texts import decoded, lines
+
+log = logging.getLogger(__name__)
 
 LOOKS = 32  # samples that are looked at, evenly over the tars
 
@@ -36,13 +42,14 @@ def preflight(shards: Shards, batch: int) -> None:
             "sample may come twice in one"
         )
     reasons: Counter[str] = Counter()
+    undecided: Counter[str] = Counter()
     found: set[str] = set()
     ends = np.cumsum(shards.corpus.counts)
     for n in range(looks := min(LOOKS, len(shards))):
         at = n * len(shards) // looks
         tar = int(np.searchsorted(ends, at, side="right"))
         try:
-            found |= _look(shards, tar, at - int(ends[tar] - shards.corpus.counts[tar]))
+            found |= _look(shards, tar, at - int(ends[tar] - shards.corpus.counts[tar]), undecided)
         except BadSample as reason:
             reasons[str(reason)] += 1
     if 4 * reasons.total() > looks:
@@ -50,6 +57,8 @@ def preflight(shards: Shards, batch: int) -> None:
             f"of {looks} samples looked at {reasons.total()} are bad ({counted(reasons)}): mend "
             "the shards, or what was precomputed of them"
         )
+    for what, number in undecided.items():
+        log.warning("%d of %d samples looked at have %s: %s", number, looks, what, CHOOSE)
     if missing := sorted({*shards.make_item.captions, *shards.make_item.json_fields} - found):
         raise UserError(
             f"none of {looks} samples looked at has {missing[0]}, but {', '.join(sorted(found))}: "
@@ -57,10 +66,23 @@ def preflight(shards: Shards, batch: int) -> None:
         )
 
 
-def _look(shards: Shards, tar: int, place: int) -> set[str]:
+def _look(shards: Shards, tar: int, place: int, undecided: Counter[str]) -> set[str]:
     """Reads a sample as training would. Returns the names of its fields, and "txt"."""
     shards.item(tar, place, 0)
     sample, reads = Placed(shards.corpus[tar], place), shards.make_item
     fields = fields_of(sample) if {*reads.captions, *reads.json_fields} - {"txt"} else {}
+    undecided.update(_undecided(sample, fields, reads))
     there = {name for name, value in fields.items() if value is not None}
     return there | ({"txt"} if sample.read("txt") else set())
+
+
+def _undecided(sample: Placed, fields: Mapping[str, Any], reads: Items) -> Iterator[str]:
+    """Where there are several captions, and nobody said which to take."""
+    if reads.several is not None:
+        return
+    for name in reads.captions:
+        if isinstance(value := fields.get(name), list) and len(value) > 1:
+            yield f"a list of captions in {name}, which is passed over"
+    text = decoded(sample.read("txt")) if "txt" in reads.captions else ""
+    if sum(bool(line.strip()) for line in lines(text)) > 1:
+        yield "several lines in their txt, which are taken for one caption"

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
     sample = verb("sample", "Paint captions.")
     sample.add_argument("captions", nargs="*", metavar="caption")
-    sample.add_argument("--file", help="a text file with a caption on each line")
+    sample.add_argument("--file", help="of captions, one a line or as of generate --prompts")
     sample.add_argument("--model", required=True, help="directory of a cascade (runs/demo)")
     sample.add_argument("--n", type=int, default=1, help="pictures per caption (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of all noise (default 0)")
@@ -154,7 +154,14 @@ def parser() -> argparse.ArgumentParser:
     pack = kinds.add_parser("pack", help="write shards of a folder of pictures with captions")
     pack.add_argument("out", help="folder to write to")
     pack.add_argument("--pictures", help="folder of files (default: that of --captions)")
-    pack.add_argument("--captions", help=".csv, .tsv, .jsonl or .parquet (default: NAME.txt files)")
+    pack.add_argument(
+        "--captions",
+        help=".csv, .tsv, .jsonl or .parquet, or a folder or quoted pattern of its parts (default: "
+        "NAME.txt files)",
+    )
+    pack.add_argument(
+        "--lines", action="store_true", help="each line of a NAME.txt is a caption of its own"
+    )
     pack.add_argument("--file-column", help="of names or pictures (default: by common names)")
     pack.add_argument("--caption-columns", default="", help="the first is the sample's .txt")
     pack.add_argument("--val", default="0.01", help="pictures held out, or their share (1%%)")
@@ -171,6 +178,9 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--clip", help="embeds pictures: a CLIP's directory, or open_clip's name")
     embed.add_argument("--text", help="encodes captions: a T5's directory or name, or a CLIP")
     embed.add_argument("--captions", default="txt", help="fields, such as txt,long_caption (txt)")
+    embed.add_argument(
+        "--several", choices=["first", "all"], help="of a list of captions (as data.several)"
+    )
     embed.add_argument("--checkpoint", help="weights file or tag, for a name of open_clip's")
     embed.add_argument("--length", type=int, help="tokens that a T5 reads (default 256)")
     embed.add_argument("--bf16", action="store_true", help="compute a T5 in bfloat16")

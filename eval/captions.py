@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade.data.listing import FILE_COLUMNS, one_line, table
 from cascade.data.rgb import ENDINGS
+from cascade.data.tables import FILE_COLUMNS, named, table, text_column
 from cascade.encoders.text import tokenize
 from cascade.errors import UserError
 from cascade.eval.sets import PictureSet
+from cascade.texts import BadText, brief, decoded, one_line
 
 CAPTIONS = "captions.jsonl"  # in a folder that was generated
 IDS = ("id", "key", *FILE_COLUMNS)
-TEXTS = ("caption", "prompt", "prompts", "text", "txt")
 
 Row = dict[str, Any]  # "id", "caption", and whatever else a file says of a picture
 
@@ -46,9 +46,9 @@ def captioned(pictures: PictureSet, file: Path | None = None) -> list[Row]:
     rows: dict[str, Row] = {}
     for row in rows_of(file) if file else _beside(pictures):
         if row["id"] in rows:
-            raise UserError(f"{where} has two captions for {row['id']}: leave one")
+            raise UserError(f"{where} has two captions for {brief(row['id'])}: leave one")
         if not row["caption"]:
-            raise UserError(f"{where} has an empty caption for {row['id']}: write one")
+            raise UserError(f"{where} has an empty caption for {brief(row['id'])}: write one")
         rows[row["id"]] = row
     missing = [name for name in pictures.ids if name not in rows]
     foreign = rows.keys() - set(pictures.ids)
@@ -60,7 +60,7 @@ def captioned(pictures: PictureSet, file: Path | None = None) -> list[Row]:
     if foreign:
         raise UserError(
             f"{where} has captions of {len(foreign)} pictures that {pictures.path} lacks, such as "
-            f"{min(foreign)}: give those of its pictures alone"
+            f"{brief(min(foreign))}: give those of its pictures alone"
         )
     return [rows[name] for name in pictures.ids]
 
@@ -87,15 +87,14 @@ def rows_of(file: Path) -> list[Row]:
     Raises:
         UserError: it is missing or damaged, or lacks ids or captions.
     """
-    if file.suffix.lower() == ".txt":
-        return list(_of_lines(file))
     rows = table(file)
-    columns = {name.lower(): name for row in rows for name in row}
-    ids = next((columns[name] for name in IDS if name in columns), None)
-    texts = next((columns[name] for name in TEXTS if name in columns), None)
+    ids, texts = next(iter(named(rows, IDS, (str, int))), None), text_column(file, rows)
+    if file.suffix.lower() == ".txt" and ids is None:
+        raise UserError(f"{file}: line 1 is not an id, a tab and a caption: write all lines so")
     if ids is None or texts is None:
+        there = dict.fromkeys(name for row in rows for name in row)
         raise UserError(
-            f"{file} has the columns {', '.join(columns.values())}: call one id, and one caption"
+            f"{file} has the columns {', '.join(map(brief, there))}: call one id, and one caption"
         )
     return [
         {**row, "id": _without_ending(str(row.get(ids))), "caption": one_line(row.get(texts))}
@@ -103,23 +102,13 @@ def rows_of(file: Path) -> list[Row]:
     ]
 
 
-def _of_lines(file: Path) -> Iterator[Row]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as text: {error}") from error
-    for number, line in enumerate(lines, 1):
-        name, tab, caption = line.partition("\t")
-        if line.strip() and not tab:
-            raise UserError(f"{file}: line {number} is not an id, a tab and a caption: write so")
-        if tab:
-            yield {"id": _without_ending(name), "caption": one_line(caption)}
-
-
 def _beside(pictures: PictureSet) -> Iterator[Row]:
     for name, span in pictures.texts.items():
         if name in pictures.spans:
-            text = span.read().decode("utf-8-sig", errors="replace")
+            try:
+                text = decoded(span.read())
+            except BadText as error:
+                raise UserError(f"{pictures.path}: the text of {name} is {error}") from error
             yield {"id": name, "caption": one_line(text)}
 
 

@@ -5,8 +5,9 @@ out. Papers say "30,000 captions of the validation set" (GLIDE, Imagen, Karlo), 
 Here, for a seed (0):
 
 * Images: the 30,000 of the 40,504 of val2014 with the least SHA-256 of "SEED image ID", and of each
-  the one caption with the least SHA-256 of "SEED caption ID", ID being the annotation's; in the
-  order of image ids. No library's generator is in it, so that nobody's update can change it.
+  the one caption with the least SHA-256 of "SEED caption ID", ID being the annotation's, of those
+  that are not empty; in the order of image ids. No library's generator is in it, so that nobody's
+  update can change it.
 * Pictures: one for each caption, at 256 px, PNG.
 * Reference: all of val2014, the centred square cut out of each picture and resized to 256 px
   (Pillow's bicubic, which is antialiased), made on the way and kept nowhere.
@@ -15,15 +16,18 @@ Here, for a seed (0):
 
 import hashlib
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cascade.data.listing import one_line
 from cascade.errors import UserError
 from cascade.eval.prompts import Prompt
 from cascade.eval.sets import PictureSet, listed, picture_set
+from cascade.texts import BadText, decoded, one_line
+
+log = logging.getLogger(__name__)
 
 PREFIX = "coco:"
 COUNT, SIZE = 30_000, 256
@@ -40,7 +44,10 @@ def prompts(folder: Path, count: int = COUNT, seed: int = 0) -> list[Prompt]:
     found = _annotations(folder)
     captions: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for annotation in found["annotations"]:
-        captions[annotation["image_id"]].append(annotation)
+        if one_line(annotation["caption"]):
+            captions[annotation["image_id"]].append(annotation)
+    if empty := len(found["annotations"]) - sum(map(len, captions.values())):
+        log.warning("%s: %d captions are empty, and passed over", folder / _CAPTIONS, empty)
     if len(captions) < count:
         raise UserError(f"{folder} has captions of {len(captions):,} images: copy all {count:,}")
     drawn = sorted(captions, key=lambda image: _order(seed, "image", image))[:count]
@@ -83,11 +90,13 @@ def departures(pictures: PictureSet) -> list[str]:
 def _annotations(folder: Path) -> dict[str, Any]:
     file = folder / _CAPTIONS
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(decoded(file.read_bytes()))
         whole = all({"file_name", "id"} <= image.keys() for image in found["images"])
         whole &= all({"id", "image_id", "caption"} <= a.keys() for a in found["annotations"])
     except FileNotFoundError:
         raise UserError(f"{file} is not there: give a folder with it and {_PICTURES}/") from None
+    except BadText as error:
+        raise UserError(f"{file} is {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:

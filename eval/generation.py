@@ -22,7 +22,6 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cascade.data.claims import Claims
-from cascade.data.listing import one_line
 from cascade.errors import Failed, UserError
 from cascade.eval import captions, prompts
 from cascade.eval.identity import changed
@@ -31,6 +30,7 @@ from cascade.eval.sets import listed
 from cascade.files import REST, remove, remove_rests, write_atomically
 from cascade.grids import to_uint8
 from cascade.pipeline import Cascade
+from cascade.texts import one_line
 
 MANIFEST = "manifest.json"
 MANY = 2**16  # pictures of a prompt
@@ -90,7 +90,7 @@ class Job:
         """What captions.jsonl says of each picture."""
         return [
             {"id": name, "caption": one_line(self.prompts[i].text), "prompt": i, "image": k}
-            | self.prompts[i].categories
+            | self.prompts[i].kept
             for name, i, k in self.items
         ]
 

@@ -4,10 +4,10 @@ A prompt keeps the other columns of its row, so that scores can be listed by cat
 where picture k of prompt i lies: its id is its path without the ending.
 """
 
-import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +17,15 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from cascade.data.listing import one_line, table
+from cascade.data.tables import table, text_column
 from cascade.errors import UserError
 from cascade.files import write_atomically
 from cascade.grids import grid
+from cascade.texts import brief, one_line
 
-COLUMNS = ("prompt", "prompts", "caption", "text")
 CATEGORIES = ("category", "challenge", "tag")  # of DrawBench, PartiPrompts, GenEval; in any case
 
+_ID = re.compile(r"\S+|\S.*\.\w+")  # with spaces only if it is a file's name
 _LONGEST = 255 - len("_000000.png")  # bytes of a prompt in a file's name
 
 
@@ -39,56 +40,50 @@ class Prompt(NamedTuple):
         """What scores can be listed by."""
         return {k: str(v) for k, v in self.fields.items() if k.lower() in CATEGORIES}
 
+    @property
+    def kept(self) -> dict[str, str]:
+        """What is said of its pictures: the categories, and its own id as `prompt_id`."""
+        own = {"prompt_id": str(self.fields["id"])} if "id" in self.fields else {}
+        return {**self.categories, **own}
+
 
 def read(path: Path) -> list[Prompt]:
-    """The prompts of a file, in its order.
+    """The prompts of a file, in its order; `eval.captions` reads the same forms, with ids.
 
-    `.jsonl` (GenEval's metadata), `.csv` (DrawBench) and `.tsv` (PartiPrompts, where a quote is a
-    letter) have a column of them; a `.txt` has one a line, up to a tab (T2I-CompBench).
+    `.jsonl` (GenEval's metadata), `.csv` (DrawBench), `.tsv` (PartiPrompts) and `.parquet` have a
+    column of them; a `.txt` has one a line, or an id, a tab and a prompt.
 
     Raises:
-        UserError: the file is missing, damaged, has no such column, or an empty prompt.
+        UserError: the file is missing, damaged, has no such column or two, an empty prompt, or what
+            stands before the tabs are no ids.
     """
-    if path.suffix.lower() in (".txt", ".tsv"):
-        rows = _lines(path) if path.suffix.lower() == ".txt" else _tabs(path)
-    else:
-        rows = table(path)
-    if not rows:
-        raise UserError(f"{path} holds no prompt: write one on each line")
-    known = {name.lower(): name for row in rows for name in row}
-    column = next((known[name] for name in COLUMNS if name in known), None)
+    rows = table(path)
+    column = text_column(path, rows)
     if column is None:
-        raise UserError(f"{path} has no column of prompts: call one {' or '.join(COLUMNS[:2])}")
+        raise UserError(f"{path} has no column of prompts: call one prompt or caption")
+    if path.suffix.lower() == ".txt" and "id" in rows[0]:
+        _check_ids(path, [row["id"] for row in rows])
     prompts = [Prompt(one_line(row.get(column)), dict(row)) for row in rows]
     if empty := [i for i, prompt in enumerate(prompts, 1) if not prompt.text]:
         raise UserError(f"{path}: prompt {empty[0]} is empty: write one, or remove its row")
     return prompts
 
 
+def _check_ids(path: Path, ids: Sequence[str]) -> None:
+    """Raises UserError where a prompt, and not an id, may stand before the tab."""
+    several = [name for name, n in Counter(ids).items() if n > 1]
+    if wrong := several or [name for name in ids if not _ID.fullmatch(name.strip())]:
+        raise UserError(
+            f"{path}: {brief(wrong[0])!r} before a tab is no id of its own: write an id, a tab and "
+            "a prompt on each line, or prompts alone"
+        )
+
+
 def hash_of(prompts: Sequence[Prompt]) -> str:
     """Sixteen hexadecimal digits of all prompts and their columns."""
-    text = json.dumps([[prompt.text, prompt.fields] for prompt in prompts], sort_keys=True)
+    pairs = [[prompt.text, prompt.fields] for prompt in prompts]
+    text = json.dumps(pairs, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text: {error}") from error
-
-
-def _lines(path: Path) -> list[dict[str, str]]:
-    lines = (line.partition("\t")[0].strip() for line in _read_text(path).splitlines())
-    return [{"prompt": line} for line in lines if line]
-
-
-def _tabs(path: Path) -> list[dict[str, str]]:
-    lines = csv.reader(_read_text(path).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-    header, *rows = [*lines] or [[]]
-    if wrong := [i for i, row in enumerate(rows, 2) if row and len(row) != len(header)]:
-        raise UserError(f"{path}: line {wrong[0]} has not the header's {len(header)} columns")
-    return [dict(zip(header, row)) for row in rows if row]
 
 
 @runtime_checkable
@@ -147,7 +142,7 @@ class GenEval:
 
     def finish(self, out: Path, prompts: Sequence[Prompt], ids: Sequence[Sequence[str]]) -> None:
         for i, (prompt, names) in enumerate(zip(prompts, ids)):
-            folder, text = out / f"{i:05d}", json.dumps(prompt.fields)
+            folder, text = out / f"{i:05d}", json.dumps(prompt.fields, default=str)
             write_atomically(folder / "metadata.jsonl", partial(_write, text=text))
             if not (folder / "grid.png").exists():
                 pictures = [np.asarray(_opened(out / f"{name}.png")) for name in names]

@@ -13,7 +13,7 @@ from cascade.data.shards import Shards, loader
 from cascade.data.transforms import Pictures
 from cascade.errors import UserError
 from cascade.files import check_writable
-from cascade.verbs import train
+from cascade.verbs import sample, train
 
 VERBS = ("train", "sample", "evaluate", "data", "describe", "demo", "sweep", "launch", "runs")
 VERBS += ("cells", "generate", "report")
@@ -94,6 +94,7 @@ def test_what_a_data_worker_raises_is_one_line_as_well(tmp_path, capsys, monkeyp
         (["x" * 10_000, "--model", "nowhere"], "10,000 characters"),
         (["--model", "nowhere"], "no caption"),
         (["a", "--model", "nowhere", "--file", "missing.txt"], "missing.txt"),
+        (["a \udcfc", "--model", "nowhere"], "caption 1 is not in the terminal's encoding"),
         (["a", "--model", "nowhere", "--out", "picture.gif"], ".png"),
         (["a", "--model", "nowhere", "--n", "0"], "at least 1"),
     ],
@@ -156,6 +157,22 @@ def test_what_a_disk_refuses_is_one_line(tmp_path, capsys, monkeypatch):
     assert refused(["train"], capsys) == (
         f"cascade: {tmp_path / 'x'}: Permission denied: choose another place"
     )
+
+
+@pytest.mark.parametrize("form", ["{}\n", "p{n}\t{}\r\n"])
+def test_captions_of_a_file_are_one_a_line_and_ids_are_not_painted(form, tmp_path, monkeypatch):
+    found = []
+
+    def painted(captions):
+        found.extend(captions)
+        raise UserError("enough")
+
+    monkeypatch.setattr(sample, "checked", painted)
+    texts = [f"a red{s}circle" for s in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"] + ["über"]
+    lines = [form.replace("{n}", str(n)).replace("{}", text) for n, text in enumerate(texts)]
+    (tmp_path / "a.txt").write_bytes("".join(lines).encode("utf-16"))
+    assert main(["sample", "--model", "nowhere", "--file", str(tmp_path / "a.txt")]) == 2
+    assert found == ["a red circle"] * 8 + ["über"]
 
 
 def test_sample_writes_over_nothing(tmp_path, capsys):

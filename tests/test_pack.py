@@ -14,9 +14,10 @@ from PIL import Image
 from cascade.cli import main
 from cascade.data import listing
 from cascade.data import pack as module
-from cascade.data.listing import columns, rows_of_table, table, texts_beside, usable
+from cascade.data.listing import texts_beside, usable
 from cascade.data.pack import Row, fitted, held_out, pack
 from cascade.data.shards import Shards
+from cascade.data.tables import columns, rows_of_table, table
 from cascade.data.transforms import BadSample, Pictures
 from cascade.errors import UserError
 
@@ -46,8 +47,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def packed(folder, *options, captions="list.csv", out="out"):
-    given = ["--captions", str(folder / captions)] if captions else []
+BOTH = ("--caption-columns", "caption,long_caption")
+
+
+def packed(folder, *options, captions="list.csv", out="out", columns=BOTH):
+    given = ["--captions", str(folder / captions), *columns] if captions else []
     argv = ["data", "pack", str(folder / out), "--pictures", str(folder / "pictures"), *given]
     return main([*argv, *options])
 
@@ -246,13 +250,14 @@ def test_another_list_or_choice_is_refused_and_nothing_is_overwritten(folder, ca
     assert packed(folder) == 0
     before = {path: path.read_bytes() for path in (folder / "out").iterdir()}
     (folder / "shorter.csv").write_text("file,text\n0.png,nothing\n3.png,nothing else\n")
-    for options, captions, says in (
-        (("--val", "5"), "list.csv", "another val"),
-        (("--seed", "5"), "list.csv", "another seed"),
-        (("--size", "8"), "list.csv", "another size"),
-        (("--val", "1"), "shorter.csv", "another pictures and another list"),
+    for options, captions, given, says in (
+        (("--val", "5"), "list.csv", BOTH, "another val"),
+        (("--seed", "5"), "list.csv", BOTH, "another seed"),
+        (("--size", "8"), "list.csv", BOTH, "another size"),
+        (("--val", "1"), "shorter.csv", (), "another pictures and another list"),
+        ((), "list.csv", (*BOTH[:1], "caption"), "name the --caption-columns that it was made"),
     ):
-        assert packed(folder, *options, captions=captions) == 2
+        assert packed(folder, *options, captions=captions, columns=given) == 2
         assert says in capsys.readouterr().err
     (folder / "pictures" / "0.png").write_bytes(picture(99, "PNG") + b"longer")
     assert packed(folder) == 2
@@ -284,12 +289,20 @@ def test_larger_pictures_become_smaller_and_smaller_ones_stay(tmp_path):
 def test_without_a_list_the_text_beside_a_picture_is_its_caption(folder, capsys):
     for i in range(0, 30, 3):
         (folder / "pictures" / f"{i}.txt").write_text(f"\ufeffbeside\n {i}\n", encoding="utf-8")
-    (folder / "pictures" / "0.txt").write_bytes(b"\xff\xfe")
+    (folder / "pictures" / "0.txt").write_bytes("beside\n 0".encode("utf-16"))
+    (folder / "pictures" / "3.txt").write_bytes("Übung".encode("cp1252"))
+    (folder / "pictures" / "6.txt").write_bytes(b"\xff\xfe")
     assert packed(folder, "--val", "0", captions=None) == 0
-    assert "holds 9 pictures; 21 were left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "8 texts have several lines" in said
+    assert "holds 8 pictures; 22 were left out" in said
+    assert "caption is not UTF-8, perhaps CP1252" in " ".join(said.split())
     for _, caption, fields, _ in samples(folder):
         assert caption == fields["caption"] == f"beside {fields['file'][:-4]}"
     assert [name for name, _ in texts_beside(folder / "pictures")][:2] == ["0.png", "12.png"]
+    assert packed(folder, "--val", "0", "--lines", captions=None, out="lines") == 0
+    for _, caption, fields, _ in samples(folder, out="lines"):
+        assert (caption, fields["caption"]) == ("beside", ["beside", fields["file"][:-4]])
 
 
 def test_csv_tsv_and_jsonl_are_one_table(folder):
@@ -374,10 +387,84 @@ def test_of_two_columns_of_pictures_one_is_named(tmp_path, capsys):
     assert (caption, own, fields["file"]) == ("one", {"jpg": picture(1)}, "list.parquet: row 1")
 
 
+PARTS = [[("a.png", ["one", "two"]), ("b.png", ["one"])], [("c.png", []), ("d.png", ["three"])]]
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Parts of one table as Hugging Face writes them, with a list of captions in each row."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    (tmp_path / "data").mkdir()
+    for i, rows in enumerate(PARTS):
+        found = [{"file_name": name, "captions": texts} for name, texts in rows]
+        schema = pyarrow.schema(
+            [("file_name", pyarrow.string()), ("captions", pyarrow.list_(pyarrow.string()))]
+        )
+        path = tmp_path / "data" / f"train-{i:05d}-of-00002.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(found, schema), path)
+    return tmp_path / "data"
+
+
+def test_parts_of_a_parquet_table_are_one_table(parts):
+    want = [{"file_name": name, "captions": texts} for rows in PARTS for name, texts in rows]
+    assert table(parts) == table(parts / "train-*.parquet") == want
+    assert table(parts / "train-00001-of-00002.parquet") == want[2:]
+    found = list(rows_of_table(want, *columns(want)))
+    assert [texts for _, texts in found] == [
+        {"captions": ["one", "two"]},
+        {"captions": "one"},
+        {},
+        {"captions": "three"},
+    ]
+    shutil.copy(parts / "train-00000-of-00002.parquet", parts / "test-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="tables of test and train: give one of them"):
+        table(parts)
+    (parts / "train-00000-of-00002.parquet").unlink()
+    with pytest.raises(UserError, match="lacks 1 of 2 parts: fetch part 0"):
+        table(parts / "train-*")
+    with pytest.raises(UserError, match="has no table"):
+        table(parts / "val-*")
+    (odd := parts / "a[1].csv").write_text("file,caption\na.png,a\n")  # a name, and no pattern
+    assert table(odd) == [{"file": "a.png", "caption": "a"}]
+
+
+def test_pictures_in_a_column_are_never_printed(folder, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    rows = [{"image": {"bytes": bytes(2**20), "path": f"{i}.png"}, "text": "a"} for i in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "list.parquet")
+    with pytest.raises(UserError, match="no column for image among text") as caught:
+        columns(table(folder / "list.parquet"), "image")
+    assert len(str(caught.value)) < 500
+    (folder / "list.csv").write_text(f"caption,file\n0.png,{'red ' * 10_000}\n")
+    assert packed(folder, columns=()) == 2
+    assert sum(map(len, capsys.readouterr())) < 4000
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["text", "text"])
+    parquet.write_table(twice, folder / "list.parquet")
+    with pytest.raises(UserError, match="two columns are called text"):
+        table(folder / "list.parquet")
+
+
+def test_several_captions_of_a_picture_stay_apart(folder, capsys):
+    rows = [{"file": f"{i}.png", "text": [f"first {i}", f"second\n{i}"]} for i in range(0, 30, 3)]
+    (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert packed(folder, "--val", "0", captions="list.jsonl", columns=()) == 0
+    assert "'+data.captions={text: 1}' +data.several=drawn" in capsys.readouterr().out
+    for _, caption, fields, _ in samples(folder):
+        i = fields["file"][:-4]
+        assert caption == fields["caption"] == f"first {i}"
+        assert fields["text"] == [f"first {i}", f"second {i}"]
+    shards = Shards(folder / "out", SMALL, captions={"text": 1.0}, several="drawn")
+    assert {shards[n]["caption"].split()[0] for n in range(40)} == {"first", "second"}
+
+
 def test_parquet_without_pyarrow_names_the_extra(folder, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (folder / "list.parquet").write_bytes(b"PAR1")
-    assert packed(folder, captions="list.parquet") == 2
+    assert packed(folder, captions="list.parquet", columns=()) == 2
     error = capsys.readouterr().err
     assert "pip install cascade-diffusion[parquet]" in error
     assert error.count("\n") == 1
@@ -388,11 +475,21 @@ def test_columns_are_found_by_common_names_or_given():
         return columns([dict.fromkeys(names.split(), "x")], *given)
 
     assert of("file_name text") == ("file_name", ["text"])
-    assert of("id Image Caption long_caption score") == ("Image", ["Caption", "long_caption"])
-    assert of("path caption_1 caption_2 context text_color") == ("path", ["caption_1", "caption_2"])
+    assert of("id Image Caption context text_color score") == ("Image", ["Caption"])
     assert of("a b c", "c", ["b", "a"]) == ("c", ["b", "a"])
     assert columns([{"file": "x"}, {"file": "y", "prompt": "z"}]) == ("file", ["prompt"])
+    # Sets as they are published: LAION, DiffusionDB, a set of prompts, one with flags and numbers.
+    assert of("URL TEXT image_path WIDTH similarity") == ("image_path", ["TEXT"])
+    assert of("image_name prompt part_id seed cfg", "image_name") == ("image_name", ["prompt"])
+    assert of("file caption num_captions has_text negative_prompt") == ("file", ["caption"])
+    assert of("file caption re_caption llava_caption caption_2") == ("file", ["caption"])
+    flags = [{"file": "a", "text": True, "caption": "x", "title": 3}]
+    assert columns(flags) == ("file", ["caption"])
+    assert columns([{"file": "a", "captions": ["x", "y"]}]) == ("file", ["captions"])
     for names, given, says in (
+        ("file num_captions has_text negative_prompt", (), "no column for a caption among"),
+        ("file caption long_caption", (), "columns caption, long_caption may all hold captions"),
+        ("file Title text description", (), "columns Title, text, description may all"),
         ("url caption", (), "no column for a file among url, caption"),
         ("file mood", (), "no column for a caption among file, mood"),
         ("file caption", ("name",), "no column for name"),
@@ -411,18 +508,32 @@ def test_columns_are_found_by_common_names_or_given():
         ("list.csv", b"file,caption\na.jpg,red, green\n", "line 2 has 3 fields, the header 2"),
         ("list.csv", b'file,caption\na.jpg,"red" "green"\n', "damaged"),
         ("list.csv", b'file,caption\na.jpg,"red\nb.jpg,green\n', "damaged"),
-        ("list.csv", "file,caption\na.jpg,Übung\n".encode("latin-1"), "not UTF-8"),
+        ("list.csv", "file,caption\na.jpg,Übung\n".encode("latin-1"), "line 2: not UTF-8"),
         ("list.jsonl", b'{"file": "a"}\n{"file": \n', "line 2"),
         ("list.jsonl", b'["a"]\n', "line 1 is not an object"),
         ("list.csv", b"file,caption\ngone.jpg,a\n", "no picture to pack: 1 were left out"),
-        ("list.csv", b"file,key_caption,key\n0.png,a,b\n", None),
+        ("list.csv", b"file,text,text\n0.png,a,b\n", "two columns are called text"),
+        ("list.tsv", b"file\ttext\ttext\n0.png\ta\tb\n", "two columns are called text"),
+        (
+            "list.jsonl",
+            b'{"file": "0.png", "text": "a", "text": "b"}',
+            "two columns are called text",
+        ),
+        (
+            "list.csv",
+            b"file,prompt,text\n0.png,a,b\n",
+            "columns prompt, text may all hold captions",
+        ),
+        ("list.csv", b"file,caption,,\n0.png,a,,\n", None),  # as spreadsheets write it
+        ("list.csv", "\ufefffile,caption\n0.png,Übung\n".encode("utf-16-le"), None),
+        ("list.csv", b"file,text,key\n0.png,a,b\n", None),
     ],
 )
 def test_a_bad_list_is_refused_in_one_line(folder, capsys, name, data, says):
     (folder / name).unlink(missing_ok=True)
     if data is not None:
         (folder / name).write_bytes(data)
-    code = packed(folder, "--val", "0", captions=name)
+    code = packed(folder, "--val", "0", captions=name, columns=())
     error = capsys.readouterr().err.strip().splitlines()
     assert code == (2 if says else 0)
     assert not says or says in error[-1]

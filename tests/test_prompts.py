@@ -1,5 +1,7 @@
 """Prompt files in the formats that they are published in, and layouts read as scorers read them."""
 
+import csv
+import io
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cascade.eval import captions
 from cascade.eval.prompts import LAYOUTS, CompBench, GenEval, Plain, Prompt, hash_of, read
 from tests.hostile import refused
 
@@ -25,7 +28,7 @@ FILES = {
     '"G I G G L E" in paint\tIllustrations\tWriting & Symbols\t\n'
     "a cow, a cup\tAnimals\tBasic\tof two\n",
     "drawbench.csv": 'Prompts,Category\nA red car.,Colors\n"A pear, and ""a"" cup.",Conflicting\n',
-    "color_val.txt": "a red bench\na green bench and a red cow\tkept apart\n\n",
+    "color_val.txt": "a red bench\na green bench and a red cow\n\n",
 }
 EXPECTED = {
     "metadata.jsonl": [
@@ -59,14 +62,75 @@ def test_published_formats_are_read_with_their_categories(name, tmp_path):
         ("a.tsv", "Prompt\tCategory\na\n", "line 2"),
         ("a.csv", "Prompts,Category\n ,b\n", "prompt 1 is empty"),
         ("a.jsonl", "{", "damaged"),
-        ("a.txt", None, "cannot be read"),
+        ("a.txt", None, "cannot read"),
         ("a.png", "a\n", "ends in"),
+        ("a.txt", "a red bench\na green cow\tkept apart\n", "line 1 is not an id, a tab and"),
+        ("a.txt", "p0\ta\tb\n", "line 1 is not an id, a tab and"),
+        ("a.txt", "a red bench\ta note\n", "'a red bench' before a tab is no id"),
+        ("a.txt", "p0\ta\np0\tb\n", "'p0' before a tab is no id of its own"),
+        ("a.csv", "prompt,text\na,b\n", "columns text and prompt: leave the one"),
+        ("a.csv", "num_prompts,has_text\n1,b\n", "no column of prompts"),
     ],
 )
 def test_bad_prompt_files_are_refused(name, text, words, tmp_path):
     if text is not None:
         (tmp_path / name).write_text(text)
     refused(lambda: read(tmp_path / name), words)
+
+
+def written(name, prompts):
+    """A file of prompts with ids, by nobody's reader's rules but those of its form."""
+    rows = [{"id": f"p{i}", "caption": prompt} for i, prompt in enumerate(prompts)]
+    if name.endswith(".jsonl"):
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if name.endswith(".csv"):
+        file = io.StringIO(newline="")
+        csv.DictWriter(file, rows[0]).writerows([dict.fromkeys(rows[0]), *rows])
+        return f"id,caption\n{file.getvalue().partition(chr(10))[2]}"
+    header = "" if name.endswith(".txt") else "id\tcaption\n"
+    return header + "".join(f"{row['id']}\t{row['caption']}\n" for row in rows)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.tsv", "a.csv", "a.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompts_stay_whole_and_both_commands_read_them_alike(name, encoding, tmp_path):
+    """With what `str.splitlines` takes for an end of a line in each of them; white space is one."""
+    between = "\v\f\x1c\x1d\x1e\x85\u2028\u2029" if name != "a.jsonl" else "\x85\u2028\u2029"
+    texts = [f'a "red"{s}circle, über {i}' for i, s in enumerate(between)]
+    (tmp_path / name).write_bytes(written(name, texts).encode(encoding))
+    want = [f'a "red" circle, über {i}' for i in range(len(texts))]
+    assert [prompt.text for prompt in read(tmp_path / name)] == want
+    rows = captions.rows_of(tmp_path / name)
+    assert [(row["id"], row["caption"]) for row in rows] == [
+        (f"p{i}", t) for i, t in enumerate(want)
+    ]
+    kept = [prompt.kept for prompt in read(tmp_path / name)]
+    assert kept == [{"prompt_id": row["id"]} for row in rows]
+
+
+def test_prompts_alone_stay_whole_too(tmp_path):
+    (tmp_path / "a.txt").write_bytes("a\u2028b\r\n\n c\x85d \ne\rf".encode())
+    assert [prompt.text for prompt in read(tmp_path / "a.txt")] == ["a b", "c d", "e f"]
+    assert "line 1 is not an id" in refused(lambda: captions.rows_of(tmp_path / "a.txt"))
+    (tmp_path / "a.txt").write_bytes("ein Frühstück".encode("cp1252"))
+    assert "iconv -f CP1252" in refused(lambda: read(tmp_path / "a.txt"), "line 1: not UTF-8")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"quoting": csv.QUOTE_ALL}, {"quoting": csv.QUOTE_NONE, "quotechar": None}],
+)
+@pytest.mark.parametrize("texts", [['"giggle"', "a cow"], ['a "cow"', "b"], ["a\nb", "c"], ["a"]])
+def test_a_tsv_is_read_as_it_was_written_whether_quotes_are_letters_or_not(
+    options, texts, tmp_path
+):
+    if "quotechar" in options:  # such a file has no way to write a line feed
+        texts = [text.replace("\n", " ") for text in texts]
+    with (tmp_path / "a.tsv").open("w", newline="") as file:
+        table = csv.writer(file, delimiter="\t", **options)
+        table.writerows([["Prompt", "Category"], *([text, "x"] for text in texts)])
+    found = [prompt.text for prompt in read(tmp_path / "a.tsv")]
+    assert found == [text.replace("\n", " ") for text in texts]
 
 
 def test_a_hash_tells_prompts_and_columns():

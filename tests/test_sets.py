@@ -1,5 +1,6 @@
 """Sets of pictures: what is in them, what is said of them, what is refused, and their captions."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -295,6 +296,17 @@ def test_captions_that_do_not_fit_are_refused(folder, tmp_path, case):
     refused(lambda: captions.captioned(picture_set(folder), file), words)
 
 
+def test_a_text_beside_a_picture_is_read_in_known_encodings_alone(folder):
+    of_texts(folder, pictures := picture_set(folder))
+    expected = captions.captioned(picture_set(folder))
+    text = f" caption of\n{pictures.ids[2]} "
+    (folder / f"{pictures.ids[2]}.txt").write_bytes(text.encode("utf-16"))
+    assert captions.captioned(picture_set(folder)) == expected
+    (folder / f"{pictures.ids[2]}.txt").write_bytes("Übung".encode("cp1252"))
+    words = f"the text of {pictures.ids[2]} is not UTF-8, perhaps CP1252"
+    refused(lambda: captions.captioned(picture_set(folder)), words)
+
+
 def test_captions_without_a_picture_are_refused(folder, tmp_path):
     pictures = picture_set(folder)
     of_txt(file := tmp_path / "captions.txt", pictures)
@@ -344,6 +356,34 @@ def test_coco_draws_one_caption_of_each_image(copy_of_coco):
     others = [coco.prompts(copy_of_coco, count=5, seed=seed) for seed in range(1, 5)]
     assert all(other != drawn for other in others)
     refused(lambda: coco.prompts(copy_of_coco), "copy all 30,000")
+
+
+def test_an_empty_caption_of_coco_is_passed_over(copy_of_coco, caplog):
+    """The next by hash stands for it; where none is empty nothing changes."""
+    before = coco.prompts(copy_of_coco, count=8)
+    assert not caplog.text
+    file = copy_of_coco / "annotations" / "captions_val2014.json"
+    whole = json.loads(file.read_text())
+    gone = before[3].fields
+    of_image = [a for a in whole["annotations"] if a["image_id"] == gone["image_id"]]
+    for annotation in of_image:
+        if annotation["id"] == gone["caption_id"]:
+            annotation["caption"] = " \n"
+    file.write_bytes(json.dumps(whole, ensure_ascii=False).encode("utf-16"))
+    after = coco.prompts(copy_of_coco, count=8)
+    assert "1 captions are empty, and passed over" in caplog.text
+    assert [p for i, p in enumerate(after) if i != 3] == [p for i, p in enumerate(before) if i != 3]
+    left = [a["id"] for a in of_image if a["id"] != gone["caption_id"]]
+    digest = {i: hashlib.sha256(f"0 caption {i}".encode()).hexdigest() for i in left}
+    assert after[3].fields["caption_id"] == min(left, key=digest.get)
+    assert after[3].text
+    for annotation in of_image:
+        annotation["caption"] = ""
+    file.write_text(json.dumps(whole))
+    assert len(coco.prompts(copy_of_coco, count=7)) == 7
+    refused(lambda: coco.prompts(copy_of_coco, count=8), "captions of 7 images")
+    file.write_bytes(b'{"images": "\xfc"}')
+    refused(lambda: coco.prompts(copy_of_coco, count=8), "perhaps CP1252")
 
 
 def test_cocos_reference_is_all_centred_squares_at_256(copy_of_coco):

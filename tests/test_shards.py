@@ -6,6 +6,7 @@ import pickle
 import struct
 import tarfile
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -126,6 +127,100 @@ def test_caption_fields_are_drawn_at_their_rates_and_stand_in_for_each_other(fol
     assert all(only[n]["caption"].isdigit() for n in range(24))
     with pytest.raises(UserError, match="24 no caption"):
         Shards(folder, SMALL, captions={"absent": 1.0})[0]
+
+
+def captioned(path, texts, fields=()):
+    """A tar of pictures with these bytes as texts, and as JSON where there are any."""
+    members = []
+    for i, text in enumerate(texts):
+        members += [(f"{i:04d}.jpg", picture(i)), (f"{i:04d}.txt", text)]
+        members += [(f"{i:04d}.json", fields[i])] if fields else []
+    return write(path, members)
+
+
+def test_a_caption_in_an_unknown_encoding_is_a_bad_one_and_named(tmp_path):
+    text = "Übung über café"
+    known = [text.encode(e) for e in ("utf-8", "utf-8-sig", "utf-16")]
+    other = [text.encode("cp1252"), text.encode("utf-16-le"), "привет".encode("cp1251")]
+    captioned(tmp_path / "a.tar", known + other)
+    shards = Shards(tmp_path, Pictures(()), shuffle=False)
+    assert [shards[n]["caption"] for n in range(3)] == [text] * 3
+    reasons = [skip.reason for skip in shards[3]["skipped"]]
+    assert [r.split(":")[0] for r in reasons] == [
+        "caption is not UTF-8, perhaps CP1252",
+        "caption is not UTF-8, perhaps UTF-16LE without a mark",
+        "caption is not UTF-8, perhaps GB18030, SHIFT_JIS or CP1251, by its language",
+    ]
+    assert reasons[0].endswith("iconv -f CP1252 -t UTF-8")
+    with pytest.raises(UserError, match=r"3 are bad .*iconv -f CP1252 -t UTF-8"):
+        preflight(shards, 1)
+
+
+def test_a_json_in_an_unknown_encoding_is_a_bad_one_too(tmp_path):
+    fields = json.dumps({"long": "Übung"}, ensure_ascii=False)
+    coded = [fields.encode(encoding) for encoding in ("utf-8-sig", "utf-16", "cp1252")]
+    captioned(tmp_path / "a.tar", [b"a"] * 4, [*coded, rb'{"long": "half \ud83d"}'])
+    shards = Shards(tmp_path, Pictures(()), shuffle=False, captions={"long": 1.0})
+    assert [shards[n]["caption"] for n in (0, 1, 3)] == ["Übung", "Übung", "half ?"]
+    assert shards[2]["skipped"][0].reason.startswith("JSON is not UTF-8, perhaps CP1252")
+
+
+LISTS = ["a0", "b0", "c0", " ", 3], ["a1", "b1"], ["a2"], "a3"
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """Four samples with several captions, in a list in the JSON and in lines of the txt."""
+    texts = [b"a0\r\nb0\n\nc0\n", "a1\u2028\nb1".encode(), b"a2\n", b"a3"]
+    captioned(tmp_path / "a.tar", texts, [json.dumps({"all": f}).encode() for f in LISTS])
+    return tmp_path
+
+
+@pytest.mark.parametrize("field", ["all", "txt"])
+def test_which_of_several_captions_is_taken_is_a_choice(lists, field):
+    def of(several):
+        shards = Shards(lists, Pictures(()), shuffle=False, captions={field: 1.0}, several=several)
+        return [shards[n]["caption"] for n in range(4)]
+
+    assert of("first") == ["a0", "a1", "a2", "a3"]
+    assert of("all") == ["a0 b0 c0", "a1 b1", "a2", "a3"]
+    shards = Shards(lists, Pictures(()), captions={field: 1.0}, several="drawn")
+    counts = Counter(shards[n]["caption"] for n in range(1200))  # 300 epochs
+    assert counts.keys() == {"a0", "b0", "c0", "a1", "b1", "a2", "a3"}
+    for name, count in counts.items():
+        share = {"0": 1 / 3, "1": 1 / 2, "2": 1, "3": 1}[name[1]]
+        assert abs(count / 300 - share) <= 4 * (share * (1 - share) / 300) ** 0.5
+    again = Shards(lists, Pictures(()), captions={field: 1.0}, several="drawn")
+    assert [again[n]["caption"] for n in range(40)] == [shards[n]["caption"] for n in range(40)]
+    with pytest.raises(UserError, match="several=each: choose first, drawn or all"):
+        of("each")
+
+
+def test_nobody_chooses_among_several_captions_unasked(lists, caplog):
+    """A text is one caption, as ever; a list is none, and both are said."""
+    shards = Shards(lists, Pictures(()), shuffle=False)
+    assert shards[0]["caption"] == "a0\r\nb0\n\nc0"
+    preflight(shards, 1)
+    assert "2 of 4 samples looked at have several lines in their txt" in caplog.text
+    both = Shards(lists, Pictures(()), shuffle=False, captions={"all": 0.9, "txt": 0.1})
+    assert both[0]["caption"] == "a0\r\nb0\n\nc0"
+    preflight(both, 1)
+    assert "2 of 4 samples looked at have a list of captions in all" in caplog.text
+    alone = Shards(lists, Pictures(()), shuffle=False, captions={"all": 1.0})
+    assert [alone[n]["caption"] for n in (2, 3)] == ["a2", "a3"]
+    reason = "captions in a list: choose +data.several=first, drawn or all"
+    assert [skip.reason for skip in alone[0]["skipped"]] == [reason] * 2
+
+
+def test_draws_of_fields_are_those_of_before(folder):
+    """Of one-line texts nothing changes, whatever is chosen for several: a rule of its own."""
+    rates = {"txt": 0.35, "long_caption": 0.65}
+    for several in (None, "first", "drawn", "all"):
+        shards = Shards(folder, Pictures(()), seed=5, captions=rates, several=several)
+        for n in range(60):
+            stream = np.random.default_rng([5, zlib.crc32(b"caption"), n])
+            long = stream.choice(2, p=[0.35, 0.65])
+            assert shards[n]["caption"].startswith("long") == bool(long)
 
 
 def test_of_a_cut_tar_the_whole_samples_stay(tmp_path, caplog):

@@ -43,6 +43,7 @@ class Manifest:
         unit_norm: batch keys of rows with a norm of 1; others are as the encoder gives them.
         captions: the fields that have rows; none where rows are of pictures.
         length: the most tokens that the encoder reads of a caption.
+        several: which of several captions in a field has the row (`data.several`).
     """
 
     encoder: str
@@ -52,6 +53,7 @@ class Manifest:
     unit_norm: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     length: int | None = None
+    several: str | None = None
 
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=2) + "\n"

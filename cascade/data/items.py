@@ -13,6 +13,13 @@ from jaxtyping import UInt8
 from cascade.data.embeddings import Embeddings
 from cascade.data.transforms import BadSample, Pictures, decode
 from cascade.draws import generator
+from cascade.errors import UserError
+from cascade.texts import BadText, encodable, lines
+from cascade.texts import decoded as text_of
+
+SEVERAL = (None, "first", "drawn", "all")  # which captions of a list, or of the lines of a `txt`
+
+CHOOSE = "choose +data.several=first, drawn or all"
 
 IDLE = np.random.default_rng(0)  # where nothing is drawn: to make a stream takes a while
 
@@ -54,8 +61,12 @@ class Items:
         embeddings: Mapping[str, Embeddings] | None,
         json_fields: Sequence[str],
         seed: int,
+        several: str | None = None,
     ):
+        if several not in SEVERAL:
+            raise UserError(f"data.several={several}: choose first, drawn or all, or leave it out")
         self.pictures, self.json_fields, self.seed = pictures, tuple(json_fields), seed
+        self.several = several
         self.captions = {f: p for f, p in (captions or {"txt": 1.0}).items() if p > 0}
         self.embeddings = list((embeddings or {}).values())
 
@@ -73,9 +84,9 @@ class Items:
         Raises:
             BadSample: it cannot be used.
         """
-        texts = captions_of(sample, self.captions)
-        field, key = self._drawn(list(texts), n), sample.key
-        item = {"sample": n, "key": f"{sample.shard}/{key}", "caption": texts[field]}
+        field, caption = self._drawn(captions_of(sample, self.captions, self.several), n)
+        key = sample.key
+        item = {"sample": n, "key": f"{sample.shard}/{key}", "caption": caption}
         if self.json_fields:
             fields = fields_of(sample)
             item |= {name: fields.get(name) for name in self.json_fields}
@@ -91,11 +102,14 @@ class Items:
         """Its picture at the largest size. Raises BadSample."""
         return picture_of(sample, self.pictures.largest)
 
-    def _drawn(self, fields: Sequence[str], n: int) -> str:
-        if len(fields) == 1:
-            return fields[0]
-        p = np.array([self.captions[field] for field in fields])
-        return fields[generator(self.seed, "caption", n).choice(len(p), p=p / p.sum())]
+    def _drawn(self, texts: Mapping[str, Sequence[str]], n: int) -> tuple[str, str]:
+        """A field, by its rate, and one of its captions, each as often."""
+        fields, rng = list(texts), generator(self.seed, "caption", n) if _choice(texts) else IDLE
+        if len(fields) > 1:
+            p = np.array([self.captions[field] for field in fields])
+            fields = [fields[rng.choice(len(p), p=p / p.sum())]]
+        found = texts[fields[0]]
+        return fields[0], found[rng.integers(len(found)) if len(found) > 1 else 0]
 
 
 def picture_of(sample: Sample, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
@@ -122,23 +136,53 @@ def stated_orientation(fields: bytes) -> int | None:
         return None
 
 
-def captions_of(sample: Sample, captions: Iterable[str]) -> dict[str, str]:
+def _choice(texts: Mapping[str, Sequence[str]]) -> bool:
+    return len(texts) > 1 or any(len(found) > 1 for found in texts.values())
+
+
+def captions_of(
+    sample: Sample, captions: Iterable[str], several: str | None = None
+) -> dict[str, list[str]]:
     """The captions that a sample has, by field, of "txt" and fields of the JSON.
 
+    Args:
+        several: which captions of a list in the JSON, or of the lines of a `txt`: "first", "all"
+            (as one), or "drawn", for which alone a field has more than one here. None: a `txt` is
+            one caption, whatever lines it has, and a list with more than one is none.
+
     Raises:
-        BadSample: it has none, or its JSON is broken.
+        BadSample: it has none, a text of unknown encoding, or a broken JSON.
     """
-    texts = dict.fromkeys(captions)
-    if texts.keys() - {"txt"}:
+    values: dict[str, Any] = dict.fromkeys(captions)
+    if values.keys() - {"txt"}:
         fields = fields_of(sample)
-        texts = {field: fields.get(field) for field in texts}
-    if "txt" in texts:
-        texts["txt"] = sample.read("txt").decode(errors="replace")
-    stripped = {field: t.strip() for field, t in texts.items() if isinstance(t, str)}
-    there = {field: text for field, text in stripped.items() if text}
+        values = {field: fields.get(field) for field in values}
+    if "txt" in values:
+        text = _text(sample, "txt", "caption")
+        values["txt"] = text if several is None else lines(text)
+    found = {field: _chosen(value, several) for field, value in values.items()}
+    there = {field: texts for field, texts in found.items() if texts}
     if not there:
-        raise BadSample("no caption")
+        lists = several is None and any(isinstance(value, list) for value in values.values())
+        raise BadSample(f"captions in a list: {CHOOSE}" if lists else "no caption")
     return there
+
+
+def _chosen(value: Any, several: str | None) -> list[str]:
+    entries = value if isinstance(value, list) else [value]
+    texts = [encodable(t.strip()) for t in entries if isinstance(t, str) and t.strip()]
+    if several == "all":
+        return [" ".join(texts)] if texts else []
+    if several is None and len(texts) > 1:
+        return []
+    return texts[:1] if several == "first" else texts
+
+
+def _text(sample: Sample, member: str, what: str) -> str:
+    try:
+        return text_of(sample.read(member))
+    except BadText as error:
+        raise BadSample(f"{what} is {error}") from error
 
 
 def fields_of(sample: Sample) -> dict[str, Any]:
@@ -148,7 +192,7 @@ def fields_of(sample: Sample) -> dict[str, Any]:
         BadSample: it is broken, or cannot be read.
     """
     try:
-        fields = json.loads(sample.read("json") or "{}")
+        fields = json.loads(_text(sample, "json", "JSON") or "{}")
     except (ValueError, RecursionError) as error:
         raise BadSample("broken JSON") from error
     if not isinstance(fields, dict):

@@ -106,8 +106,9 @@ def pack(
 ) -> dict[str, list[str]]:
     """Writes `val-*.tar` with `val` pictures and `train-*.tar` with the others.
 
-    A sample is a picture, `.txt` (its first caption) and `.json` (all captions, the file's name,
-    sizes). A shard appears when it is whole, behind its `_stats.json`; one that is there stays.
+    A sample is a picture, `.txt` (its first caption) and `.json` (all captions, those of a column
+    as a list where they are several; the file's name, sizes). A shard appears when it is whole,
+    behind its `_stats.json`; one that is there stays.
 
     Args:
         short: makes larger pictures smaller, to this short side.
@@ -154,9 +155,10 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
     except ValueError as error:
         raise UserError(f"{path} is damaged: choose another folder") from error
     if changed := [name for name in about if before.get(name) != about[name]]:
-        raise UserError(
-            f"{out} holds shards of another {' and another '.join(changed)}: choose another folder"
-        )
+        remedy = "choose another folder"
+        if "list" in changed:
+            remedy += ", or name the --caption-columns that it was made with"
+        raise UserError(f"{out} holds shards of another {' and another '.join(changed)}: {remedy}")
 
 
 def _digest(rows: Sequence[Row]) -> str:
@@ -209,7 +211,8 @@ def _made(row: Row, short: int | None) -> Fitted | str:
 
 
 def _sample(number: int, row: Row, picture: Fitted) -> dict[str, str | bytes]:
-    key, caption = f"{number:09d}", next(iter(row.captions.values()))
+    key, first = f"{number:09d}", next(iter(row.captions.values()))
+    caption = first if isinstance(first, str) else first[0]
     own = (key, row.name, *picture.size, *picture.original)
     fields = {"caption": caption, **row.captions, **dict(zip(OWN_FIELDS, own))}
     members = {picture.extension: picture.data, "txt": caption, "json": json.dumps(fields).encode()}

@@ -8,12 +8,14 @@ gives none of a row group without all of it.
 import hashlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from cascade.errors import UserError
+from cascade.texts import brief
 
 _ROWS = 64  # in memory at a time
 
@@ -55,6 +57,9 @@ def rows(path: Path, spill: Path | None = None) -> Iterator[dict[str, Any]]:
             f"{path} takes pyarrow to read: pip install cascade-diffusion[parquet]"
         ) from error
     with parquet.ParquetFile(path) as table:
+        names = table.schema_arrow.names
+        if twice := [name for name, n in Counter(names).items() if n > 1]:
+            raise ValueError(f"two columns are called {brief(twice[0])}: rename one")
         kinds = {field.name: field.type for field in table.schema_arrow}
         pictures = [name for name, kind in kinds.items() if spill and _holds_pictures(kind)]
         others = [name for name, kind in kinds.items() if "binary" not in str(kind)]

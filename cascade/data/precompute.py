@@ -125,7 +125,7 @@ def picture_rows(
 ) -> tuple[list[str], dict[str, Tensor]]:
     """`clip_image` of each good picture that has one of some captions; warns of white ones."""
     keys, rows, white = [], [torch.empty(0, clip.dim)], []
-    for samples in _samples(tar, captions, clip.image_size, workers):
+    for samples in _samples(tar, captions, "first", clip.image_size, workers):
         keys += [key for key, _, _ in samples]
         pictures = torch.stack([picture for _, _, picture in samples])
         rows.append(clip.image(pictures).float().cpu())
@@ -135,24 +135,30 @@ def picture_rows(
     return keys, {"clip_image": torch.cat(rows)}
 
 
-def about_captions(encoder: FrozenT5 | FrozenCLIP, captions: Sequence[str]) -> Manifest:
+def about_captions(
+    encoder: FrozenT5 | FrozenCLIP, captions: Sequence[str], several: str | None = None
+) -> Manifest:
     """Of the rows that `caption_rows` makes."""
     unit = sorted(encoder.sizes.keys() & {"clip_text"})
     dtypes = {"text": "bfloat16", **dict.fromkeys(unit, "float32")}
     length, names = encoder.length, list(captions)
-    return Manifest(encoder.name, encoder.hash, encoder.sizes, dtypes, unit, names, length)
+    return Manifest(encoder.name, encoder.hash, encoder.sizes, dtypes, unit, names, length, several)
 
 
 @torch.inference_mode()
 def caption_rows(
-    tar: Path, encoder: FrozenT5 | FrozenCLIP, captions: Sequence[str], workers: int = 0
+    tar: Path,
+    encoder: FrozenT5 | FrozenCLIP,
+    captions: Sequence[str],
+    workers: int = 0,
+    several: str | None = None,
 ) -> tuple[list[str], dict[str, Tensor]]:
     """For each caption field its `text` [n, w] in bfloat16, and a CLIP's `clip_text`.
 
     The states of a whole shard are held in memory. A sample without a caption in some field has an
     empty row there.
     """
-    samples = [s for batch in _samples(tar, captions, None, workers) for s in batch]
+    samples = [s for batch in _samples(tar, captions, several, None, workers) for s in batch]
     tensors = {}
     for field in captions:
         named = _encoded(encoder, [texts.get(field) for _, texts, _ in samples])
@@ -182,9 +188,10 @@ def _encoded(encoder: FrozenT5 | FrozenCLIP, captions: Sequence[str | None]) -> 
 class _Samples(Dataset):
     """The samples of a tar: key, captions by field, the picture if a size is given; None: bad."""
 
-    def __init__(self, tar: Path, captions: Sequence[str], size: int | None):
+    def __init__(self, tar: Path, captions: Sequence[str], several: str | None, size: int | None):
         members = {"txt" if field == "txt" else "json" for field in captions}
-        self.tar, self.captions = OpenTar(scan(tar, _keys(tar.parent)), members), captions
+        self.tar = OpenTar(scan(tar, _keys(tar.parent)), members)
+        self.captions, self.several = captions, several
         self.pictures = Pictures((size,) if size else ())
 
     def __len__(self) -> int:
@@ -193,12 +200,13 @@ class _Samples(Dataset):
     def __getitem__(self, place: int) -> tuple[str, dict[str, str], Tensor | None] | None:
         sample = Placed(self.tar, place)
         try:
-            texts = captions_of(sample, self.captions)
+            texts = captions_of(sample, self.captions, self.several)
             largest = self.pictures.largest
             views = self.pictures.views(picture_of(sample, largest), IDLE) if largest else {}
         except BadSample:
             return None
-        return sample.key, texts, next(iter(views.values()), None)
+        firsts = {field: found[0] for field, found in texts.items()}
+        return sample.key, firsts, next(iter(views.values()), None)
 
 
 def _keys(folder: Path) -> str:
@@ -207,10 +215,10 @@ def _keys(folder: Path) -> str:
 
 
 def _samples(
-    tar: Path, captions: Sequence[str], size: int | None, workers: int
+    tar: Path, captions: Sequence[str], several: str | None, size: int | None, workers: int
 ) -> Iterator[list[tuple[str, dict[str, str], Tensor | None]]]:
     """The good samples of a tar, some at a time."""
-    samples = _Samples(tar, captions, size)
+    samples = _Samples(tar, captions, several, size)
     for batch in DataLoader(samples, BATCH, collate_fn=list, num_workers=workers):
         if good := [sample for sample in batch if sample]:
             yield good

@@ -67,6 +67,9 @@ class Shards(Dataset):
         cache: whether to keep the decoded pictures in memory, if all fit into `CACHE_BYTES`;
             forked workers share them.
         max_skip_fraction: of all samples, how many may be left out, and in training be bad.
+        several: of a list of captions in the JSON, or of several lines of a `txt`: "first", "drawn"
+            (one for each sample number), or "all" as one. None: a `txt` is one caption, whatever
+            lines it has, and a list is none.
 
     Raises:
         UserError: no tars, no usable sample in them, too many left out, tars that are not as they
@@ -88,8 +91,9 @@ class Shards(Dataset):
         max_skip_fraction: float = 0.01,
         keys: str | None = None,
         hold_out: float | None = None,
+        several: str | None = None,
     ):
-        self.make_item = Items(pictures, captions, embeddings, json_fields, seed)
+        self.make_item = Items(pictures, captions, embeddings, json_fields, seed, several)
         self.embeddings, self.max_skip_fraction = self.make_item.embeddings, max_skip_fraction
         members = {"txt" if field == "txt" else "json" for field in self.make_item.captions}
         if block < 1:

@@ -37,7 +37,7 @@ class Stream:
     Args:
         urls: what `webdataset` opens: http://, https://, gs://, hf://, ..., pipe:COMMAND, a file;
             braces stand for several: train-{00000..00099}.tar.
-        pictures, captions, seed, json_fields, max_skip_fraction: as for `Shards`.
+        pictures, captions, seed, json_fields, max_skip_fraction, several: as for `Shards`.
         allow_pipe: whether pipe:COMMAND is run by a shell: for the command line to say, never for
             a file that came with the data.
         split: what `splits.of_split` finds by name.
@@ -64,9 +64,10 @@ class Stream:
         json_fields: Sequence[str] = (),
         max_skip_fraction: float = 0.01,
         keys: str = FIRST_DOT,
+        several: str | None = None,
     ):
         check_rule(keys)
-        self.make_item = Items(pictures, captions, embeddings, json_fields, seed)
+        self.make_item = Items(pictures, captions, embeddings, json_fields, seed, several)
         self.seed, self.shuffle, self.buffer = seed, shuffle, buffer
         self.embeddings, self.max_skip_fraction = self.make_item.embeddings, max_skip_fraction
         self.urls, self.keys = named(urls, split, allow_pipe), keys

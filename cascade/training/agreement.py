@@ -32,6 +32,7 @@ def check(
     clip: FrozenCLIP,
     crop: int | None = None,
     captions: Collection[str] = ("txt",),
+    several: str | None = None,
 ) -> None:
     """Refuses a network, encoders and embeddings that do not fit the stage, or one another.
 
@@ -40,6 +41,7 @@ def check(
         clip: whose embeddings of pictures they should be (`clip.path`).
         crop: side of the pictures in training, if it is not that of the stage.
         captions: the fields that its captions are taken from.
+        several: which of several captions in a field is taken.
 
     Raises:
         UserError: with both sizes, hashes, lengths or lists of fields, and what to set.
@@ -62,7 +64,7 @@ def check(
             for key in sorted(sizes.keys() & about.sizes.keys()):
                 _equal(key, sizes[key], about.sizes[key], store.folder)
             _same_makers(store, about, stage, clip)
-            _same_captions(store, about, captions)
+            _same_captions(store, about, captions, several)
 
 
 def _ports(stage: Stage) -> None:
@@ -127,8 +129,25 @@ def _same_hash(
         )
 
 
-def _same_captions(store: Embeddings, about: Manifest, captions: Collection[str]) -> None:
-    if about.captions and not set(captions) <= set(about.captions):
+def _same_captions(
+    store: Embeddings, about: Manifest, captions: Collection[str], several: str | None
+) -> None:
+    if not about.captions:
+        return
+    if several == "drawn":
+        raise UserError(
+            f"data.several=drawn, but {store.folder} has one row for each caption field: take "
+            "data.several=first or all, or leave precomputed=text out"
+        )
+    if several != about.several:
+        made, wanted = (
+            f"--several {of}" if of else "no --several" for of in (about.several, several)
+        )
+        raise UserError(
+            f"{store.folder} was made with {made}, but data.several is {several or 'not set'}: run "
+            f"`cascade data precompute` with {wanted} into another folder"
+        )
+    if not set(captions) <= set(about.captions):
         wanted = ",".join(captions)
         raise UserError(
             f"{store.folder} has rows for captions of {','.join(about.captions)}, but "

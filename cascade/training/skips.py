@@ -50,7 +50,8 @@ class Skips(L.Callback):
         self.run, self.fraction, self.save = run, fraction, save
         self.window, self.every = window, every
         self.met: list[Skip] = []  # on this rank, since the last exchange
-        self.recent: deque[tuple[int, int]] = deque()  # samples and bad ones between exchanges
+        # Between two exchanges: samples, and bad ones by reason.
+        self.recent: deque[tuple[int, Counter[str]]] = deque()
         self.step, self.new = 0, 0
         self.reasons: dict[str, str] = {}  # by key; on rank 0
 
@@ -67,13 +68,16 @@ class Skips(L.Callback):
         ):
             return
         self._exchange(trainer, module)
-        samples, bad = (sum(column) for column in zip(*self.recent))
+        samples = sum(samples for samples, _ in self.recent)
+        reasons = sum((found for _, found in self.recent), Counter())
+        bad = reasons.total()
         if bad > self.fraction * max(self.window, samples):
             self.save(trainer, module)
             raise UserError(
-                f"{bad} of the last {samples} samples are bad, over {self.fraction:.1%}: mend what "
-                f"{self.run / SKIPPED} names, or allow more with +data.max_skip_fraction=...; "
-                f"step {trainer.global_step} is saved, and the same command goes on from there"
+                f"{bad} of the last {samples} samples are bad, over {self.fraction:.1%} "
+                f"({counted(reasons)}): mend what {self.run / SKIPPED} names, or allow more with "
+                f"+data.max_skip_fraction=...; step {trainer.global_step} is saved, and the same "
+                "command goes on from there"
             )
 
     def on_save_checkpoint(self, trainer, module, checkpoint) -> None:
@@ -84,7 +88,8 @@ class Skips(L.Callback):
         skips, self.met = gathered(self.met, trainer.strategy.root_device), []
         steps, self.step = trainer.global_step - self.step, trainer.global_step
         # By their numbers: two in a row are met twice, and are two.
-        self.recent.append((steps * module.batch, len({skip.sample for skip in skips})))
+        reasons = Counter({skip.sample: skip.reason for skip in skips}.values())
+        self.recent.append((steps * module.batch, reasons))
         while sum(samples for samples, _ in self.recent) - self.recent[0][0] >= self.window:
             self.recent.popleft()
         if trainer.is_global_zero:

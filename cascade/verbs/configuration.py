@@ -19,6 +19,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 import cascade.conf
 from cascade.errors import UserError
 from cascade.files import write_atomically
+from cascade.texts import read
 from cascade.verbs.targets import check_resolved, check_targets
 
 
@@ -85,7 +86,7 @@ def loaded(path: Path) -> DictConfig:
     if not path.exists():
         raise UserError(f"{path.parent} is not a run: it has no {path.name}")
     try:
-        text = path.read_text()
+        text = read(path)
         aliases = any(isinstance(t, yaml.AliasToken) for t in yaml.scan(text, yaml.SafeLoader))
         config = None if aliases else OmegaConf.create(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:

@@ -15,12 +15,15 @@ from cascade.data.corpus import MEND
 from cascade.data.dataset import index_folder, total
 from cascade.data.index import CUT, Summary, counted
 from cascade.data.keys import CAPTIONS, DOTTED, REMEDY
-from cascade.data.listing import columns, rows_of_table, table, texts_beside, usable
+from cascade.data.listing import Row, texts_beside, usable
 from cascade.data.pack import held_out, pack
+from cascade.data.parquet import Stored
 from cascade.data.scenes import write_scenes
 from cascade.data.splits import HELD_OUT, split_of
+from cascade.data.tables import Caption, as_one, columns, rows_of_table, table
 from cascade.errors import UserError
 from cascade.files import check_writable
+from cascade.texts import brief
 from cascade.training.callbacks import bar
 
 EMBEDDINGS, TEXT = "embeddings", "text"  # folders beside the shards, as conf/ has them
@@ -67,7 +70,7 @@ def precompute_rows(args: argparse.Namespace) -> None:
     if args.text:
         out = Path(args.text_out) if args.text_out else data / TEXT
         encoder = text_encoder(args.text, args.checkpoint, args.length, args.bf16)
-        embed_captions(data, encoder, out, captions, args.workers)
+        embed_captions(data, encoder, out, captions, args.workers, args.several)
 
 
 def embed(
@@ -90,16 +93,23 @@ def embed(
 
 
 def embed_captions(
-    data: Path, encoder: Any, out: Path, captions: Sequence[str], workers: int = 0
+    data: Path,
+    encoder: Any,
+    out: Path,
+    captions: Sequence[str],
+    workers: int = 0,
+    several: str | None = None,
 ) -> None:
     """Writes what a frozen text encoder makes of some caption fields."""
     from cascade.data.precompute import about_captions, caption_rows, precompute
     from cascade.verbs.sample import device
 
     encoder = encoder.to(device())
-    rows = partial(caption_rows, encoder=encoder, captions=captions, workers=workers)
+    rows = partial(
+        caption_rows, encoder=encoder, captions=captions, workers=workers, several=several
+    )
     with shown("text", "shards") as progress:
-        precompute(data, out, about_captions(encoder, captions), rows, progress)
+        precompute(data, out, about_captions(encoder, captions, several), rows, progress)
 
 
 def text_encoder(name: str, checkpoint: str | None, length: int | None, bf16: bool) -> Any:
@@ -161,9 +171,13 @@ def pack_pictures(args: argparse.Namespace) -> None:
     check_writable(out)
     if min(args.size or 1, args.per_shard) < 1:
         raise UserError("--size and --per-shard: give 1 or more")
+    if args.lines and args.captions:
+        raise UserError("--lines is for NAME.txt files: leave it or --captions out")
     named = _captioned(args) if args.captions else texts_beside(folder)
     with shown("compare", "pictures") as progress:
         rows, refused = usable(folder, named, progress)
+    if not (args.captions or args.lines):
+        rows = _joined(rows)
     count = len(rows) + sum(map(len, refused.values()))
     if rows:
         val = held_out(args.val, len(rows))
@@ -177,15 +191,30 @@ def pack_pictures(args: argparse.Namespace) -> None:
     lost = sum(map(len, refused.values()))
     summary = Table("left out", "pictures", "such as")
     for reason, names in refused.items():
-        summary.add_row(reason, f"{len(names):,}", escape(repr(names[0])[1:-1]))
+        summary.add_row(reason, f"{len(names):,}", escape(brief(names[0])))
     if lost:
         Console().print(summary)
     if lost == count:
         raise UserError(f"{folder} has no picture to pack: {lost:,} were left out")
     print(f"{out} holds {count - lost:,} pictures; {lost:,} were left out")
+    if lists := sorted({c for row in rows for c, t in row.captions.items() if isinstance(t, list)}):
+        print(
+            f"some have several captions in {', '.join(lists)}, the first of which is the .txt: "
+            f"'+data.captions={{{lists[0]}: 1}}' +data.several=drawn trains on one at a time"
+        )
 
 
-def _captioned(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
+def _joined(rows: Sequence[Row]) -> list[Row]:
+    """Each text as one caption, whatever lines it has; says so."""
+    if several := sum(isinstance(row.captions["caption"], list) for row in rows):
+        print(
+            f"{several:,} texts have several lines, which are taken for one caption: with --lines "
+            "each line is a caption of its own"
+        )
+    return [row._replace(captions={"caption": as_one(row.captions["caption"])}) for row in rows]
+
+
+def _captioned(args: argparse.Namespace) -> Iterator[tuple[str | Stored, dict[str, Caption]]]:
     room = next(parent for parent in Path(args.out).absolute().parents if parent.is_dir())
     rows = table(Path(args.captions), spill=room)
     given = [name.strip() for name in args.caption_columns.split(",") if name.strip()]

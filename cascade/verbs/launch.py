@@ -115,6 +115,7 @@ def _precompute(stores: Mapping[str, DictConfig], root: Path, data: Path, number
         command += ["--text", reader.path_or_name, "--text-out", own.data.embeddings.text.folder]
         command += ["--length", reader.length] if "length" in reader else []
         command += ["--captions", ",".join(own.data.captions)] if "captions" in own.data else []
+        command += ["--several", own.data.several] if own.data.get("several") else []
     return _task(folder, command, done)
 
 

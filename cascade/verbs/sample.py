@@ -21,10 +21,12 @@ from cascade.conditioning import Batch
 from cascade.data.shards import put_rows
 from cascade.diffusion import guidance
 from cascade.errors import UserError
+from cascade.eval.prompts import read
 from cascade.files import check_writable
 from cascade.grids import grid, to_uint8
 from cascade.pipeline import BestOf, Cascade, Link, TextEmbedding, Untold
 from cascade.stage import Stage
+from cascade.texts import encodable
 from cascade.training.callbacks import bar
 from cascade.verbs.configuration import built, composed, loaded
 from cascade.verbs.train import load
@@ -42,7 +44,8 @@ def main(args: argparse.Namespace) -> None:
     check_writable(out.parent, "choose another --out")
     if args.n < 1 or args.batch < 1:
         raise UserError("--n and --batch are at least 1")
-    captions = checked([*args.captions, *_lines(args.file)])
+    listed = [prompt.text for prompt in read(Path(args.file))] if args.file else []
+    captions = checked([*args.captions, *listed])
     cascade = load_cascade(Path(args.model), args.set)
     repeated = [caption for caption in captions for _ in range(args.n)]
     batch = paint(cascade, repeated, args.seed, args.batch)
@@ -55,15 +58,6 @@ def main(args: argparse.Namespace) -> None:
     print(f"{len(pictures)} pictures of {pictures.shape[1]} px: {out}")
 
 
-def _lines(file: str | None) -> list[str]:
-    if file is None:
-        return []
-    try:
-        return [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--file {file} cannot be read as text: {error}") from error
-
-
 def checked(captions: Sequence[str]) -> list[str]:
     """The captions; UserError if there is none, or an empty or endless one."""
     if not captions:
@@ -71,6 +65,8 @@ def checked(captions: Sequence[str]) -> list[str]:
     for i, caption in enumerate(captions):
         if not caption.strip():
             raise UserError(f"caption {i + 1} is empty: say what to paint")
+        if encodable(caption) != caption:
+            raise UserError(f"caption {i + 1} is not in the terminal's encoding: use --file")
         if len(caption) > LONGEST:
             raise UserError(
                 f"caption {i + 1} has {len(caption):,} characters: {LONGEST:,} is the most"

@@ -153,7 +153,8 @@ def _checked_data(
     if isinstance(module, Stage):
         clip = FrozenCLIP(config.clip.path, config.clip.get("checkpoint"))
         fields = [f for f, p in (config.data.get("captions") or {"txt": 1.0}).items() if p > 0]
-        check(module, _stores(config), clip, config.data.pictures.get("crop"), fields)
+        crop, several = config.data.pictures.get("crop"), config.data.get("several")
+        check(module, _stores(config), clip, crop, fields, several)
     shards = as_begun(checkpoint, lambda **options: built({**config.data, **options}))
     if isinstance(shards, Shards):
         preflight(shards, config.batch)

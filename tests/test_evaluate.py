@@ -1,6 +1,7 @@
 """`cascade evaluate` on a cascade that was never trained: all numbers, and how sure they are."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cascade.encoders.clip import save_clip
 from cascade.errors import UserError
 from cascade.eval.geneval import TASKS
 from cascade.eval.protocol import HeldOut
+from cascade.eval.summary import write_report
 from cascade.pipeline import Cascade
 from cascade.training.checkpoint import CheckpointFolders
 from cascade.verbs.configuration import built, composed, saved
@@ -168,3 +170,20 @@ def test_a_negative_number_of_prompts_is_refused(measured, capsys):
     command = f"evaluate --model {measured} --data {measured}/shards --judge {measured}/judge"
     assert main([*command.split(), "--geneval", "-1"]) == 2
     assert "--geneval" in capsys.readouterr().err
+
+
+def test_nothing_is_measured_as_held_out_that_is_not(measured, tmp_path, capsys):
+    shutil.copytree(measured / "shards", tmp_path / "shards")
+    (tmp_path / "shards/val-00000.tar").rename(tmp_path / "shards/00000.tar")
+    command = f"evaluate --model {measured} --data {tmp_path}/shards --judge {measured}/judge"
+    assert main(command.split()) == 2
+    assert "`cascade data index DIR --val 1%` holds some pictures out" in capsys.readouterr().err
+
+
+def test_the_report_says_whose_captions_they_are(measured, metrics, tmp_path):
+    for split, words in (("all", "captions of all samples"), ("train", "of the training samples")):
+        told = {**metrics, "captions": {split: 1}, split: metrics["val"]}
+        write_report(tmp_path / "report.html", measured, told, {})
+        page = (tmp_path / "report.html").read_text()
+        assert page.count(words) == 2
+        assert "held-out" not in page

@@ -588,7 +588,7 @@ def test_what_img2dataset_wrote_is_read_as_it_is(tmp_path):
         write(tmp_path / f"{shard:05d}.tar", files)
         (tmp_path / f"{shard:05d}.parquet").write_bytes(b"PAR1 keys of all rows PAR1")
         (tmp_path / f"{shard:05d}_stats.json").write_text('{"count": 8, "successes": 4}')
-    for split in ("train", "val"):
+    for split in ("train", "all"):
         shards = Shards(tmp_path, SMALL, split=split, shuffle=False, json_fields=("status",))
         items = [shards[n] for n in range(len(shards))]
         want = [i for i in range(16) if i < 8 or i % 2 == 0]

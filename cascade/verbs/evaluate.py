@@ -33,6 +33,7 @@ from cascade.pipeline import Cascade
 from cascade.stage import Stage
 from cascade.training.checkpoint import Checkpoint, newest_checkpoint
 from cascade.training.surroundings import trained_on
+from cascade.verbs.checks import check_split
 from cascade.verbs.configuration import loaded
 from cascade.verbs.data import EMBEDDINGS
 from cascade.verbs.sample import device, load_cascade, paint
@@ -95,6 +96,8 @@ def evaluate(
     file = model if model.suffix == ".yaml" else model / CASCADE
     out = out or file.parent
     check_writable(out, "choose another --out")
+    for split in counts:
+        check_split(data, split)
     cascade, runs = load_cascade(file, choices), stage_runs(file, choices)
     for split in counts:
         check_unseen(runs.values(), data, split)

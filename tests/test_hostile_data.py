@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
+from cascade.data import tar as tars
 from cascade.data.corpus import OpenTar
 from cascade.data.index import scan
 from cascade.data.pack import fitted
 from cascade.data.shards import Shards
 from cascade.data.stream import Stream
-from cascade.data.tar import LINK, SPARSE
 from cascade.data.transforms import MAX_SCANS, BadSample, Pictures, decode
 from cascade.data.urls import groups
 from cascade.verbs.configuration import built, composed
@@ -248,7 +248,7 @@ def test_what_is_in_a_tar_stays_there(tmp_path, canary):
     tar = written(tmp_path / "shards.tar", *parts)
     index = scan(tar)
     assert keys(index) == ["good"]
-    lost = {LINK: 2, SPARSE: 1}
+    lost = {tars.LINK: 2, tars.SPARSE: 1}
     assert index.left_out == {"hostile name": len(NAMES), "no picture": 4, **lost}
     shards = Shards([tar], Pictures([16]), max_skip_fraction=1.0)
     assert shards.skipped == index.left_out

@@ -20,7 +20,7 @@ from cascade.training.checkpoint import newest_checkpoint
 from cascade.training.surroundings import recorded
 from cascade.verbs import train
 from cascade.verbs.configuration import built, composed
-from cascade.verbs.evaluate import check_unseen
+from cascade.verbs.unseen import check_unseen
 
 SMALL = ["stage=decoder_text", "text=clip_tiny", "size=16", "batch=4", "warmup=8", "grids=0"]
 SMALL += ["net.channels=8", "net.embed=16", "net.blocks=1", "net.width=32", "net.head_channels=8"]

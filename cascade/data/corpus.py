@@ -139,6 +139,8 @@ class Corpus:
         self._scanned: dict[int, Index] = {}
         found = listed(path)
         self._datasets = {folder: read_dataset(folder) for folder in {p.parent for p in found}}
+        if hold_out and None in self._datasets.values():
+            raise UserError(f"hold_out={hold_out}: {path} has no index; {remedy(found[0].parent)}")
         self.paths, self.part = self._chosen(path, found, split)
         self._summaries = self._read()
         self.counts = [summary.usable(captions, self.part) for summary in self._summaries]

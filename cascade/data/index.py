@@ -263,8 +263,8 @@ def load(tar: Path) -> Index:
         raise UserError(f"{path} is missing or damaged: {remedy}") from error
 
 
-def time_now(tar: Path, then: Index | Summary) -> int:
-    """The time of a tar that is what it was when it was indexed.
+def check_unchanged(tar: Path, then: Index | Summary) -> int:
+    """Returns the time of a tar that is what it was when it was indexed.
 
     A copy may have another time: it is read once, if its digest is known.
 

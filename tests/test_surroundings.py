@@ -1,13 +1,14 @@
 """A run goes on with the shards and the encoders that it began with, or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 from cascade.data.dataset import index_folder
@@ -16,13 +17,13 @@ from cascade.data.shards import Shards
 from cascade.data.transforms import Pictures
 from cascade.encoders.clip import save_clip
 from cascade.errors import UserError
-from cascade.training import callbacks
+from cascade.training import callbacks, surroundings
 from cascade.training.checkpoint import newest_checkpoint
-from cascade.training.surroundings import recorded
+from cascade.training.surroundings import as_begun, recorded
 from cascade.verbs import train
-from cascade.verbs.checks import check_identity
 from cascade.verbs.configuration import built, composed
-from cascade.verbs.evaluate import check_unseen
+from cascade.verbs.unseen import check_unseen
+from tests.test_shards import sample, write
 
 SMALL = ["stage=decoder_text", "text=clip_tiny", "size=16", "batch=4", "warmup=8", "grids=0"]
 SMALL += ["net.channels=8", "net.embed=16", "net.blocks=1", "net.width=32", "net.head_channels=8"]
@@ -40,8 +41,8 @@ def go(tmp_path):
     write_scenes(tmp_path / "shards", "plain", "train", 20, 16, seed=0, shard_size=10)
     write_clip(tmp_path / "clip", 0)
 
-    def run(images, root=tmp_path, data="shards"):
-        own = [f"data.path={root / data}", f"clip.path={root / 'clip'}"]
+    def run(images, root=tmp_path, data="shards", clip="clip"):
+        own = [f"data.path={root / data}", f"clip.path={root / clip}"]
         own += [f"run={root / 'run'}", f"images={images}", "learning_rate=constant"]
         return train.run(composed("train", [*SMALL, *own]))
 
@@ -118,13 +119,11 @@ def test_what_lies_elsewhere_and_is_another_is_refused(go, tmp_path):
         go(16, place)
     write_clip(place / "clip", 0)
     write_clip(place / "other", 1)
-    (tmp_path / "clip").symlink_to(place / "clip")
-    config = composed("train", [*SMALL, f"data.path={place / 'shards'}", f"run={place / 'run'}"])
-    config.learning_rate = config.stage.learning_rate = None
-    for key, value in (("clip.path", place / "other"), ("text.reader.path_or_name", place / "no")):
-        OmegaConf.update(config, key, str(value))
-        with pytest.raises(UserError, match=key.split(".")[0]):
-            check_identity(config, place / "run")
+    with pytest.raises(UserError, match=r"another configuration: clip\.path"):
+        go(16, place, clip="other")
+    shutil.copytree(place / "clip", place / "same")
+    go(16, place, clip="same")
+    assert images(place) == 16
 
 
 def test_an_index_knows_shards_by_their_content(go, tmp_path):
@@ -194,3 +193,18 @@ def test_grids_show_what_is_held_out_or_are_labelled(tmp_path, held_out, monkeyp
     label = "" if held_out else "training: "
     assert seen[0] == seen[-1]
     assert seen[0] == [label + shards[n]["caption"] for n in range(len(shards))][:16]
+
+
+def test_a_run_begun_before_names_were_read_keeps_all_its_tars(tmp_path, monkeypatch):
+    """`train_0` and `val_0` had no split once, and so were trained on together."""
+    rows = ""
+    for name, count in (("train_0", 3), ("val_0", 2)):
+        tar = write(tmp_path / f"{name}.tar", [m for i in range(count) for m in sample(str(i), i)])
+        rows += f"{(tar.name, tar.stat().st_size, count)}\n"
+    then = {"encoders": {}, "shards": hashlib.sha256(rows.encode()).hexdigest()[:16]}
+    make = partial(Shards, tmp_path, Pictures(()))
+    assert len(as_begun(None, make)) == 3
+    monkeypatch.setattr(surroundings, "recorded", lambda checkpoint: then)
+    assert len(as_begun(None, make)) == 5
+    then["shards"] = "another"
+    assert len(as_begun(None, make)) == 3

@@ -22,10 +22,10 @@ from cascade.data.index import (
     MEMBERS,
     Index,
     Summary,
+    check_unchanged,
     counted,
     load,
     scan,
-    time_now,
 )
 from cascade.data.keys import DOTTED, FIRST_DOT, REMEDY
 from cascade.data.splits import ALL, chosen, is_divided, lacking
@@ -139,6 +139,8 @@ class Corpus:
         self._scanned: dict[int, Index] = {}
         found = listed(path)
         self._datasets = {folder: read_dataset(folder) for folder in {p.parent for p in found}}
+        if hold_out and None in self._datasets.values():
+            raise UserError(f"hold_out={hold_out}: {path} has no index; {remedy(found[0].parent)}")
         self.paths, self.part = self._chosen(path, found, split)
         self._summaries = self._read()
         self.counts = [summary.usable(captions, self.part) for summary in self._summaries]
@@ -241,7 +243,7 @@ class Corpus:
         summary, share = dataset.tars[tar.name], self._share(tar)
         if share != dataset.held_out:
             summary = load(tar).divided(share) if share else replace(summary, held_out={})
-        now = time_now(tar, summary)
+        now = check_unchanged(tar, summary)
         if now == summary.mtime_ns:
             return summary
         moved[tar.name] = now
@@ -269,7 +271,7 @@ class Corpus:
         tar = self._open.pop(n, None)
         if tar is None:
             path, summary = self.paths[n], self._summaries[n]
-            if (now := time_now(path, summary)) != summary.mtime_ns:
+            if (now := check_unchanged(path, summary)) != summary.mtime_ns:
                 summary = self._summaries[n] = replace(summary, mtime_ns=now)
             index, share = self._scanned.get(n) or load(path), self._share(path)
             if replace(index.divided(share), mtime_ns=now) != summary:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cascade.data.index import Index, Summary, load, read_through, save, scan, time_now
+from cascade.data.index import Index, Summary, check_unchanged, load, read_through, save, scan
 from cascade.data.keys import FIRST_DOT, check_rule
 from cascade.data.splits import HELD_OUT, is_divided, share_of, split_of
 from cascade.data.tar import tars_of
@@ -104,7 +104,7 @@ def _indexed(tar: Path, keys: str) -> Index:
     try:
         index = load(tar)
         if index.keys == keys and index.digest:
-            now = time_now(tar, index)
+            now = check_unchanged(tar, index)
             if now != index.mtime_ns:
                 index = replace(index, mtime_ns=now)
                 save(index)

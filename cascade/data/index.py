@@ -109,11 +109,17 @@ class Index:
         """The rows of a part that have one of these members, of "txt" and "json".
 
         Args:
-            share: of the pictures that are held out; only of a tar that was read.
+            share: of the pictures that are held out.
+
+        Raises:
+            UserError: a share is, and its pictures were not read.
         """
         columns = [MEMBERS.index(caption) for caption in captions]
         chosen = self.spans[:, columns, 1].any(1)
         if part != ALL and share:
+            if self.numbers is None:
+                remedy = f"run `cascade data index {self.tar.parent}`"
+                raise UserError(f"{self.tar} was indexed by an older version: {remedy}")
             held_out = is_held_out(self.numbers, share)
             chosen = chosen & (held_out if part == HELD_OUT else ~held_out)
         return np.flatnonzero(chosen)
@@ -257,8 +263,8 @@ def load(tar: Path) -> Index:
         raise UserError(f"{path} is missing or damaged: {remedy}") from error
 
 
-def time_now(tar: Path, then: Index | Summary) -> int:
-    """The time of a tar that is what it was when it was indexed.
+def check_unchanged(tar: Path, then: Index | Summary) -> int:
+    """Returns the time of a tar that is what it was when it was indexed.
 
     A copy may have another time: it is read once, if its digest is known.
 

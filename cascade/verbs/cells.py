@@ -32,9 +32,10 @@ from cascade.stage import Stage
 from cascade.training.cost import Account
 from cascade.verbs.configuration import loaded
 from cascade.verbs.data import EMBEDDINGS
-from cascade.verbs.evaluate import check_unseen, held_out_split
+from cascade.verbs.evaluate import held_out_split
 from cascade.verbs.nearest import nearest
 from cascade.verbs.sample import device, load_cascade, paint
+from cascade.verbs.unseen import check_unseen
 from cascade.verbs.whole import CASCADE, stage_choices, stage_runs
 
 CELLS, NEAREST = "cells.jsonl", "nearest.png"

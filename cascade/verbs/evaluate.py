@@ -4,16 +4,14 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cascade.conditioning import Batch
-from cascade.data.dataset import read_dataset
 from cascade.data.embeddings import Embeddings
 from cascade.data.scenes import Scene
 from cascade.data.shards import Shards, collate, put_rows
@@ -32,11 +30,10 @@ from cascade.grids import to_uint8
 from cascade.pipeline import Cascade
 from cascade.stage import Stage
 from cascade.training.checkpoint import Checkpoint, newest_checkpoint
-from cascade.training.surroundings import trained_on
 from cascade.verbs.checks import check_split
-from cascade.verbs.configuration import loaded
 from cascade.verbs.data import EMBEDDINGS
 from cascade.verbs.sample import device, load_cascade, paint
+from cascade.verbs.unseen import check_unseen
 from cascade.verbs.whole import CASCADE, stage_runs
 
 
@@ -146,23 +143,6 @@ def check(cascade: Cascade, data: HeldOut, geneval: int, folder: Path) -> None:
         raise UserError(f"{folder} has no scenes: leave --geneval out, and use its own scorer")
     if geneval and data.truth[last].shape[-1] < 64:
         raise UserError(f"--geneval reads pictures of 64 px or more, not {last}")
-
-
-def check_unseen(runs: Iterable[Path], data: Path, split: str) -> None:
-    """Raises UserError if a run was trained with what the index of `data` holds out since then."""
-    dataset = read_dataset(data)
-    if not (dataset and dataset.held_out):
-        return
-    shards = partial(Shards, data, Pictures(()), max_skip_fraction=1.0)
-    share = shards(split=split).corpus.share
-    for run in runs:
-        asked = loaded(run / "config.yaml").data
-        own = {key: asked[key] for key in ("split", "captions") if key in asked}
-        if trained_on(run, partial(shards, **own), share):
-            raise UserError(
-                f"{run} was trained with what {data} holds out now: train it again, or measure "
-                "with --split all, which says so"
-            )
 
 
 def _geneval(cascade: Cascade, level: str, count: int, seed: int, out: Path) -> Metrics:

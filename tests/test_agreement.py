@@ -134,6 +134,14 @@ def test_states_of_another_encoder_length_or_captions(text_rows):
         captions,
     )
     checked(*text_rows("e", captions=["long_caption", "txt"]), captions)
+    refused("drawn, but .*h has one row for each", *text_rows("h"), "+data.several=drawn")
+    refused(
+        "i was made with no --several, but data.several is first: run .* with --several first",
+        *text_rows("i"),
+        "+data.several=first",
+    )
+    refused("made with --several all, but .* is not set", *text_rows("j", several="all"))
+    checked(*text_rows("k", several="all"), "+data.several=all")
 
 
 def test_two_folders_with_the_same_rows(text_rows):

@@ -197,6 +197,30 @@ def test_a_batch_has_the_rows_of_the_captions_drawn_for_it(made, workers):
     assert 8 < drawn < 40
 
 
+class Lengths(FrozenT5):
+    """An encoder whose states say how long the caption is."""
+
+    sizes = {"text": 1}
+
+    def __call__(self, batch):
+        text = torch.tensor([[[float(len(caption))]] for caption in batch["caption"]])
+        return {"text": text, "text_mask": torch.ones(text.shape[:2], dtype=torch.bool)}
+
+
+@pytest.mark.parametrize(
+    ("several", "expected"), [(None, [4, 3]), ("first", [2, 1]), ("all", [4, 3])]
+)
+def test_rows_are_of_the_captions_that_are_chosen(several, expected, tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for key, text in (("a", b"12\n3"), ("b", b"1\n2")):
+            for end, data in (("jpg", b"unread"), ("txt", text)):
+                info = tarfile.TarInfo(f"{key}.{end}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    keys, rows = caption_rows(tmp_path / "0.tar", Lengths("none"), ["txt"], several=several)
+    assert (keys, rows["txt/text"].flatten().tolist()) == (["a", "b"], expected)
+
+
 def test_rows_are_padded_to_the_longest_of_the_batch():
     states = [torch.ones(n, 2) * n for n in (3, 1, 2)]
     batch = padded(states)

@@ -18,6 +18,7 @@ from cascade.eval.identity import described
 from cascade.eval.prompts import LAYOUTS, Prompt
 from cascade.pipeline import BestOf, Cascade
 from cascade.verbs.configuration import built, composed, saved
+from cascade.verbs.generate import read_prompts
 from tests.hostile import refused
 from tests.processes import Job
 
@@ -316,6 +317,17 @@ def test_the_command_refuses(options, says, tmp_path, capsys):
     assert says in error
     assert "\n" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_prompts_with_ids_are_painted_without_them_and_keep_them(cascade, model, tmp_path):
+    text = "".join(f"p{i}\t{prompt}\n" for i, prompt in enumerate(TEXTS))
+    (tmp_path / "prompts.txt").write_text(text)
+    work = job(tmp_path / "out", read_prompts(str(tmp_path / "prompts.txt")), per_prompt=1)
+    assert generate(cascade, work, model) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out/captions.jsonl").open()]
+    assert [(row["prompt_id"], row["caption"]) for row in rows] == [
+        (f"p{i}", prompt) for i, prompt in enumerate(TEXTS)
+    ]
 
 
 def test_prompts_out_of_range_are_refused(tmp_path):

@@ -14,12 +14,18 @@ from cascade.training.skips import SKIPPED, Skips
 from tests.processes import Job
 from tests.test_shards import sample, write
 
-BAD = {"0/0003": "broken picture", "1/0004": "broken picture", "1/0005": "no caption"}
+WESTERN = "caption is not UTF-8, perhaps CP1252: convert it with iconv -f CP1252 -t UTF-8"
+BAD = {
+    "0/0003": "broken picture",
+    "1/0004": "broken picture",
+    "1/0005": "no caption",
+    "1/0006": WESTERN,
+}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two shards of twelve samples; three are bad."""
+    """Two shards of twelve samples; four are bad."""
     for shard in range(2):
         members = []
         for i in range(12):
@@ -30,6 +36,8 @@ def folder(tmp_path):
                 whole = [(picture[0], b"<html>"), caption]
             elif reason == "no caption":
                 whole = [picture, (caption[0], b" \n")]
+            elif reason == WESTERN:
+                whole = [picture, (caption[0], "Übung".encode("cp1252"))]
             members += whole
         (tmp_path / "shards").mkdir(exist_ok=True)
         write(tmp_path / "shards" / f"{shard}.tar", members)
@@ -103,7 +111,8 @@ def test_each_bad_sample_is_named_once_at_its_first_place(folder, tmp_path, caps
     found = lines(tmp_path / "run")
     assert {line["key"]: (line["sample"], line["reason"]) for line in found} == first
     assert len(found) == len(BAD)
-    assert "2 broken picture, 1 no caption" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("2 broken picture, ", "1 no caption", f"1 {WESTERN}"))
     (event,) = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     assert json.loads(event)["broken picture"] == 2
 
@@ -136,6 +145,7 @@ def test_too_many_stop_the_run_behind_a_checkpoint(folder, tmp_path, accumulate)
     limits = {"fraction": 0.1, "window": 20}  # a bad one in 8 is more, in 20 it is not yet
     saved, error = fit(folder, tmp_path / "run", 24, accumulate=accumulate, **limits)
     assert "samples are bad, over 10.0% (" in error
+    assert any(reason in error for reason in BAD.values())
     assert ": mend what" in error
     assert f"step {saved[0]} is saved" in error
     assert len(saved) == 1

@@ -10,6 +10,7 @@ import lightning as L
 
 from cascade.data.shards import Shards
 from cascade.data.stream import Stream
+from cascade.encoders.identity import differs
 from cascade.errors import UserError
 
 
@@ -17,16 +18,17 @@ class Surroundings(L.Callback):
     """Writes into each checkpoint what its run was trained with, and refuses to go on with another.
 
     Args:
-        module: its frozen encoders, if it has any, are told by the hash of their weights.
+        module: its frozen encoders, if it has any, are told by their hashes.
         shards: by their fingerprint; a stream, which has no order, is not compared.
     """
 
     def __init__(self, module: L.LightningModule, shards: Shards | Stream):
-        self.encoders = {e.name: e.hash for e in getattr(module, "encoders", ())}
+        self.encoders = {e.name: e for e in getattr(module, "encoders", ())}
+        self.hashes = {name: encoder.hash for name, encoder in self.encoders.items()}
         self.shards = shards.corpus.fingerprint if isinstance(shards, Shards) else None
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict[str, Any]) -> None:
-        checkpoint["surroundings"] = {"encoders": dict(self.encoders), "shards": self.shards}
+        checkpoint["surroundings"] = {"encoders": dict(self.hashes), "shards": self.shards}
 
     def on_load_checkpoint(self, trainer, module, checkpoint: dict[str, Any]) -> None:
         """Raises UserError where shards or encoders are others than those of the checkpoint."""
@@ -38,9 +40,9 @@ class Surroundings(L.Callback):
                 "the shards are others than when this run began (tars were added, removed or "
                 "changed), and so is their order: put them back, or choose another run=..."
             )
-        for name, before in then["encoders"].items():
-            if self.encoders.get(name, before) != before:
+        for name, noted in then["encoders"].items():
+            if name in self.encoders and (why := differs(self.encoders[name], noted)):
                 raise UserError(
-                    f"{name} has other weights than when this run began: put the old ones back, "
-                    "or choose another run=..."
+                    f"{name} is another encoder than when this run began ({why}): put the old one "
+                    "back, or choose another run=..."
                 )

@@ -413,6 +413,8 @@ def test_pictures_or_a_model_and_not_both(capsys):
         assert stop.value.code == 2
     assert main(["evaluate", "--model", "x"]) == 2
     assert "--judge" in capsys.readouterr().err
+    assert main(["evaluate", "--model", "x", "--data", "y", "--judge", "ViT-L-14"]) == 2
+    assert "--judge ViT-L-14 is no directory" in capsys.readouterr().err
 
 
 # Records

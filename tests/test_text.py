@@ -327,6 +327,14 @@ def test_a_damaged_tokenizer_is_said_in_one_line(own, name, data):
     assert "\n" not in str(caught.value)
 
 
+def test_a_configuration_that_is_no_t5s_is_said_in_one_line(own):
+    about(own, feed_forward_proj="a-b-c")
+    for call in (lambda t5: t5.hash, lambda t5: t5.text(["red"])):
+        with pytest.raises(UserError, match=r"config\.json is no T5's") as caught:
+            call(FrozenT5(str(own)))
+        assert "\n" not in str(caught.value)
+
+
 def test_more_tokens_than_weights_are_refused(own):
     about(own, vocab_size=20)
     with pytest.raises(UserError, match=r"has a token \d+, but its config.json has 20 tokens"):
@@ -354,9 +362,10 @@ def test_the_width_is_known_without_weights(t5, tmp_path):
     (tmp_path / "config.json").write_text((t5 / "config.json").read_text())
     assert frozen.sizes == {"text": frozen.width} == {"text": 16}
     assert FrozenT5("google/t5-v1_1-xxl").sizes == {}
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        _ = frozen.width
+    for text, words in (("{", "damaged"), ("[1]", "no names and values"), ("{}", "no d_model")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            _ = frozen.width
 
 
 def text(choice):

@@ -115,9 +115,12 @@ def clip_model(path_or_name: str) -> dict[str, Any] | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises UserError if it is damaged."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: fetch it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no names and values: fetch it again")
+    return found
 
 
 def _quick(model: dict[str, Any]) -> bool:

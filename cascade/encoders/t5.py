@@ -41,9 +41,7 @@ class T5Source(NamedTuple):
     @property
     def choices(self) -> dict[str, Any]:
         """All that decides what is made of the weights."""
-        from transformers import T5Config
-
-        config = T5Config.from_dict(read_json(self.directory / "config.json"))
+        config = _config(self.directory)
         return {name: getattr(config, name) for name in _CHOICES}
 
 
@@ -82,7 +80,22 @@ def t5_width(path_or_name: str) -> int:
     file = _t5_directory(path_or_name) / "config.json"
     if not file.is_file():
         raise NotHere(f"{file.parent} is not a T5: put its config.json there")
-    return read_json(file)["d_model"]
+    width = read_json(file).get("d_model")
+    if not isinstance(width, int):
+        raise UserError(f"{file} has no d_model, the width of a T5's states: fetch it again")
+    return width
+
+
+def _config(folder: Path) -> Any:
+    from transformers import T5Config
+
+    try:
+        return T5Config.from_dict(read_json(folder / "config.json"))
+    except UserError:
+        raise
+    except Exception as error:  # of transformers, and of any kind
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder / 'config.json'} is no T5's ({said}): fetch it again") from error
 
 
 def t5_network(source: T5Source, name: str, dtype: torch.dtype) -> nn.Module:
@@ -91,11 +104,11 @@ def t5_network(source: T5Source, name: str, dtype: torch.dtype) -> nn.Module:
     Raises:
         UserError: weights are missing, left over, or of another shape.
     """
-    from transformers import T5Config, T5EncoderModel
+    from transformers import T5EncoderModel
 
     folder, weights = source
     with reading(weights, name):
-        config = T5Config.from_dict(read_json(folder / "config.json"))
+        config = _config(folder)
         with torch.device("meta"):
             own = T5EncoderModel(config).state_dict()
         theirs = tensors_of(weights)

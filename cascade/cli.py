@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from cascade.errors import Failed, TryAgain, UserError
 
@@ -18,6 +19,24 @@ _EXIT_CODES = {UserError: 2, Failed: 1, TryAgain: 75}
 
 # By a disk or its owner, of whatever place a command was given.
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC}
+
+# Which options make use of others: without one of these an option would be ignored.
+_NEEDS = {
+    "evaluate": {
+        **dict.fromkeys(("data", "judge", "split", "count", "guidance"), ("model",)),
+        **dict.fromkeys(("geneval", "seed", "set"), ("model",)),
+        **dict.fromkeys(("reference", "inception", "clip", "dino", "resize"), ("pictures",)),
+        **dict.fromkeys(("cache", "shard"), ("pictures",)),
+        **dict.fromkeys(("captions", "checkpoint", "quick_gelu"), ("clip",)),
+        "bootstrap": ("reference", "inception"),
+    },
+    "pack": dict.fromkeys(("file_column", "caption_columns"), ("captions",)),
+    "precompute": {
+        **dict.fromkeys(("checkpoint", "quick_gelu"), ("clip", "text")),
+        **dict.fromkeys(("text_out", "length", "bf16", "several"), ("text",)),
+        "out": ("clip",),
+    },
+}
 
 _OVERRIDES = """overrides are Hydra's: group=choice (stage=decoder, net=unet_tiny) or key=value
 (data.path=DIR, optim.lr=1e-4); conf/ holds the choices, `cascade train --show stage=decoder` shows
@@ -115,17 +134,16 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--out", help="folder for numbers and report.html (default: model, PICTURES.evaluation)"
     )
-    evaluate.add_argument("--split", default="val", help="held-out split (val); all: everything")
-    evaluate.add_argument("--count", type=int, default=320, help="captions of each kind (320)")
-    evaluate.add_argument("--guidance", default="1,2,4", help="decoder's scales to sweep (1,2,4)")
+    evaluate.add_argument("--split", help="held-out split (val); all: everything")
+    evaluate.add_argument("--count", type=int, help="captions of each kind (320)")
+    evaluate.add_argument("--guidance", help="decoder's scales to sweep (1,2,4)")
     evaluate.add_argument(
         "--geneval",
         type=int,
-        default=0,
         metavar="N",
         help="score GenEval's six tasks on scenes, with N prompts each (0: leave it out)",
     )
-    evaluate.add_argument("--seed", type=int, default=0, help="of all noise (default 0)")
+    evaluate.add_argument("--seed", type=int, help="of all noise (default 0)")
     _sampling_options(evaluate)
 
     data = verb("data", "Make shards, or embed them.")
@@ -163,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
         "--lines", action="store_true", help="each line of a NAME.txt is a caption of its own"
     )
     pack.add_argument("--file-column", help="of names or pictures (default: by common names)")
-    pack.add_argument("--caption-columns", default="", help="the first is the sample's .txt")
+    pack.add_argument("--caption-columns", help="the first is the sample's .txt")
     pack.add_argument("--val", default="0.01", help="pictures held out, or their share (1%%)")
     pack.add_argument("--size", type=int, help="make larger pictures smaller, to this short side")
     pack.add_argument("--per-shard", type=int, default=1000, help="pictures in a shard (1000)")
@@ -181,9 +199,9 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument(
         "--several", choices=["first", "all"], help="of a list of captions (as data.several)"
     )
-    embed.add_argument("--checkpoint", help="weights file or tag, for a name of open_clip's")
+    _named_options(embed)
     embed.add_argument("--length", type=int, help="tokens that a T5 reads (default 256)")
-    embed.add_argument("--bf16", action="store_true", help="compute a T5 in bfloat16")
+    embed.add_argument("--bf16", action="store_true", default=None, help="compute a T5 in bfloat16")
     embed.add_argument("--out", help="folder of the embeddings (default: DATA/embeddings)")
     embed.add_argument("--text-out", help="folder of the captions' states (default: DATA/text)")
     embed.add_argument("--workers", type=int, default=0, help="processes that decode (default 0)")
@@ -214,6 +232,23 @@ def _sampling_options(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _named_options(verb: Any) -> None:
+    verb.add_argument("--checkpoint", help="weights file or tag, for a name of open_clip's")
+    verb.add_argument(
+        "--quick-gelu",
+        type=_switch,
+        metavar="true|false",
+        help="the activation of a file of weights, where nothing else says it",
+    )
+
+
+def _switch(text: str) -> bool:
+    try:
+        return {"true": True, "false": False}[text]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give true or false") from None
+
+
 def _shard_option(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--shard",
@@ -228,16 +263,34 @@ def _picture_options(verb: argparse.ArgumentParser) -> None:
     of.add_argument("--captions", help=".jsonl, .csv or .txt with ids (default: beside pictures)")
     of.add_argument("--inception", metavar="FILE", help="weights of the FID's Inception")
     of.add_argument("--clip", help="a CLIP: a directory, or open_clip's name with --checkpoint")
-    of.add_argument("--checkpoint", help="weights file or tag, for a name of open_clip's")
+    _named_options(of)
     of.add_argument("--dino", metavar="DIR", help="a DINOv2 in transformers' format")
     of.add_argument(
         "--resize",
         choices=["clean", "pytorch", "tensorflow"],
         help="to Inception's 299 px (clean); given, pictures may be of several sizes",
     )
-    of.add_argument("--bootstrap", type=int, default=200, help="draws for intervals (200; 0: none)")
+    of.add_argument("--bootstrap", type=int, help="draws for intervals (200; 0: none)")
     of.add_argument("--cache", metavar="DIR", help="of features (default: NAME.features)")
     _shard_option(verb)
+
+
+def _check_needs(args: argparse.Namespace) -> None:
+    """Raises UserError if an option was given that nothing would make use of."""
+
+    def given(name: str) -> bool:
+        return getattr(args, name) not in (None, [])
+
+    def spelled(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    for name, needed in _NEEDS.get(getattr(args, "kind", args.verb), {}).items():
+        if given(name) and not any(map(given, needed)):
+            those = " or ".join(map(spelled, needed))
+            raise UserError(
+                f"{spelled(name)} is for {those}, and would be ignored: give {those} as well, or "
+                f"leave {spelled(name)} out"
+            )
 
 
 def _line(error: Exception) -> str:
@@ -255,6 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.words = sys.argv[1:] if argv is None else argv
     try:
+        _check_needs(args)
         importlib.import_module(f"cascade.verbs.{args.verb}").main(args)
     except tuple(_EXIT_CODES) as error:
         print(f"cascade: {_line(error)}", file=sys.stderr)

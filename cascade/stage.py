@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from cascade.conditioning import Batch, Cond, Conditioner
 from cascade.data.degradations import Corruption
 from cascade.draws import Draws
-from cascade.encoders.sources import reading
+from cascade.encoders.identity import differs
+from cascade.encoders.weights import check_tensors, reading
 from cascade.errors import UserError
 from cascade.files import write_atomically
 from cascade.nets.prior import Places
@@ -42,7 +43,8 @@ def warmup_constant(images: int, warmup: int) -> float:
 class Encoder(Protocol):
     """Adds keys to a batch: a frozen text encoder, a tokenizer. Not a module of its stage.
 
-    It has a `name`, the `hash` of its weights, and the batch keys that it `reads` and `writes`.
+    It has a `name`, a `hash` of its weights and architecture, what versions noted that hashed the
+    weights alone (`former`), and the batch keys that it `reads` and `writes`.
     """
 
     def to(self, device: torch.device) -> "Encoder": ...
@@ -234,19 +236,17 @@ class Stage(L.LightningModule):
             raise UserError(f"{run} holds no {WEIGHTS}: train it first")
         with reading([path], str(run)), safe_open(path, framework="pt") as file:
             theirs = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            hashes = json.loads(file.metadata()["encoders"])
-        own = {key: value.shape for key, value in self.state_dict().items()}
+            about = file.metadata() or {}
+        if "encoders" not in about:
+            raise UserError(f"{path} does not name the encoders of its stage: train it here")
+        # Older runs have no version of their positions.
+        own = self.state_dict()
         own = {k: v for k, v in own.items() if k in theirs or not k.endswith(Places.KEY)}
-        shapes = {key: value.shape for key, value in theirs.items()}
-        if wrong := sorted(k for k in {*shapes, *own} if shapes.get(k) != own.get(k)):
-            raise UserError(
-                f"{path} is of another configuration: {wrong[0]} and {len(wrong) - 1} more tensors "
-                "differ; use the config.yaml that lies beside it"
-            )
-        for encoder, expected in zip(self.encoders, hashes):
-            if encoder.hash != expected:
+        check_tensors(own, theirs, str(path), f"{run}/config.yaml")
+        for encoder, noted in zip(self.encoders, json.loads(about["encoders"])):
+            if why := differs(encoder, noted):
                 raise UserError(
-                    f"{run} was trained with another encoder than {encoder.name} now holds: "
+                    f"{run} was trained with another encoder than {encoder.name} now is ({why}): "
                     "train it again, or put the old encoder back"
                 )
         self.load_state_dict(theirs)

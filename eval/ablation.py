@@ -52,6 +52,7 @@ CLIP_SCORE = Measure("clip_score", "CLIP score", distance=lambda x: 1 - x)
 ACCURACY = Measure("accuracy", "scene accuracy")
 MEASURES = (FRECHET, CLIP_SCORE, ACCURACY)
 PROTOCOL, INTERVALS = "protocol.", "intervals."
+JUDGES_WEIGHTS = "judge's weights"
 _ALIKE = ("judge", "split", "reference", "features", "captions of each kind")  # of all cells
 
 
@@ -247,8 +248,11 @@ def _check(rows: Sequence[Row], identity: Sequence[str], file: Path) -> None:
         for key, v in row.items():
             if isinstance(v, float) and not math.isfinite(v):
                 raise UserError(f"{file}: {key} at {where} is {v}: remove this cell, run it again")
+    # Cells of an earlier version name a judge by its weights alone, which later ones say as well.
+    named = [row for row in rows if PROTOCOL + JUDGES_WEIGHTS in row]
+    judges = {row[PROTOCOL + JUDGES_WEIGHTS]: row.get(PROTOCOL + "judge") for row in named}
     for key in ("count", *(PROTOCOL + part for part in _ALIKE)):
-        if len(found := {str(row.get(key)) for row in rows}) > 1:
+        if len(found := {str(judges.get(row.get(key), row.get(key))) for row in rows}) > 1:
             raise UserError(
                 f"{file}: cells differ in {key} ({', '.join(sorted(found))}) and do not compare: "
                 "run `cascade sweep` again"

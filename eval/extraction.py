@@ -9,6 +9,7 @@ or one that dies, holds nobody up.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial, reduce
 from itertools import chain
 from operator import add
@@ -21,7 +22,7 @@ from torch import Tensor
 from cascade.data.claims import Claims
 from cascade.data.shards import Shards, collate
 from cascade.data.transforms import Pictures
-from cascade.encoders.sources import weights_hash
+from cascade.encoders.weights import weights_hash
 from cascade.eval.features import Features
 from cascade.eval.sets import PictureSet
 from cascade.eval.statistics import Moments, Origin, cached_rows
@@ -108,14 +109,14 @@ def features_of_split(data: Path, split: str, size: int, space: Features) -> Flo
 
 def moments_of(rows: Float[Tensor, "n d"], origin: Origin, folder: Path) -> Moments:
     """Mean and covariance of features, kept beside them in pytorch-fid's format."""
-    path = folder / f"{key(origin)}.npz"
-    if path.exists():
-        kept = Moments.load(path)
-        if kept.origin == origin and kept.n == len(rows):
-            return kept
+    for name in origin.names:
+        if (path := folder / f"{key(name)}.npz").exists():
+            kept = Moments.load(path)
+            if kept.origin == name and kept.n == len(rows):
+                return replace(kept, origin=origin)
     moments = reduce(add, (Moments.of(part, origin) for part in rows.split(BLOCK * PART)))
     with suppress(OSError):  # whole features may lie where nothing can be written
-        moments.save(path)
+        moments.save(folder / f"{key(origin)}.npz")
     return moments
 
 

@@ -7,7 +7,6 @@ defined, down to the hash of its weights.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.inception import Inception3
 
-from cascade.encoders.sources import reading, weights_hash
+from cascade.encoders.weights import fault
 from cascade.errors import UserError
 
 _FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -83,86 +82,25 @@ class CLIPFeatures:
 
     def __init__(self, clip: CLIP):
         self.clip = clip
-        self.name = f"CLIP features of {clip.name}, {clip.hash[:8]}"
+        self.name = self._called(clip.hash)
         self.hash, self.dim = clip.hash, clip.dim
+
+    def _called(self, hash: str) -> str:
+        return f"CLIP features of {self.clip.name}, {hash[:8]}"
+
+    @property
+    def former(self) -> tuple[str, str] | None:
+        """Name and hash of these features in earlier versions; None if they meant others too."""
+        known = getattr(self.clip, "former", None)
+        if known is None or self.clip.name in known.doubtful:
+            return None
+        return self._called(known.hash), known.hash
 
     @torch.no_grad()
     def __call__(self, pictures: Shaped[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         x = eight_bit(pictures) / 127.5 - 1
-        with _full_precision():
+        with full_precision():
             return F.normalize(self.clip.image(x).float(), dim=-1)
-
-
-class DINOv2Features(nn.Module):
-    """The CLS token behind the last norm of a DINOv2, for FD_DINOv2 (arXiv 2306.04675: ViT-L/14).
-
-    Pictures are 224 px, antialiased bicubic, in ImageNet's normalisation. The position embeddings
-    are brought to their 16 x 16 patches as the published code does it, a tenth of a patch wider
-    than transformers does.
-
-    Args:
-        folder: a local copy of the published repository in the format of transformers.
-
-    Raises UserError where a file is missing or unreadable, or of another architecture.
-    """
-
-    resize = "antialiased bicubic to 224 px"
-
-    def __init__(self, folder: str | Path):
-        super().__init__()
-        weights = Path(folder) / "model.safetensors"
-        for file in (Path(folder) / "config.json", weights):
-            if not file.is_file():
-                raise UserError(f"no {file.name} in {folder}: copy facebook/dinov2-large's there")
-        self.hash = weights_hash([weights])
-        self.name = f"DINOv2 features of {Path(folder).name}, {self.hash[:8]}"
-        with reading([weights], f"a DINOv2 in {folder}"):
-            self.net = _dinov2(Path(folder))
-        self.dim = self.net.config.hidden_size
-        self.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def forward(self, pictures: Shaped[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        x = eight_bit(pictures).to(self.net.device).float()
-        x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 255) / 255
-        mean, std = (
-            torch.tensor(values, device=x.device).view(3, 1, 1)
-            for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        )
-        with _full_precision():
-            return self.net((x - mean) / std).last_hidden_state[:, 0]
-
-
-def _dinov2(folder: Path) -> nn.Module:
-    """Raises if the configuration or a tensor is of another architecture."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    if json.loads((folder / "config.json").read_text())["model_type"] != "dinov2":
-        raise TypeError("the model type is not dinov2")
-    net, found = Dinov2Model.from_pretrained(
-        folder,
-        config=Dinov2Config.from_pretrained(folder, local_files_only=True),
-        local_files_only=True,
-        use_safetensors=True,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    if found["missing_keys"]:
-        raise KeyError(f"{len(found['missing_keys'])} tensors are missing")
-    patches = 224 // net.config.patch_size
-    table = _positions(net.embeddings.position_embeddings, patches)
-    net.embeddings.position_embeddings = nn.Parameter(table)
-    return net
-
-
-def _positions(table: Float[Tensor, "1 n d"], side: int) -> Float[Tensor, "1 m d"]:
-    """Position embeddings for side x side patches, as facebookresearch/dinov2 interpolates them."""
-    old = int((table.shape[1] - 1) ** 0.5)
-    if old == side:
-        return table.detach()
-    grid = table[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, scale_factor=(side + 0.1) / old, mode="bicubic")
-    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1).detach()
 
 
 class Resize(NamedTuple):
@@ -222,7 +160,8 @@ class InceptionFeatures(nn.Module):
         with open(path, "rb") as file:
             self.hash = hashlib.file_digest(file, "sha256").hexdigest()
         if self.hash != sha256:
-            raise UserError(f"{path} has SHA-256 {self.hash}, not {sha256}: copy {_FILE} again")
+            found = fault(Path(path)) or f"copy {_FILE} again"
+            raise UserError(f"{path} has SHA-256 {self.hash}, not {sha256}: {found}")
         self.name, self.resize = f"Inception-v3 pooled features, {self.hash[:8]}", resize.words
         self._feed = resize.feed
         self.net = inception()
@@ -235,7 +174,7 @@ class InceptionFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, pictures: Shaped[Tensor, "b 3 h w"]) -> Float[Tensor, "b 2048"]:
         x = eight_bit(pictures).to(self._classes.device)
-        with _full_precision():
+        with full_precision():
             return self.net(self._feed(x))
 
     @torch.no_grad()
@@ -244,7 +183,7 @@ class InceptionFeatures(nn.Module):
         return features.to(self._classes) @ self._classes.T
 
 
-def _full_precision() -> AbstractContextManager[None]:
+def full_precision() -> AbstractContextManager[None]:
     """Convolutions in full float32 on GPUs as on CPUs: TF32 would show in the third digit."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 

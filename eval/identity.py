@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,31 +13,37 @@ import torch
 from cascade.pipeline import Cascade, TextEmbedding
 
 
-def described(cascade: Cascade) -> dict[str, Any]:
-    """What pictures depend on: weights and sampling of each stage, by what it writes; its hash."""
-    stages = {link.writes: _link(link) for link in cascade.stages}
+def described(
+    cascade: Cascade, hash_of: Callable[[Any], str] = attrgetter("hash")
+) -> dict[str, Any]:
+    """What pictures depend on: weights and sampling of each stage, by what it writes; its hash.
+
+    Args:
+        hash_of: of an encoder.
+    """
+    stages = {link.writes: _link(link, hash_of) for link in cascade.stages}
     text = json.dumps(stages, sort_keys=True)
     return {"stages": stages, "hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
-def _link(link: Any) -> dict[str, Any]:
+def _link(link: Any, hash_of: Callable[[Any], str]) -> dict[str, Any]:
     if isinstance(link, TextEmbedding):  # nothing of the stage but its encoders is used
-        encoders = [encoder.hash for encoder in link.stage.encoders]
+        encoders = [hash_of(encoder) for encoder in link.stage.encoders]
         return {"instead": link.by, "encoders": encoders}
     if is_dataclass(link):  # BestOf, Untold
         more = {f.name: _plain(getattr(link, f.name)) for f in fields(link) if f.name != "stage"}
-        return {**_link(link.stage), type(link).__name__: more}
+        return {**_link(link.stage, hash_of), type(link).__name__: more}
     return {
-        "weights": _hash(link),
+        "weights": _hash(link, hash_of),
         "sampler": _plain(link.sampler),
         "process": _plain(link.process),
         "corruption": _plain(link.corruption),
-        "weaker": link.weaker and _hash(link.weaker),
+        "weaker": link.weaker and _hash(link.weaker, hash_of),
     }
 
 
-def _hash(stage: Any) -> str:
-    digest = hashlib.sha256(json.dumps([encoder.hash for encoder in stage.encoders]).encode())
+def _hash(stage: Any, hash_of: Callable[[Any], str]) -> str:
+    digest = hashlib.sha256(json.dumps([hash_of(encoder) for encoder in stage.encoders]).encode())
     for name, value in sorted(stage.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

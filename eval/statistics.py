@@ -9,7 +9,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,21 +37,40 @@ def warnings_for(count: int, dim: int) -> list[str]:
 @dataclass(frozen=True)
 class Origin:
     """What features are of: the extractor's name, the hash of its weights, its resizing in words,
-    and the hash of the set of pictures. Empty where it is not known.
+    and the hash of the set of pictures. Empty where it is not known. `former` is what an earlier
+    version called the same, if it called it otherwise.
     """
 
     extractor: str = ""
     hash: str = ""
     resize: str = ""
     pictures: str = ""
+    former: "Origin | None" = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, features: Features, pictures: str) -> "Origin":
-        return cls(features.name, features.hash, features.resize, pictures)
+        known = getattr(features, "former", None)
+        former = known and cls(*known, features.resize, pictures)
+        return cls(features.name, features.hash, features.resize, pictures, former)
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What is written down of it."""
+        return {name: getattr(self, name) for name in _WORDS}
+
+    @property
+    def names(self) -> list["Origin"]:
+        """By which it may be known: its own, and that of an earlier version."""
+        return [self, *([self.former] if self.former else [])]
 
     def same_features(self, other: "Origin") -> bool:
         """Weights and resizing are equal; names of one network may differ."""
-        return (self.hash, self.resize) == (other.hash, other.resize)
+        return any(
+            (a.hash, a.resize) == (b.hash, b.resize) for a in self.names for b in other.names
+        )
+
+
+_WORDS = ("extractor", "hash", "resize", "pictures")
 
 
 @dataclass(frozen=True)
@@ -115,7 +134,7 @@ class Moments:
     def save(self, path: Path) -> None:
         """Writes an .npz that pytorch-fid and clean-fid read as well."""
         arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.cov.cpu().numpy()}
-        about = {key: np.array(value) for key, value in asdict(self.origin).items()}
+        about = {key: np.array(value) for key, value in self.origin.words.items()}
         count = {} if self.n is None else {"n": np.array(self.n)}
 
         def write(part: Path) -> None:
@@ -131,8 +150,8 @@ class Moments:
         Raises:
             UserError: there is no such file, or these are no mean and covariance.
         """
-        found = _arrays(path, ["mu", "sigma", "n", *asdict(Origin())])
-        names = {key: str(found[key]) for key in asdict(Origin()) if key in found}
+        found = _arrays(path, ["mu", "sigma", "n", *_WORDS])
+        names = {key: str(found[key]) for key in _WORDS if key in found}
         mean, cov = found.get("mu"), found.get("sigma")
         if mean is None or cov is None:
             raise UserError(f"{path} has no mu and sigma{_instead(path)}")
@@ -196,10 +215,13 @@ def cached_rows(
         UserError: the file is damaged, or not as many finite rows as ids were computed.
     """
     numbers = np.asarray(ids, dtype=np.int64)
-    protocol = {**asdict(origin), "dim": dim, "count": len(numbers)}
-    protocol["ids"] = hashlib.sha256(numbers.tobytes()).hexdigest()
-    text = json.dumps(protocol, indent=2) + "\n"
-    place = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+    rows = {"dim": dim, "count": len(numbers)}
+    rows["ids"] = hashlib.sha256(numbers.tobytes()).hexdigest()
+    for name in origin.names[::-1]:  # its own at last
+        text = json.dumps({**name.words, **rows}, indent=2) + "\n"
+        place = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+        if place.is_dir():
+            break
 
     def write(part: Path) -> None:
         part.mkdir()

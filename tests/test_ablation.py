@@ -91,6 +91,16 @@ def edited(folder, change):
     return folder
 
 
+def test_a_judge_may_be_named_by_its_weights_alone_as_earlier_versions_did(tmp_path):
+    """And two judges of the same weights are two."""
+    new = '"judge": "new", "judge\'s weights": "123e4"'
+    folder = edited(guidance(tmp_path / "s"), lambda t: t.replace('"judge": "123e4"', new, 1))
+    assert len(read(folder).rows) > 1
+    edited(folder, lambda text: text.replace('"judge": "123e4"', new.replace("new", "other"), 1))
+    with pytest.raises(UserError, match=r"differ in protocol\.judge"):
+        read(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

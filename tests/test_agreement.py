@@ -1,5 +1,6 @@
 """What does not fit is refused in one line, with both numbers and the setting, before any data."""
 
+import hashlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from cascade.data.embeddings import Manifest
 from cascade.encoders.clip import Architecture, FrozenCLIP, save_clip
+from cascade.encoders.identity import Former
 from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
 from cascade.training.agreement import check
@@ -35,7 +37,8 @@ def checked(*overrides):
     with torch.device("meta"):
         stage = built(config.stage)
     stores = built(config.data.get("embeddings") or {}).values()
-    clip = FrozenCLIP(config.clip.path, config.clip.get("checkpoint"))
+    named = {key: config.clip.get(key) for key in ("checkpoint", "quick_gelu")}
+    clip = FrozenCLIP(config.clip.path, **named)
     captions = config.data.get("captions") or ["txt"]
     check(stage, stores, clip, config.data.pictures.get("crop"), captions)
 
@@ -97,6 +100,24 @@ def test_embeddings_of_another_size_or_another_clip(clips, stage, tmp_path):
     refused(words, *options, f"embeddings={large}")
 
 
+def test_embeddings_that_an_earlier_version_made(clips, tmp_path):
+    """It noted a hash of the weights: enough for a directory, and not for a name and a file."""
+    options = ("stage=prior", f"clip.path={clips[0]}", "clip.model.dim=8", "text.size=32")
+    weights = (clips[0] / "open_clip_model.safetensors").read_bytes()
+    noted = hashlib.sha256(weights).hexdigest()[:16]
+    for name in (str(clips[0]), "ViT-B-32"):
+        Manifest(name, noted, {"clip_image": 8}, {}).write(tmp_path / name.replace("/", "_"))
+    checked(*options, f"embeddings={tmp_path / str(clips[0]).replace('/', '_')}")
+    refused("noted by a version that read files", *options, f"embeddings={tmp_path / 'ViT-B-32'}")
+
+
+def test_a_checkpoint_that_nothing_would_read(clips, tmp_path):
+    right = manifest(tmp_path / "right", clips[0])
+    options = ("stage=prior", "clip.model.dim=8", "text.size=32", f"embeddings={right}")
+    ignored = (f"clip.path={clips[0]}", "+clip.checkpoint=missing.pt")
+    refused("checkpoint=missing.pt would be ignored: .* is a directory", *options, *ignored)
+
+
 def test_text_embeddings_of_another_clip_than_the_pictures(clips, tmp_path):
     """Even where clip.path is right: the prior would be told of another space."""
     right = manifest(tmp_path / "right", clips[0])
@@ -109,6 +130,7 @@ def test_text_embeddings_of_another_clip_than_the_pictures(clips, tmp_path):
 def text_rows(tmp_path, monkeypatch):
     """Overrides of a stage that reads what a T5 of 16 numbers and 20 tokens made of `txt`."""
     monkeypatch.setattr(FrozenT5, "hash", "0" * 16)
+    monkeypatch.setattr(FrozenT5, "former", Former("f" * 16))
     (tmp_path / "config.json").write_text(json.dumps({"d_model": 16}))
     reader = ["text=t5_small", f"text.reader.path_or_name={tmp_path}", "+text.reader.length=20"]
     target = "cascade.data.embeddings.Embeddings"
@@ -124,6 +146,7 @@ def text_rows(tmp_path, monkeypatch):
 
 def test_states_of_another_encoder_length_or_captions(text_rows):
     checked(*text_rows("right"))
+    checked(*text_rows("old", hash="f" * 16))  # of an earlier version, of the weights alone
     refused("made by another encoder .t5, 1{16}. .*set text to", *text_rows("a", hash="1" * 16))
     refused("text.reader.length=20, .* --length 77: set .*=77", *text_rows("b", length=77))
     refused("text.size=16, but text of .*c has 32", *text_rows("c", sizes={"text": 32}))

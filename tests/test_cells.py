@@ -1,6 +1,7 @@
 """Points of a sweep, cell by cell: what is counted, what goes on, what is measured anew."""
 
 import json
+from hashlib import sha256
 from itertools import pairwise
 
 import pytest
@@ -110,6 +111,20 @@ def test_what_is_measured_is_not_measured_again_unless_what_paints_it_changes(ho
     cells.measure(home / "other.yaml")
     assert len(painted) == 4
     assert sorted(path.name for path in (home / "shards/features").iterdir()) == features
+
+
+def test_cells_that_an_earlier_version_measured_are_not_measured_again(home, monkeypatch):
+    """It named the judge by the hash of its weights."""
+    file = home / "asked.yaml"
+    lines = cells.measure(file) / "cells.jsonl"
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    weights = (home / "judge/open_clip_model.safetensors").read_bytes()
+    for row in rows:
+        assert row["protocol"].pop("judge's weights") == sha256(weights).hexdigest()[:16]
+        row["protocol"]["judge"] = sha256(weights).hexdigest()[:16]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(cells, "_cell", lambda *_: pytest.fail("measured again"))
+    cells.measure(file)
 
 
 def test_of_training_pictures_the_nearest_is_itself(home, monkeypatch):

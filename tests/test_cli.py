@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from cascade import cli
 from cascade.cli import main, parser
 from cascade.data.shards import Shards, loader
 from cascade.data.transforms import Pictures
@@ -173,6 +174,65 @@ def test_captions_of_a_file_are_one_a_line_and_ids_are_not_painted(form, tmp_pat
     (tmp_path / "a.txt").write_bytes("".join(lines).encode("utf-16"))
     assert main(["sample", "--model", "nowhere", "--file", str(tmp_path / "a.txt")]) == 2
     assert found == ["a red circle"] * 8 + ["über"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "needs"),
+    [
+        ("evaluate --pictures x --dino d", "--data=s", "--model"),
+        ("evaluate --pictures x --dino d", "--judge=j", "--model"),
+        ("evaluate --pictures x --dino d", "--split=val", "--model"),
+        ("evaluate --pictures x --dino d", "--count=320", "--model"),
+        ("evaluate --pictures x --dino d", "--guidance=1", "--model"),
+        ("evaluate --pictures x --dino d", "--geneval=0", "--model"),
+        ("evaluate --pictures x --dino d", "--seed=0", "--model"),
+        ("evaluate --pictures x --dino d", "--set=decoder.scale=3", "--model"),
+        ("evaluate --model x --data s --judge j", "--reference=r", "--pictures"),
+        ("evaluate --model x --data s --judge j", "--inception=w", "--pictures"),
+        ("evaluate --model x --data s --judge j", "--clip=c", "--pictures"),
+        ("evaluate --model x --data s --judge j", "--dino=d", "--pictures"),
+        ("evaluate --model x --data s --judge j", "--resize=clean", "--pictures"),
+        ("evaluate --model x --data s --judge j", "--cache=c", "--pictures"),
+        ("evaluate --model x --data s --judge j", "--shard=0/2", "--pictures"),
+        ("evaluate --model x --data s --judge j", "--bootstrap=200", "--reference or --inception"),
+        ("evaluate --pictures x --clip c", "--bootstrap=0", "--reference or --inception"),
+        ("evaluate --pictures x --dino d", "--captions=c.csv", "--clip"),
+        ("evaluate --pictures x --dino d", "--checkpoint=c.pt", "--clip"),
+        ("evaluate --pictures x --dino d", "--quick-gelu=false", "--clip"),
+        ("data pack x --pictures p", "--file-column=a", "--captions"),
+        ("data pack x --pictures p", "--caption-columns=a", "--captions"),
+        ("data precompute x --text t", "--out=o", "--clip"),
+        ("data precompute x --clip c", "--text-out=o", "--text"),
+        ("data precompute x --clip c", "--length=256", "--text"),
+        ("data precompute x --clip c", "--bf16", "--text"),
+        ("data precompute x", "--checkpoint=c.pt", "--clip or --text"),
+        ("data precompute x", "--quick-gelu=true", "--clip or --text"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(verb, options, needs, capsys):
+    option = options.split("=")[0]
+    error = refused([*verb.split(), options], capsys)
+    assert f"{option} is for {needs}, and would be ignored" in error
+
+
+@pytest.mark.parametrize("of", ["--clip", "--text"])
+def test_a_checkpoint_is_for_a_name(of, tmp_path, capsys):
+    for option in ("--checkpoint=missing.pt", "--quick-gelu=true"):
+        error = refused(["data", "precompute", "x", of, str(tmp_path), option], capsys)
+        assert "is for a name of open_clip's" in error
+        assert "would be ignored" in error
+
+
+def test_every_option_of_evaluate_is_of_pictures_or_of_a_model_or_said_to_be_of_both():
+    """A new option has to be put into the table of what needs what, or it may be ignored."""
+    options = set(vars(parser().parse_args(["evaluate", "--model", "x"])))
+    both = {"verb", "model", "pictures", "out"}
+    assert options - both == set(cli._NEEDS["evaluate"])
+
+
+def test_show_prints_no_launcher(capsys):
+    argv = ["train", "--show", "data.path=x", "launcher=slurm"]
+    assert "leave launcher=slurm out" in refused(argv, capsys)
 
 
 def test_sample_writes_over_nothing(tmp_path, capsys):

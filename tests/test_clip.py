@@ -2,7 +2,9 @@ import hashlib
 import json
 import math
 import pickle
+import shutil
 import socket
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,8 +14,10 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
+from cascade.encoders import sources
 from cascade.encoders.clip import (
     MAX_LOGIT_SCALE,
     Architecture,
@@ -22,6 +26,7 @@ from cascade.encoders.clip import (
     contrastive,
     save_clip,
 )
+from cascade.encoders.identity import differs
 from cascade.encoders.sources import clip_source
 from cascade.errors import UserError
 
@@ -116,7 +121,7 @@ def test_nothing_is_read_before_first_use(tmp_path):
     save_clip(VIT, VIT.build(), tmp_path / "later")
     assert frozen.dim == 8
     weights = (tmp_path / "later" / "open_clip_model.safetensors").read_bytes()
-    assert frozen.hash == hashlib.sha256(weights).hexdigest()[:16]
+    assert frozen.former.hash == hashlib.sha256(weights).hexdigest()[:16] != frozen.hash
 
 
 @pytest.fixture
@@ -133,7 +138,7 @@ def named(tmp_path):
 def test_a_name_with_a_file_of_weights(named, tmp_path):
     clip = VIT.build().eval()
     torch.save({"state_dict": clip.state_dict()}, tmp_path / "clip.pt")
-    frozen = FrozenCLIP(named, str(tmp_path / "clip.pt"))
+    frozen = FrozenCLIP(named, str(tmp_path / "clip.pt"), quick_gelu=False)
     x = pictures(2)
     mean, std = (
         torch.tensor(open_clip.OPENAI_DATASET_MEAN),
@@ -163,6 +168,154 @@ def test_a_tag_is_looked_up_in_the_local_cache(tmp_path, monkeypatch):
     assert clip_source("ViT-B-32", "another").mean == (0.5, 0.5, 0.5)
 
 
+class QuickGELU(torch.nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+def with_quick_gelu(clip):
+    """The same model with the other activation, put in by hand."""
+    for module in list(clip.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.GELU):
+                setattr(module, name, QuickGELU())
+    return clip.eval()
+
+
+def configured(folder, **changes):
+    """A copy of a directory's configuration with other arguments of the model."""
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "model_cfg": {**config["model_cfg"], **changes}}))
+
+
+@pytest.fixture
+def unnamed(named, tmp_path):
+    """A file of weights that says nothing of itself, its name, and the model that it is of."""
+    clip = VIT.build().eval()
+    with torch.no_grad():
+        clip.logit_scale.fill_(3.0)
+    file = tmp_path / "CLIP.pt"
+    torch.save(clip.state_dict(), file)
+    return named, file, clip
+
+
+def embedding(clip, captions=CAPTIONS):
+    tokens = open_clip.tokenize(captions, VIT.length)
+    return F.normalize(clip.encode_text(tokens), dim=1).detach()
+
+
+def test_a_file_is_read_with_the_activation_that_is_given(unnamed):
+    name, file, clip = unnamed
+    with pytest.raises(UserError, match="does not show its activation: give quick_gelu=true"):
+        FrozenCLIP(name, str(file)).text(CAPTIONS)
+    plain = FrozenCLIP(name, str(file), quick_gelu=False)
+    torch.testing.assert_close(plain.text(CAPTIONS)["clip_text"], embedding(clip))
+    quick = FrozenCLIP(name, str(file), quick_gelu=True)
+    found = quick.text(CAPTIONS)["clip_text"]
+    torch.testing.assert_close(found, embedding(with_quick_gelu(clip)))
+    assert not torch.allclose(found, plain.text(CAPTIONS)["clip_text"], atol=1e-4)
+    assert quick.hash != plain.hash
+    assert quick.former.hash == plain.former.hash
+
+
+def test_what_else_says_the_activation(unnamed, monkeypatch, tmp_path):
+    name, file, clip = unnamed
+    expected = embedding(with_quick_gelu(clip))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    for known in (digest, digest[:8]):  # OpenAI's addresses hold all of it, others the beginning
+        monkeypatch.setattr(sources, "_digests", lambda known=known: {known: True})
+        torch.testing.assert_close(
+            FrozenCLIP(name, str(file)).text(CAPTIONS)["clip_text"], expected
+        )
+    with pytest.raises(UserError, match="quick_gelu says GELU, but its SHA-256"):
+        FrozenCLIP(name, str(file), quick_gelu=False).text(["a"])
+    monkeypatch.undo()
+
+    folder = tmp_path / "folder"
+    save_clip(VIT, clip, folder)
+    configured(folder, quick_gelu=True)
+    directory = FrozenCLIP(str(folder))
+    torch.testing.assert_close(directory.text(CAPTIONS)["clip_text"], expected)
+    beside = FrozenCLIP(name, str(folder / "open_clip_model.safetensors"))  # of that folder
+    assert beside.hash == directory.hash
+    torch.testing.assert_close(beside.image(pictures(2)), directory.image(pictures(2)))
+    for frozen in (FrozenCLIP(str(folder), quick_gelu=False), FrozenCLIP(str(folder), str(file))):
+        with pytest.raises(UserError, match=r"says QuickGELU, but|would be ignored: .* directory"):
+            frozen.text(["a"])
+    with pytest.raises(UserError, match="would be ignored"):  # though there is no such file
+        FrozenCLIP(str(folder), "missing.pt").text(["a"])
+
+
+def test_published_files_are_known_by_their_sha256():
+    """OpenAI's ViT-L/14 (as its own repository lists it), LAION's ViT-B/32 in open_clip's."""
+    known = sources._digests()
+    assert known["b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"] is True
+    assert known["af8dbd0c"] is False
+
+
+def test_the_name_may_say_the_activation(tmp_path):
+    torch.save({}, tmp_path / "x.pt")
+    assert clip_source("ViT-L-14-quickgelu", str(tmp_path / "x.pt")).model["quick_gelu"] is True
+    with pytest.raises(UserError, match=r"true .* openai, metaclip.* false .* laion400m"):
+        clip_source("ViT-L-14", str(tmp_path / "x.pt"))
+
+
+def test_the_hash_is_of_weights_and_architecture(folders, tmp_path):
+    shutil.copytree(folders["vit"], tmp_path / "clip")
+    folder, before = tmp_path / "clip", FrozenCLIP(str(folders["vit"])).hash
+    text = VIT.model_config()["text_cfg"]
+    configured(folder, quick_gelu=False, text_cfg={**text, "pad_id": 0, "vocab_size": 49408})
+    assert FrozenCLIP(str(folder)).hash == before  # defaults that are written out
+    configured(folder, text_cfg={**text, "heads": 4})
+    heads = FrozenCLIP(str(folder)).hash
+    configured(folder, text_cfg=text, quick_gelu=True)
+    assert len({before, heads, FrozenCLIP(str(folder)).hash}) == 3
+
+
+def test_what_an_earlier_version_noted_counts_where_it_meant_this_clip(unnamed, tmp_path):
+    name, file, clip = unnamed
+    save_clip(VIT, clip, tmp_path / "own")
+    own = FrozenCLIP(str(tmp_path / "own"))
+    old = own.former.hash
+    assert differs(own, own.hash) is differs(own, old) is differs(own, old, "elsewhere/own") is None
+    assert "its hash is" in differs(own, "0" * 16)
+    # Its pictures are not normalised as those of a name were.
+    assert "noted by a version" in differs(own, old, name)
+    plain, quick = (FrozenCLIP(name, str(file), quick_gelu=q) for q in (False, True))
+    assert differs(plain, plain.former.hash) is differs(plain, plain.former.hash, name) is None
+    assert "noted by a version" in differs(quick, quick.former.hash)
+    assert "noted by a version" in differs(quick, quick.former.hash, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_size": 48}, r"visual.positional_embedding is \[37, 32\], not \[17, 32\]"),
+        ({"length": 24}, r"positional_embedding is \[24, 32\], not \[16, 32\]"),
+        ({"vision_layers": 3}, r"has besides visual.transformer.resblocks.2.* 11 more tensors"),
+        ({"vision_layers": 1}, r"lacks visual.transformer.resblocks.1.* \(and 11 more tensors\)"),
+    ],
+)
+def test_a_clip_of_another_size_is_not_bent_to_fit(change, words, tmp_path):
+    save_clip(VIT, replace(VIT, **change).build(), tmp_path)
+    with pytest.raises(UserError, match=words):
+        FrozenCLIP(str(tmp_path)).text(["a"])
+    with pytest.raises(UserError, match=words):
+        training().restore(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_less_precision_are_converted(folders, dtype, tmp_path):
+    shutil.copytree(folders["resnet"], tmp_path / "clip")
+    file = tmp_path / "clip" / "open_clip_model.safetensors"
+    whole = FrozenCLIP(str(tmp_path / "clip")).text(CAPTIONS)["clip_text"]
+    save_file({k: v.to(dtype) for k, v in load_file(file).items()}, file)
+    found = FrozenCLIP(str(tmp_path / "clip")).text(CAPTIONS)["clip_text"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, whole, atol=0.02, rtol=0)
+
+
 class Evil:
     def __reduce__(self):
         return pytest.fail, ("code from a file of weights was run",)
@@ -178,8 +331,11 @@ def test_what_is_wrong_is_said_in_one_line(named, folders, tmp_path):
         (("ViT-B-32",), "checkpoint=None"),
         (("ViT-B-32", str(tmp_path / "nothing.pt")), "laion2b_s34b_b79k"),
         (("ViT-B-16-SigLIP", "webli"), "another CLIP|local Hugging Face cache"),
-        ((named, str(tmp_path / "evil.pt")), "safely"),
-        ((named, str(tmp_path / "other.pt")), "RuntimeError"),
+        ((named, str(tmp_path / "evil.pt"), False), "pickle that cannot be read safely"),
+        (
+            (named, str(tmp_path / "other.pt"), False),
+            "lacks visual.class_emb.* has besides vis",
+        ),
     ):
         with pytest.raises(UserError, match=words) as caught:
             FrozenCLIP(*arguments).text(["a"])
@@ -256,7 +412,7 @@ def test_training_learns_the_pairs_and_exports_them(tmp_path):
     other = training()
     other.restore(tmp_path)
     assert all(torch.equal(v, module.state_dict()[k]) for k, v in other.state_dict().items())
-    with pytest.raises(UserError, match="another size"):
+    with pytest.raises(UserError, match=r"visual\.conv1\.weight is"):
         training(RESNET).restore(tmp_path)
     with pytest.raises(UserError, match="train it first"):
         other.restore(tmp_path / "nowhere")

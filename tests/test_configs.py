@@ -9,7 +9,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 import cascade.conf
-from cascade.verbs.configuration import built, composed
+from cascade.verbs.configuration import built, composed, differences
 
 CONF = Path(next(iter(cascade.conf.__path__)))
 
@@ -92,3 +92,11 @@ def test_no_file_repeats_a_default_of_a_signature(path):
             assert key in signature.parameters, f"{where}: no parameter {key}"
             default = signature.parameters[key].default
             assert default is inspect.Parameter.empty or default != value, f"{where}.{key}={value}"
+
+
+def test_what_differs_in_a_list_is_named_by_its_place():
+    """A run whose encoder has a further key of nothing is the same run."""
+    old = OmegaConf.create({"encoders": [{"name": "a", "length": 1}]})
+    new = OmegaConf.create({"encoders": [{"name": "a", "length": 2, "quick_gelu": None}]})
+    assert differences(old, new) == ["encoders.0.length: 1 -> 2"]
+    assert len(differences(old, OmegaConf.create({"encoders": []}))) == 1

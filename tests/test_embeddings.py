@@ -7,12 +7,16 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
+from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cascade import cli
@@ -356,6 +360,25 @@ def test_what_is_written_is_whole_or_refused(tmp_path):
     for keys in (["a"], ["a", "a"]):
         with pytest.raises(ValueError, match="one for each row"):
             write_embeddings(tmp_path, "s", keys, ragged, {})
+
+
+def test_a_folder_that_an_earlier_version_began_goes_on_as_it_named_its_encoder(made, tmp_path):
+    data, out, folder = tmp_path / "data", tmp_path / "out", made / "clip"
+    shutil.copytree(made / "data", data)
+    clip, name = FrozenCLIP(str(folder)), next(data.glob("*.tar")).stem
+    rows = partial(picture_rows, clip=clip, captions=FIELDS)
+    old = sha256((folder / "open_clip_model.safetensors").read_bytes()).hexdigest()[:16]
+    for noted, goes_on in ((str(folder), True), ("ViT-B-32", False)):
+        shutil.rmtree(out, ignore_errors=True)
+        replace(about_pictures(clip), hash=old, encoder=noted).write(out)
+        if not goes_on:
+            with pytest.raises(UserError, match=r"noted by a version .*: choose another folder"):
+                about_pictures(clip, out)
+            continue
+        precompute(data, out, about_pictures(clip, out), rows)
+        keys = json.loads(safe_open(out / f"{name}.safetensors", "pt").metadata()["keys"])
+        assert Embeddings(out).row(name, keys[0])["clip_image"].norm() == pytest.approx(1, abs=1e-5)
+        assert Embeddings(out).about.hash == old
 
 
 def test_a_folder_of_another_encoder_or_other_captions_is_not_mixed(made, tmp_path):

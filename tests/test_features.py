@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from cascade.errors import UserError
 from cascade.eval import features as feature_spaces
+from cascade.eval.dinov2 import DINOv2Features
 from cascade.eval.features import (
     TENSORFLOW,
     CLIPFeatures,
-    DINOv2Features,
     Features,
     InceptionFeatures,
     distance_name,
@@ -144,13 +144,24 @@ def test_dinov2_refuses_what_is_none(dinov2, tmp_path):
         DINOv2Features(tmp_path)
     config = json.loads((dinov2 / "config.json").read_text())
     (dinov2 / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(UserError, match="can be read safely"):
+    with pytest.raises(
+        UserError, match=r"model.safetensors lacks encoder.layer.2\.\S+ and \d+ more"
+    ):
+        DINOv2Features(dinov2)
+    one = {k: v for k, v in config.items() if not k.startswith(("out_", "stage_"))}
+    (dinov2 / "config.json").write_text(json.dumps({**one, "num_hidden_layers": 1}))
+    with pytest.raises(UserError, match=r"has besides encoder.layer.1\.\S+ and \d+ more"):
         DINOv2Features(dinov2)
     (dinov2 / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
-    with pytest.raises(UserError, match="can be read safely"):
+    with pytest.raises(UserError, match="has model_type bert, not dinov2"):
         DINOv2Features(dinov2)
     (dinov2 / "config.json").write_text("{")
-    with pytest.raises(UserError, match="can be read safely"):
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        DINOv2Features(dinov2)
+    kept = (dinov2 / "model.safetensors").read_bytes()
+    (dinov2 / "config.json").write_text(json.dumps(config))
+    (dinov2 / "model.safetensors").write_bytes(kept[:-8])
+    with pytest.raises(UserError, match="is cut short"):
         DINOv2Features(dinov2)
     (dinov2 / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no model.safetensors"):

@@ -2,8 +2,10 @@
 
 import json
 import shlex
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from cascade.cli import main
+from cascade.encoders.identity import Former
 from cascade.errors import Failed, UserError
 from cascade.eval import generation
 from cascade.eval.generation import check, generate, sample_number, share
@@ -18,7 +21,7 @@ from cascade.eval.identity import described
 from cascade.eval.prompts import LAYOUTS, Prompt
 from cascade.pipeline import BestOf, Cascade
 from cascade.verbs.configuration import built, composed, saved
-from cascade.verbs.generate import read_prompts
+from cascade.verbs.generate import _identity, read_prompts
 from tests.hostile import refused
 from tests.processes import Job
 
@@ -282,6 +285,23 @@ def test_the_command_makes_the_same_pictures(saved_model, whole, tmp_path, capsy
     assert {name: data for name, data in made.items() if name.suffix == ".png"} == pictures
     assert main([*argv, "--set", "decoder.scale=3"]) == 2
     assert "sampler.scale: 2.0 -> 3.0" in capsys.readouterr().err
+
+
+def test_a_folder_that_an_earlier_version_began_goes_on(cascade, tmp_path):
+    """It hashed the weights of encoders alone."""
+
+    def identified(encoder):
+        stage = copy(cascade.stages[0])
+        stage.encoders = (encoder,)
+        return _identity(Cascade([stage]), tmp_path)
+
+    encoder = SimpleNamespace(hash="new", former=Former("old"))
+    doubtful = SimpleNamespace(hash="new", former=Former("old", again=False))
+    now, then = identified(encoder), identified(SimpleNamespace(hash="old", former=Former("old")))
+    assert now != then
+    (tmp_path / "manifest.json").write_text(json.dumps({"model": then}))
+    assert identified(encoder) == then
+    assert identified(doubtful) == now
 
 
 def test_ranks_generate_together(saved_model, whole, tmp_path):

@@ -260,6 +260,9 @@ def test_unclip_is_a_chain_from_its_clip_to_its_evaluation(tmp_path):
     assert len(links["precompute"].tasks) == 3
     command = " ".join(links["precompute"].tasks[0].command)
     assert command == "data precompute shards --clip c/clip --out shards/embeddings"
+    more = ["run=c", "data.path=shards", "each=['++clip.checkpoint=a.pt','++clip.quick_gelu=true']"]
+    named = links_of("unclip", tmp_path, *more)["precompute"].tasks[0].command
+    assert [*named[-4:]] == ["--checkpoint", "a.pt", "--quick-gelu", "true"]
     assert "--judge c/judge --split val" in " ".join(links["evaluation"].tasks[0].command)
 
 

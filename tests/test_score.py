@@ -6,6 +6,8 @@ import math
 import pickle
 import shutil
 from dataclasses import dataclass, replace
+from hashlib import sha256
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +83,37 @@ def work(sets, tmp_path):
     fake, real = map(picture_set, sets)
     found = captions.captioned(fake)
     return Scoring(fake, {}, real, found, cache=tmp_path / "cache", draws=20)
+
+
+def test_a_space_without_numbers_is_refused(work):
+    """Before its features are computed: of pictures alone there is only the Inception score."""
+    space = Blocks()
+    with pytest.raises(UserError, match="nothing to measure in means of blocks: give a --ref"):
+        replace(work, reference=None).records([space])
+    assert space.seen == 0
+
+
+def test_features_that_an_earlier_version_kept_are_read(work, clip):
+    """It named them by the hash of the weights, which a directory's configuration completes."""
+    judge, weights = FrozenCLIP(str(clip)), (clip / "open_clip_model.safetensors").read_bytes()
+    old = sha256(weights).hexdigest()[:16]
+    before = CLIPFeatures(judge)
+    before.hash, before.name = old, f"CLIP features of {clip}, {old[:8]}"
+    before.clip = SimpleNamespace(name=str(clip), image=judge.image)
+    work = replace(work, captions=None)
+    expected = [record.value for record in work.records([before])]
+    kept = sorted(work.cache.iterdir())
+    after = CLIPFeatures(judge)
+    assert after.hash != old
+    after.clip = SimpleNamespace(name=str(clip), former=judge.former)  # nothing to compute with
+    assert [record.value for record in work.records([after])] == expected
+    assert sorted(work.cache.iterdir()) == kept
+    statistics = next(path for path in kept if path.suffix == ".npz")
+    assert Moments.load(statistics).check(after) == []
+    foreign = SimpleNamespace(name="ViT-B-32", former=judge.former, image=judge.image)
+    foreign.hash, foreign.dim = judge.hash, judge.dim
+    with pytest.raises(UserError, match="statistics are of"):
+        Moments.load(statistics).check(CLIPFeatures(foreign))
 
 
 def by_name(records):
@@ -354,7 +387,7 @@ def test_one_missing_picture_is_named_before_any_number(generated, clip, tmp_pat
         (["--clip", "CLIP"], "nothing to measure"),
         (["--clip", "CLIP", "--judge", "x"], "for --model"),
         (["--clip", "CLIP", "--shard", "2/2"], "i/n"),
-        (["--clip", "CLIP", "--bootstrap", "-1"], "bootstrap"),
+        (["--clip", "CLIP", "--reference", "x", "--bootstrap", "-1"], "bootstrap"),
         (["--clip", "CLIP", "--resize", "pytorch"], "Inception's"),
         (["--clip", "CLIP", "--reference", "nowhere"], "nowhere is not there"),
         (["--clip", "CLIP", "--reference", "nowhere.npz"], "no statistics"),
@@ -441,6 +474,8 @@ def test_pictures_or_a_model_and_not_both(capsys):
         assert stop.value.code == 2
     assert main(["evaluate", "--model", "x"]) == 2
     assert "--judge" in capsys.readouterr().err
+    assert main(["evaluate", "--model", "x", "--data", "y", "--judge", "ViT-L-14"]) == 2
+    assert "--judge ViT-L-14 is no directory" in capsys.readouterr().err
 
 
 # Records

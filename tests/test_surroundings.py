@@ -5,20 +5,23 @@ import json
 import os
 import shutil
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from cascade.data.dataset import index_folder
 from cascade.data.scenes import write_scenes
 from cascade.data.shards import Shards
 from cascade.data.transforms import Pictures
-from cascade.encoders.clip import save_clip
+from cascade.encoders.clip import FrozenCLIP, save_clip
 from cascade.errors import UserError
 from cascade.training import callbacks, surroundings
-from cascade.training.checkpoint import newest_checkpoint
+from cascade.training.checkpoint import CheckpointFolders, newest_checkpoint
 from cascade.training.surroundings import as_begun, recorded
 from cascade.verbs import train
 from cascade.verbs.configuration import built, composed
@@ -74,9 +77,44 @@ def test_a_tar_of_as_many_larger_pictures_is_refused(go, tmp_path):
     go(16)
 
 
+def noted_before(run, old, new):
+    """Makes a run's files as a version left them that noted the hash of the weights alone."""
+    file = run / "weights.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        noted = opened.metadata()
+    assert json.loads(noted["encoders"]) == [new]
+    save_file(load_file(file), file, {"encoders": json.dumps([old])})
+    for folder in (run / "checkpoints").iterdir():
+        state = torch.load(folder / "state.pt", weights_only=True)
+        assert list(state["surroundings"]["encoders"].values()) == [new]
+        state["surroundings"]["encoders"] = dict.fromkeys(state["surroundings"]["encoders"], old)
+        shutil.rmtree(folder)
+        CheckpointFolders().save_checkpoint(state, folder)
+
+
+def test_a_run_of_a_version_that_hashed_the_weights_alone_goes_on(go, tmp_path):
+    clip = FrozenCLIP(str(tmp_path / "clip"))
+    weights = (tmp_path / "clip/open_clip_model.safetensors").read_bytes()
+    noted_before(tmp_path / "run", sha256(weights).hexdigest()[:16], clip.hash)
+    assert train.load(tmp_path / "run").encoders
+    go(16)
+    write_clip(tmp_path / "clip", 1)
+    with pytest.raises(UserError, match="trained with another encoder"):
+        train.load(tmp_path / "run")
+
+
+def test_the_same_weights_with_another_activation_are_another_encoder(go, tmp_path):
+    path = tmp_path / "clip/open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["quick_gelu"] = True
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="clip is another encoder than when this run began"):
+        go(16)
+
+
 def test_an_encoder_that_was_exchanged_is_refused(go, tmp_path):
     write_clip(tmp_path / "clip", 1)
-    with pytest.raises(UserError, match="clip has other weights than when this run began"):
+    with pytest.raises(UserError, match="clip is another encoder than when this run began"):
         go(16)
     write_clip(tmp_path / "clip", 0)
     go(16)

@@ -2,16 +2,26 @@ import hashlib
 import io
 import json
 import random
+import shutil
 import socket
 import tarfile
 import time
+from pathlib import Path
 
 import lightning as L
 import open_clip
 import pytest
 import sentencepiece
 import torch
-from transformers import T5Config, T5EncoderModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    MT5EncoderModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
+    UMT5EncoderModel,
+)
 
 from cascade.encoders.text import FrozenT5, TextTransformer, Tokenizer, token_mask, tokenize
 from cascade.errors import UserError
@@ -171,10 +181,164 @@ def test_a_module_that_holds_a_t5_does_not_own_it(t5):
     assert not list(module.parameters())
 
 
-def test_the_hash_is_that_of_the_weights(t5, tmp_path):
-    weights = (t5 / "model.safetensors").read_bytes()
-    assert FrozenT5(str(t5)).hash == hashlib.sha256(weights).hexdigest()[:16]
-    assert FrozenT5(str(write_t5(tmp_path, seed=1))).hash != FrozenT5(str(t5)).hash
+def test_the_hash_is_that_of_weights_and_architecture(t5, tmp_path):
+    weights, whole = (t5 / "model.safetensors").read_bytes(), FrozenT5(str(t5)).hash
+    assert FrozenT5(str(t5)).former.hash == hashlib.sha256(weights).hexdigest()[:16] != whole
+    other = write_t5(tmp_path, seed=1)
+    hashes = {whole, FrozenT5(str(other)).hash}
+    shutil.copy(t5 / "model.safetensors", other)
+    assert FrozenT5(str(other)).hash == whole
+    about(other, feed_forward_proj="gated-gelu")
+    assert len({*hashes, FrozenT5(str(other)).hash}) == 3
+
+
+def about(folder, **changes):
+    """Changes config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def own(t5, tmp_path):
+    """A copy of the folder, to be changed."""
+    return Path(shutil.copytree(t5, tmp_path / "own"))
+
+
+BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop("shared.weight"), "lacks shared.weight"),
+        (lambda w: w.pop(BIAS), f"lacks {BIAS}"),
+        (lambda w: w.update(extra=w[BIAS].clone()), "has besides extra"),
+        (lambda w: w.update({BIAS: w[BIAS].T}), r"is \[2, 32\], not \[32, 2\]"),
+        (lambda w: w.update({"shared.weight": w["shared.weight"].int()}), "of whole numbers, not"),
+        (lambda w: [w.update({f"t5.{k}": w.pop(k)}) for k in list(w)], "lacks .* has besides t5."),
+    ],
+    ids=["embedding", "positions", "extra", "shape", "type", "prefix"],
+)
+def test_a_t5_has_all_its_weights_and_no_others(own, change, words):
+    weights = load_file(own / "model.safetensors")
+    change(weights)
+    save_file({k: v.contiguous() for k, v in weights.items()}, own / "model.safetensors")
+    with pytest.raises(UserError, match=words) as caught:
+        FrozenT5(str(own)).text(["red"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["whole", "table", "float16", "bin"])
+def test_the_same_weights_by_other_names_and_types_are_a_t5(t5, own, kind):
+    file, weights = own / "model.safetensors", load_file(own / "model.safetensors")
+    expected = T5EncoderModel.from_pretrained(t5).eval()
+    if kind == "whole":  # with the decoder
+        model = T5ForConditionalGeneration(expected.config)
+        model.load_state_dict(weights, strict=False)
+        model.save_pretrained(own)
+        assert any(name.startswith("decoder.") for name in load_file(file))
+    elif kind == "table":
+        weights["encoder.embed_tokens.weight"] = weights.pop("shared.weight")
+        save_file(weights, file, {"format": "pt"})
+    elif kind == "float16":
+        save_file({k: v.half() for k, v in weights.items()}, file, {"format": "pt"})
+        expected = expected.half().float()
+    else:
+        file.unlink()
+        torch.save(weights, own / "pytorch_model.bin")
+    found = FrozenT5(str(own)).text(["a red square"])["text"]
+    ids = FrozenT5(str(t5))._tokenizer(["a red square"], return_tensors="pt").input_ids
+    torch.testing.assert_close(found, expected(ids).last_hidden_state.detach())
+
+
+@pytest.mark.parametrize("model", [UMT5EncoderModel, MT5EncoderModel])
+def test_relatives_of_t5_are_refused(own, model):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    model(model.config_class(vocab_size=200, **sizes)).save_pretrained(own)
+    with pytest.raises(UserError, match=r"has model_type u?mt5, not t5"):
+        FrozenT5(str(own)).text(["red"])
+    with pytest.raises(UserError, match="not t5"):  # precomputed rows are asked by the hash alone
+        _ = FrozenT5(str(own)).hash
+
+
+def described(t5):
+    """What transformers itself writes for the tokenizer of spiece.model."""
+    return json.loads(T5Tokenizer.from_pretrained(t5)._tokenizer.to_str())
+
+
+def test_both_files_of_a_tokenizer_are_read_where_they_agree(t5, own):
+    (own / "tokenizer.json").write_text(json.dumps(described(t5)))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(t5 / "spiece.model"))
+    for alone in (False, True):
+        if alone:
+            (own / "spiece.model").unlink()
+        ids = FrozenT5(str(own))._tokenizer(["A small red square"]).input_ids[0]
+        assert ids == [*pieces.encode("A small red square"), pieces.eos_id()]
+
+
+def lowered(rule):
+    low = {"type": "Lowercase"}
+    rule["normalizer"] = {"type": "Sequence", "normalizers": [low, rule["normalizer"]]}
+
+
+def renumbered(rule):
+    vocabulary = rule["model"]["vocab"]
+    vocabulary[7], vocabulary[8] = vocabulary[8], vocabulary[7]
+
+
+def byte_pairs(rule):
+    tokens = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
+    numbers = {token: i for i, token in enumerate(tokens)}
+    rule["model"] = {"type": "BPE", "vocab": numbers, "merges": [], "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lowered, r"tokenizer.json has other tokens than T5's"),
+        (byte_pairs, "cannot be read as T5's tokenizer"),
+        (renumbered, "spiece.model (has other tokens|calls it)"),
+        (lambda rule: rule.update(normalizer=None), "spiece.model has other tokens"),
+    ],
+)
+def test_another_tokenizer_is_refused(t5, own, change, words, beside):
+    """What differs from spiece.model shows only where that is there too."""
+    rule = described(t5)
+    change(rule)
+    (own / "tokenizer.json").write_text(json.dumps(rule))
+    if not beside:
+        (own / "spiece.model").unlink()
+    if not beside and "spiece.model" in words:
+        assert FrozenT5(str(own)).text(["red"])
+        return
+    with pytest.raises(UserError, match=words) as caught:
+        FrozenT5(str(own)).text(["red"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\x00\x01\x02"])
+def test_a_damaged_tokenizer_is_said_in_one_line(own, name, data):
+    (own / "spiece.model").unlink()
+    (own / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} cannot be read as T5's tokenizer") as caught:
+        FrozenT5(str(own)).text(["red"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_that_is_no_t5s_is_said_in_one_line(own):
+    about(own, feed_forward_proj="a-b-c")
+    for call in (lambda t5: t5.hash, lambda t5: t5.text(["red"])):
+        with pytest.raises(UserError, match=r"config\.json is no T5's") as caught:
+            call(FrozenT5(str(own)))
+        assert "\n" not in str(caught.value)
+
+
+def test_more_tokens_than_weights_are_refused(own):
+    about(own, vocab_size=20)
+    with pytest.raises(UserError, match=r"has a token \d+, but its config.json has 20 tokens"):
+        _ = FrozenT5(str(own))._tokenizer
 
 
 def test_what_a_t5_lacks_is_said_in_one_line(t5, tmp_path):
@@ -198,9 +362,10 @@ def test_the_width_is_known_without_weights(t5, tmp_path):
     (tmp_path / "config.json").write_text((t5 / "config.json").read_text())
     assert frozen.sizes == {"text": frozen.width} == {"text": 16}
     assert FrozenT5("google/t5-v1_1-xxl").sizes == {}
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        _ = frozen.width
+    for text, words in (("{", "damaged"), ("[1]", "no names and values"), ("{}", "no d_model")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            _ = frozen.width
 
 
 def text(choice):

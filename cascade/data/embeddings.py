@@ -37,7 +37,7 @@ class Manifest:
 
     Attributes:
         encoder: a name or a directory.
-        hash: of its weights.
+        hash: of its weights and architecture; earlier versions: of the weights alone.
         sizes: how many numbers a row has, or each of its states, by batch key.
         dtypes: of the rows, by batch key.
         unit_norm: batch keys of rows with a norm of 1; others are as the encoder gives them.
@@ -203,7 +203,7 @@ def write_embeddings(
 
     Args:
         tensors: [rows, ...] each; where there are `offsets` of a tensor, the rows that they cut.
-        metadata: what made them: the `hash` of the encoder's weights.
+        metadata: what made them: the `hash` of the encoder.
     """
     counts = {
         _count(len(tensor), tensors.get(name + OFFSETS))

@@ -27,6 +27,7 @@ from cascade.data.rgb import suspicious, warn_of_white
 from cascade.data.tar import tars_of
 from cascade.data.transforms import BadSample, Pictures
 from cascade.encoders.clip import FrozenCLIP
+from cascade.encoders.identity import differs
 from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
 
@@ -113,10 +114,24 @@ def _make(tar: Path, out: Path, about: Manifest, rows: Rows) -> None:
     write_embeddings(out, tar.stem, keys, tensors, {"hash": about.hash})
 
 
-def about_pictures(clip: FrozenCLIP) -> Manifest:
-    """Of the rows that `picture_rows` makes."""
-    sizes = {"clip_image": clip.dim}
-    return Manifest(clip.name, clip.hash, sizes, {"clip_image": "float32"}, ["clip_image"])
+def about_pictures(clip: FrozenCLIP, out: Path | None = None) -> Manifest:
+    """Of the rows that `picture_rows` makes; the folder's name for its encoder stays."""
+    sizes, kind = {"clip_image": clip.dim}, {"clip_image": "float32"}
+    return Manifest(clip.name, _noted(clip, out), sizes, kind, ["clip_image"])
+
+
+def _noted(encoder: FrozenT5 | FrozenCLIP, out: Path | None) -> str:
+    """The hash by which a folder knows an encoder: one that an earlier version began has another.
+
+    Raises:
+        UserError: the folder is of the same weights, and perhaps of another encoder.
+    """
+    before = out and read_manifest(out)
+    if not before or before.hash not in (encoder.hash, encoder.former.hash):
+        return encoder.hash
+    if why := differs(encoder, before.hash, before.encoder):
+        raise UserError(f"{out} holds rows of {before.encoder}, but {why}: choose another folder")
+    return before.hash
 
 
 @torch.inference_mode()
@@ -136,13 +151,16 @@ def picture_rows(
 
 
 def about_captions(
-    encoder: FrozenT5 | FrozenCLIP, captions: Sequence[str], several: str | None = None
+    encoder: FrozenT5 | FrozenCLIP,
+    captions: Sequence[str],
+    several: str | None = None,
+    out: Path | None = None,
 ) -> Manifest:
-    """Of the rows that `caption_rows` makes."""
+    """Of the rows that `caption_rows` makes; the folder's name for its encoder stays."""
     unit = sorted(encoder.sizes.keys() & {"clip_text"})
     dtypes = {"text": "bfloat16", **dict.fromkeys(unit, "float32")}
-    length, names = encoder.length, list(captions)
-    return Manifest(encoder.name, encoder.hash, encoder.sizes, dtypes, unit, names, length, several)
+    length, names, known = encoder.length, list(captions), _noted(encoder, out)
+    return Manifest(encoder.name, known, encoder.sizes, dtypes, unit, names, length, several)
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from torch import Tensor
 from cascade.conditioning import Batch
 from cascade.encoders.architecture import Architecture
 from cascade.encoders.contrastive import contrastive, gathered
+from cascade.encoders.identity import Former, identity
 from cascade.encoders.sam import SAM
 from cascade.encoders.sources import (
     CLIP_CONFIG,
@@ -30,14 +31,14 @@ from cascade.encoders.sources import (
     CLIPSource,
     clip_model,
     clip_source,
-    reading,
-    weights_hash,
 )
 from cascade.encoders.text import token_mask, tokenize, trimmed
+from cascade.encoders.weights import check_tensors, reading, weights_hash
 from cascade.errors import UserError
 from cascade.files import write_atomically
 
 MAX_LOGIT_SCALE = math.log(100)
+_OF_ARCHIVES = ("input_resolution", "context_length", "vocab_size")  # OpenAI's: no weights
 
 
 def save_clip(architecture: Architecture, clip: open_clip.CLIP, folder: Path) -> None:
@@ -64,17 +65,23 @@ class FrozenCLIP:
         path_or_name: a directory in open_clip's format, or one of open_clip's names ("ViT-L-14").
         checkpoint: with a name: a file of weights, or one of open_clip's tags ("openai") whose
             weights are in the local Hugging Face cache. A tag knows how its pictures are
-            normalised; for a file they are normalised as OpenAI's.
+            normalised; for a file they are normalised as OpenAI's, unless its configuration lies
+            beside it.
+        quick_gelu: whether its activation is QuickGELU, x sigmoid(1.702 x), where neither a
+            configuration nor the tag, the name or the SHA-256 of the file says it.
 
     Raises (on first use):
-        UserError: files are missing or unreadable, or the text tower is another library's.
+        UserError: files are missing or unreadable, the text tower is another library's, or the
+            activation is not known.
     """
 
     reads = frozenset({"caption"})
     writes = frozenset({"clip_text", "text", "text_mask"})
 
-    def __init__(self, path_or_name: str, checkpoint: str | None = None):
-        self.name, self.checkpoint = path_or_name, checkpoint
+    def __init__(
+        self, path_or_name: str, checkpoint: str | None = None, quick_gelu: bool | None = None
+    ):
+        self.name, self.checkpoint, self.quick_gelu = path_or_name, checkpoint, quick_gelu
         self.device = torch.device("cpu")
 
     @property
@@ -111,8 +118,13 @@ class FrozenCLIP:
 
     @cached_property
     def hash(self) -> str:
-        """Of the weights."""
-        return weights_hash([self._source.weights])
+        """Of the weights and the architecture."""
+        return identity(self._weights, self._source.choices)
+
+    @property
+    def former(self) -> Former:
+        """What versions noted that hashed the weights alone."""
+        return Former(self._weights, self._source.again, self._source.doubtful)
 
     def to(self, device: torch.device | str) -> "FrozenCLIP":
         """Where it computes."""
@@ -154,13 +166,25 @@ class FrozenCLIP:
 
     @cached_property
     def _source(self) -> CLIPSource:
-        return clip_source(self.name, self.checkpoint)
+        return clip_source(self.name, self.checkpoint, self.quick_gelu)
+
+    @cached_property
+    def _weights(self) -> str:
+        return weights_hash([self._source.weights])
 
     @cached_property
     def _model(self) -> open_clip.CLIP:
-        model, weights = open_clip.CLIP(**self._source.model), self._source.weights
+        weights = self._source.weights
         with reading([weights], self.name):
-            open_clip.load_checkpoint(model, str(weights), weights_only=True)
+            model = open_clip.CLIP(**self._source.model)
+            # Not open_clip.load_checkpoint, which interpolates positions of another size.
+            state = open_clip.factory.load_state_dict(str(weights), weights_only=True)
+            state = open_clip.factory.convert_state_dict(model, state)
+            state = {k: v for k, v in state.items() if k not in _OF_ARCHIVES}
+            if "logit_scale" in state:  # some write [1]
+                state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
+            check_tensors(model.state_dict(), state, str(weights), self.name)
+            model.load_state_dict(state)
         return model.eval().requires_grad_(False).to(self.device)
 
 
@@ -250,7 +274,6 @@ class CLIPTraining(L.LightningModule):
             raise UserError(f"{run} holds no {CLIP_WEIGHTS}: train it first")
         with reading([run / CLIP_WEIGHTS], str(run)):
             weights = load_file(run / CLIP_WEIGHTS)
-        try:
+            where = str(run / CLIP_WEIGHTS)
+            check_tensors(self.clip.state_dict(), weights, where, "clip.model")
             self.clip.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(f"{run} holds a CLIP of another size: see {CLIP_CONFIG}") from error

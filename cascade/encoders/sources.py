@@ -1,18 +1,17 @@
-"""Where the files of a pretrained model are on this machine.
+"""Where the files of a pretrained CLIP are on this machine, and what they make.
 
 Nothing is ever fetched: what is missing is a `UserError` that says what to fetch and where to put
 it. A model is a directory, or a name whose files are given or lie in the local Hugging Face cache.
-Weights are strangers' files: they are safetensors, or what torch loads with `weights_only`.
+A file of weights does not show whether its model computes with GELU or QuickGELU, so that has to be
+said by something else.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from cascade.errors import UserError
 
@@ -20,68 +19,74 @@ CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensor
 _CLIP_FILES = (CLIP_WEIGHTS, "open_clip_pytorch_model.bin")  # in this order
 
 
-def weights_hash(files: Iterable[Path]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of some files, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()[:16]
-
-
-@contextmanager
-def reading(weights: Sequence[Path], whose: str) -> Iterator[None]:
-    """Within it weights are loaded, by a loader that runs no code in them.
-
-    Raises:
-        UserError: the loader raised; the message names the code that is in the files, if any.
-    """
-    try:
-        yield
-    except Exception as error:  # damaged, pickled code, or of another architecture
-        code = sorted({name for path in weights for name in _code(path)})
-        why = f"they would run {', '.join(code[:3])}" if code else type(error).__name__
-        names = ", ".join(map(str, weights))
-        raise UserError(
-            f"{names} are not weights of {whose} that can be read safely ({why}): fetch them "
-            "again, as safetensors"
-        ) from error
-
-
-def _code(path: Path) -> list[str]:
-    """What a checkpoint of torch would call when it is unpickled; it is only looked through."""
-    try:
-        return get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # no archive that torch wrote
-        return []
+class NotHere(UserError):
+    """Files of a model are not on this machine."""
 
 
 class CLIPSource(NamedTuple):
-    """Arguments of `open_clip.CLIP`, mean and std of its pictures (values in [0, 1]), weights."""
+    """Arguments of `open_clip.CLIP`, mean and std of its pictures (values in [0, 1]), weights.
+
+    `again`: whether earlier versions read the same of the same settings.
+    """
 
     model: dict[str, Any]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     weights: Path
+    again: bool = True
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """All that decides what is made of the weights; a default counts as not said."""
+        import open_clip
+
+        defaults = {"vision_cfg": open_clip.CLIPVisionCfg(), "text_cfg": open_clip.CLIPTextCfg()}
+        towers = {
+            part: {k: v for k, v in self.model[part].items() if v != getattr(default, k, None)}
+            for part, default in defaults.items()
+        }
+        quick = _quick(self.model)
+        return {**self.model, **towers, "quick_gelu": quick, "mean": self.mean, "std": self.std}
+
+    @property
+    def doubtful(self) -> frozenset[str]:
+        """The names under which earlier versions may have made another CLIP of the same weights.
+
+        They read a file with the activation of the name, and with OpenAI's normalisation.
+        """
+        import open_clip
+
+        names, quick = open_clip.list_models(), _quick(self.model)
+        if (self.mean, self.std) != _normalisation({}):
+            return frozenset(names)
+        return frozenset(n for n in names if _quick(open_clip.get_model_config(n)) != quick)
 
 
-def clip_source(path_or_name: str, checkpoint: str | None) -> CLIPSource:
+def clip_source(
+    path_or_name: str, checkpoint: str | None = None, quick_gelu: bool | None = None
+) -> CLIPSource:
     """The CLIP in a directory, or one of open_clip's by name and file or tag.
 
+    Args:
+        quick_gelu: the activation, where nothing else says it.
+
     Raises:
-        UserError: files are missing, or the text tower or tokenizer is another library's.
+        NotHere: files are missing.
+        UserError: the text tower or tokenizer is another library's; the activation is not known,
+            or two things say different ones; a checkpoint is given beside a directory.
     """
     import open_clip
 
     if Path(path_or_name).is_dir():
-        model, pictures, weights = _clip_directory(Path(path_or_name))
+        found = _clip_directory(Path(path_or_name), checkpoint, quick_gelu)
     elif path_or_name in open_clip.list_models():
-        model, pictures, weights = _clip_named(path_or_name, checkpoint)
+        found = _clip_named(path_or_name, checkpoint, quick_gelu)
     else:
-        raise UserError(
+        raise NotHere(
             f"{path_or_name} is neither a directory nor a CLIP that open_clip knows: put "
             f"{CLIP_CONFIG} and {CLIP_WEIGHTS} there, or give a name such as ViT-L-14"
         )
+    model = found.model
     foreign = {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"} & model["text_cfg"].keys()
     if model.pop("custom_text", False) or foreign:
         raise UserError(f"{path_or_name} has a text tower of its own: choose another CLIP")
@@ -89,9 +94,7 @@ def clip_source(path_or_name: str, checkpoint: str | None) -> CLIPSource:
         model["vision_cfg"]["timm_model_pretrained"] = False  # or timm would fetch weights
         if ":" in model["vision_cfg"]["timm_model_name"]:  # "hf-hub:...": it would fetch as well
             raise UserError(f"{path_or_name} has a picture tower of a hub: choose another CLIP")
-    mean = pictures.get("mean", open_clip.OPENAI_DATASET_MEAN)
-    std = pictures.get("std", open_clip.OPENAI_DATASET_STD)
-    return CLIPSource(model, tuple(mean), tuple(std), weights)
+    return found
 
 
 def clip_model(path_or_name: str) -> dict[str, Any] | None:
@@ -104,41 +107,133 @@ def clip_model(path_or_name: str) -> dict[str, Any] | None:
 
     file = Path(path_or_name) / CLIP_CONFIG
     if file.is_file():
-        return _read_json(file)["model_cfg"]
+        return _configured(file)[0]
     known = path_or_name in open_clip.list_models()  # others might be looked for in the network
     return open_clip.get_model_config(path_or_name) if known else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError if it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: fetch it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no names and values: fetch it again")
+    return found
 
 
-def _clip_directory(folder: Path) -> tuple[dict, dict, Path]:
+def _quick(model: dict[str, Any]) -> bool:
+    return bool(model.get("quick_gelu", False))
+
+
+def _agreed(file: Path, said: dict[str, bool | None]) -> bool | None:
+    """The activation that all say who say one. UserError if two say different ones."""
+    heard = {who: quick for who, quick in said.items() if quick is not None}
+    if len(set(heard.values())) > 1:
+        words = [f"{who} says {'QuickGELU' if quick else 'GELU'}" for who, quick in heard.items()]
+        raise UserError(f"{file}: {', but '.join(words)}: correct the one that is wrong")
+    return next(iter(heard.values()), None)
+
+
+def _clip_directory(folder: Path, checkpoint: str | None, quick_gelu: bool | None) -> CLIPSource:
+    if checkpoint is not None:
+        raise UserError(
+            f"checkpoint={checkpoint} would be ignored: {folder} is a directory with weights of "
+            "its own; leave checkpoint out (in a configuration: null), or give a name such as "
+            "ViT-L-14 with it"
+        )
     found = [folder / name for name in _CLIP_FILES if (folder / name).is_file()]
     if not (folder / CLIP_CONFIG).is_file() or not found:
-        raise UserError(f"{folder} is not a CLIP: put its {CLIP_CONFIG} and {CLIP_WEIGHTS} there")
-    config = _read_json(folder / CLIP_CONFIG)
-    return config["model_cfg"], config.get("preprocess_cfg", {}), found[0]
+        raise NotHere(f"{folder} is not a CLIP: put its {CLIP_CONFIG} and {CLIP_WEIGHTS} there")
+    model, mean, std = _configured(folder / CLIP_CONFIG)
+    _agreed(found[0], {CLIP_CONFIG: _quick(model), "quick_gelu": quick_gelu})
+    return CLIPSource(model, mean, std, found[0])
 
 
-def _clip_named(name: str, checkpoint: str | None) -> tuple[dict, dict, Path]:
+def _configured(file: Path) -> tuple[dict[str, Any], tuple[float, ...], tuple[float, ...]]:
+    config = read_json(file)
+    try:
+        model = config["model_cfg"]
+        _ = model["embed_dim"], model["vision_cfg"].keys(), model["text_cfg"].keys()
+        return model, *_normalisation(config.get("preprocess_cfg", {}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no configuration of open_clip's: fetch it again") from error
+
+
+def _normalisation(pictures: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    import open_clip
+
+    mean = pictures.get("mean", open_clip.OPENAI_DATASET_MEAN)
+    return tuple(mean), tuple(pictures.get("std", open_clip.OPENAI_DATASET_STD))
+
+
+def _clip_named(name: str, checkpoint: str | None, quick_gelu: bool | None) -> CLIPSource:
     import open_clip
 
     model = open_clip.get_model_config(name)
     if checkpoint and Path(checkpoint).is_file():
-        return model, {}, Path(checkpoint)
+        return _clip_file(name, model, Path(checkpoint), quick_gelu)
     pretrained = open_clip.get_pretrained_cfg(name, checkpoint) if checkpoint else {}
     if not pretrained.get("hf_hub"):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-        raise UserError(
+        raise NotHere(
             f"{name}: no file or tag checkpoint={checkpoint}; give the file of its weights, or a "
             f"tag whose weights are in the local Hugging Face cache ({tags})"
         )
-    model["quick_gelu"] = pretrained.get("quick_gelu", False)
-    return model, pretrained, _cached_clip(pretrained["hf_hub"])
+    weights = _cached_clip(pretrained["hf_hub"])
+    model["quick_gelu"] = _quick(pretrained)
+    _agreed(weights, {f"the tag {checkpoint}": _quick(pretrained), "quick_gelu": quick_gelu})
+    return CLIPSource(model, *_normalisation(pretrained), weights)
+
+
+def _clip_file(name: str, model: dict, file: Path, quick_gelu: bool | None) -> CLIPSource:
+    """A named CLIP with a file; a configuration that lies beside the file is the file's."""
+    named, (mean, std) = _quick(model), _normalisation({})
+    said = {f"the name {name}": named or None, "quick_gelu": quick_gelu}
+    if file.name in _CLIP_FILES and (file.parent / CLIP_CONFIG).is_file():
+        beside, mean, std = _configured(file.parent / CLIP_CONFIG)
+        said[f"{CLIP_CONFIG} beside it"] = _quick(beside)
+    said["its SHA-256, of a file that is published,"] = _published(file)
+    quick = _agreed(file, said)
+    if quick is None:
+        raise UserError(f"{file} does not show its activation: {_choices(name)}")
+    model["quick_gelu"] = quick
+    again = quick == named and (mean, std) == _normalisation({})
+    return CLIPSource(model, mean, std, file, again)
+
+
+def _choices(name: str) -> str:
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    quick = [tag for tag in tags if _quick(open_clip.get_pretrained_cfg(name, tag))]
+    plain = [tag for tag in tags if tag not in quick]
+    return (
+        f"give quick_gelu=true (--quick-gelu true) if its weights are such as "
+        f"{', '.join(quick) or 'OpenAI'}, or false for such as {', '.join(plain) or 'LAION'}"
+    )
+
+
+def _published(file: Path) -> bool | None:
+    """The activation of a file that open_clip knows by its SHA-256."""
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return next((quick for start, quick in _digests().items() if digest.startswith(start)), None)
+
+
+@cache
+def _digests() -> dict[str, bool]:
+    """Activations by the SHA-256 of a file, or its first eight digits: open_clip's addresses."""
+    import open_clip
+
+    found = {}
+    for name, tag in open_clip.list_pretrained():
+        config = open_clip.get_pretrained_cfg(name, tag)
+        address = config.get("url") or ""
+        if match := re.search(r"/([0-9a-f]{64})/|-([0-9a-f]{8})\.pth?$", address):
+            found[match[1] or match[2]] = _quick(config)
+    return found
 
 
 def _cached_clip(address: str) -> Path:
@@ -149,63 +244,7 @@ def _cached_clip(address: str) -> Path:
         path = try_to_load_from_cache(repository, name)
         if isinstance(path, str):
             return Path(path)
-    raise UserError(
+    raise NotHere(
         f"the weights are not in the local Hugging Face cache: fetch {file or CLIP_WEIGHTS} of "
         f"{repository}, and give that file as checkpoint"
     )
-
-
-class T5Source(NamedTuple):
-    """A directory in the format of transformers, and the weights in it."""
-
-    directory: Path
-    weights: list[Path]
-
-
-def t5_source(path_or_name: str) -> T5Source:
-    """The T5 in a directory, or in the local Hugging Face cache by name.
-
-    Raises:
-        UserError: files are missing.
-    """
-    folder = _t5_directory(path_or_name)
-    weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    tokenizer = (folder / "spiece.model").exists() or (folder / "tokenizer.json").exists()
-    present = {
-        "config.json": (folder / "config.json").exists(),
-        "spiece.model or tokenizer.json": tokenizer,
-        "model.safetensors": bool(weights),
-    }
-    if missing := [name for name, there in present.items() if not there]:
-        raise UserError(f"{folder} is not a whole T5: put its {', '.join(missing)} there")
-    return T5Source(folder, weights)
-
-
-def t5_width(path_or_name: str) -> int:
-    """Width of the states of such a T5; its weights need not be there.
-
-    Raises:
-        UserError: its config.json is missing or damaged.
-    """
-    file = _t5_directory(path_or_name) / "config.json"
-    if not file.is_file():
-        raise UserError(f"{file.parent} is not a T5: put its config.json there")
-    return _read_json(file)["d_model"]
-
-
-def _t5_directory(path_or_name: str) -> Path:
-    folder = Path(path_or_name)
-    return folder if folder.is_dir() else _cached_directory(path_or_name)
-
-
-def _cached_directory(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        raise UserError(
-            f"{name} is neither a directory nor in the local Hugging Face cache: fetch its "
-            "config.json, tokenizer and weights into a directory, and give that"
-        ) from None

@@ -14,8 +14,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from cascade.conditioning import Batch
-from cascade.encoders.sources import T5Source, reading, t5_source, t5_width, weights_hash
-from cascade.errors import UserError
+from cascade.encoders.identity import Former, identity
+from cascade.encoders.sources import NotHere
+from cascade.encoders.t5 import T5Source, t5_network, t5_source, t5_tokenizer, t5_width
+from cascade.encoders.weights import weights_hash
 from cascade.nets.layers import TransformerBlock, run
 
 # The longest entry of CLIP's vocabulary: n tokens cannot cover more characters than n times this.
@@ -59,6 +61,7 @@ class Tokenizer:
     writes = frozenset({"tokens"})
 
     name, hash, sizes = "CLIP's tokens", "", {}  # any transformer can be trained on tokens
+    former = Former("")
 
     def __init__(self, length: int):
         self.length = length
@@ -131,7 +134,8 @@ class FrozenT5:
         bf16: compute in bfloat16, for the large ones.
 
     Raises (on first use):
-        UserError: the directory lacks a file, or the cache lacks the model.
+        UserError: the directory lacks a file or a weight, the cache lacks the model, or the model
+            or its tokens are of another kind.
     """
 
     reads = frozenset({"caption"})
@@ -152,13 +156,18 @@ class FrozenT5:
         """The width of `text`, if the configuration is on this machine; nothing is loaded."""
         try:
             return {"text": self.width}
-        except UserError:
+        except NotHere:
             return {}
 
     @cached_property
     def hash(self) -> str:
-        """Of the weights."""
-        return weights_hash(self._source.weights)
+        """Of the weights and the architecture."""
+        return identity(self._weights, self._source.choices)
+
+    @property
+    def former(self) -> Former:
+        """What versions noted that hashed the weights alone."""
+        return Former(self._weights)
 
     def to(self, device: torch.device | str) -> "FrozenT5":
         """Where it computes."""
@@ -189,22 +198,14 @@ class FrozenT5:
         return t5_source(self.name)
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import T5Tokenizer  # AutoTokenizer would offer to run the folder's code
+    def _weights(self) -> str:
+        return weights_hash(self._source.weights)
 
-        return T5Tokenizer.from_pretrained(self._source.directory, local_files_only=True)
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return t5_tokenizer(self._source.directory)
 
     @cached_property
     def _model(self) -> nn.Module:
-        from transformers import T5EncoderModel
-
-        folder, weights = self._source
-        with reading(weights, self.name):
-            model = T5EncoderModel.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=weights[0].suffix == ".safetensors",  # those that were hashed
-                weights_only=True,
-                dtype=self.dtype,
-            )
+        model = t5_network(self._source, self.name, self.dtype)
         return model.eval().requires_grad_(False).to(self.device)

@@ -17,6 +17,8 @@ from cascade.codecs import Pixels
 from cascade.conditioning import LowRes
 from cascade.data.embeddings import Embeddings, Manifest
 from cascade.encoders.clip import FrozenCLIP
+from cascade.encoders.identity import differs
+from cascade.encoders.sources import NotHere
 from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
 from cascade.nets.unet import check_sides
@@ -96,7 +98,7 @@ def _equal(key: str, expected: int, found: int, source: object) -> None:
 
 
 def _same_makers(store: Embeddings, about: Manifest, stage: Stage, clip: FrozenCLIP) -> None:
-    """The weights that made the rows are those that would make them here, to the same length."""
+    """The encoders that made the rows are those that would make them here, to the same length."""
     read = stage.conditioner.sizes
     texts = [e for e in stage.encoders if isinstance(e, FrozenCLIP) and "clip_text" in read]
     if "clip_image" in about.sizes and "clip_image" in {*read, stage.writes}:
@@ -118,13 +120,13 @@ def _same_hash(
     store: Embeddings, about: Manifest, encoder: Encoder, what: str, setting: str
 ) -> None:
     try:
-        found = encoder.hash
-    except UserError:
+        why = differs(encoder, about.hash, about.encoder)
+    except NotHere:
         return
-    if found != about.hash:
+    if why:
         raise UserError(
             f"{store.folder} was made by {what} ({about.encoder}, {about.hash}) than "
-            f"{encoder.name} ({found}): set {setting} to the one that made it, or run "
+            f"{encoder.name} ({why}): set {setting} to the one that made it, or run "
             "`cascade data precompute` into another folder and set embeddings to that"
         )
 
@@ -199,7 +201,7 @@ def verify(
 def _is_here(clip: FrozenCLIP) -> bool:
     try:
         return bool(clip.hash)
-    except UserError:
+    except NotHere:
         return False
 
 

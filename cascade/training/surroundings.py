@@ -15,6 +15,7 @@ import torch
 from cascade.data.shards import Shards
 from cascade.data.splits import ALL
 from cascade.data.stream import Stream
+from cascade.encoders.identity import differs
 from cascade.errors import UserError
 from cascade.training.checkpoint import STATE, Checkpoint, newest_checkpoint
 
@@ -23,18 +24,19 @@ class Surroundings(L.Callback):
     """Writes into each checkpoint what its run was trained with, and refuses to go on with another.
 
     Args:
-        module: its frozen encoders, if it has any, are told by the hash of their weights.
+        module: its frozen encoders, if it has any, are told by their hashes.
         shards: by their content, or fingerprint, and by whose embeddings they are joined with; a
             stream, which has no order, by the latter alone.
     """
 
     def __init__(self, module: L.LightningModule, shards: Shards | Stream):
-        self.encoders = {e.name: e.hash for e in getattr(module, "encoders", ())}
+        self.encoders = list(getattr(module, "encoders", ()))
+        self.hashes = {encoder.name: encoder.hash for encoder in self.encoders}
         self.shards = _of(shards)
         self.embeddings = [about.hash for s in shards.embeddings if (about := s.about)]
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict[str, Any]) -> None:
-        own = {"encoders": dict(self.encoders), "embeddings": list(self.embeddings)}
+        own = {"encoders": dict(self.hashes), "embeddings": list(self.embeddings)}
         checkpoint["surroundings"] = {**own, **self.shards}
 
     def on_load_checkpoint(self, trainer, module, checkpoint: dict[str, Any]) -> None:
@@ -52,12 +54,12 @@ class Surroundings(L.Callback):
                 "the embeddings are of other weights than when this run began: put the old ones "
                 "back, or choose another run=..."
             )
-        now, before = list(self.encoders.items()), list(then["encoders"].items())
-        for (name, here), (_, there) in zip(now, before):  # in their order: they may have moved
-            if here != there:
+        # In their order, as their folders may have moved.
+        for encoder, noted in zip(self.encoders, then["encoders"].values()):
+            if why := differs(encoder, noted):
                 raise UserError(
-                    f"{name} has other weights than when this run began: put the old ones back, "
-                    "or choose another run=..."
+                    f"{encoder.name} is another encoder than when this run began ({why}): put the "
+                    "old one back, or choose another run=..."
                 )
 
 

@@ -21,7 +21,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from cascade.encoders.clip import FrozenCLIP
-from cascade.encoders.sources import weights_hash
+from cascade.encoders.identity import differs
+from cascade.encoders.weights import weights_hash
+from cascade.eval.ablation import JUDGES_WEIGHTS
 from cascade.eval.extraction import features_of_split
 from cascade.eval.features import CLIPFeatures
 from cascade.eval.protocol import HeldOut, picture_metrics, side
@@ -77,14 +79,16 @@ def measure(file: Path) -> Path:
     """Measures what is left of the grid that a file describes; returns the point's folder."""
     asked = Grid(**OmegaConf.to_container(loaded(file)))
     folder, judge = Path(asked.model), FrozenCLIP(asked.judge).to(device())
-    common = {"judge": judge.hash, "split": asked.split, "captions of each kind": asked.count}
+    common = {"judge": judge.hash, JUDGES_WEIGHTS: judge.former.hash, "split": asked.split}
+    common |= {"captions of each kind": asked.count}
     hash_of = cache(lambda run: weights_hash(run.glob("*.safetensors")))  # many cells, few runs
     wanted = [
         (choices, sets, {**_painters(folder / CASCADE, sets, hash_of), **common})
         for choices, sets in cells(asked.choices)
     ]
     known = [(choices, protocol) for choices, _, protocol in wanted]
-    done = [row for row in rows(folder) if (row["choices"], row["protocol"]) in known]
+    there = [{**row, "protocol": _noted(row["protocol"], judge)} for row in rows(folder)]
+    done = [row for row in there if (row["choices"], row["protocol"]) in known]
     left = [cell for cell in wanted if cell[0] not in [row["choices"] for row in done]]
     if left:
         check_writable(folder)
@@ -120,6 +124,13 @@ def cells(
     for values in itertools.product(*(axis.items() for axis in choices.values())):
         names = dict(zip(choices, (name for name, _ in values)))
         yield names, [choice for _, own in values for choice in own]
+
+
+def _noted(protocol: dict[str, Any], judge: FrozenCLIP) -> dict[str, Any]:
+    """A cell's protocol; one that an earlier version noted, as this one notes it."""
+    if JUDGES_WEIGHTS in protocol or differs(judge, protocol["judge"]):
+        return protocol
+    return {**protocol, "judge": judge.hash, JUDGES_WEIGHTS: judge.former.hash}
 
 
 def _painters(file: Path, sets: Sequence[str], hash_of: Callable[[Path], str]) -> dict[str, Any]:

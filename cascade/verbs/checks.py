@@ -17,6 +17,9 @@ from cascade.verbs.configuration import differences, loaded
 # What may change between two starts of the same run; the totals follow from `images`.
 FREE = (
     *("images", "run", "trainer", "workers", "grids", "micro_batch", "faults", "watchdog"),
+    # Of encoders, which are told by their hashes.
+    *("clip.checkpoint", "clip.quick_gelu", "text.reader.quick_gelu"),
+    *("stage.encoders.0.quick_gelu", "stage.encoders.1.quick_gelu"),
     *("learning_rate.total", "stage.learning_rate.total", "data.max_skip_fraction", "data.cache"),
 )
 

@@ -13,7 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 import cascade.conf
@@ -98,7 +98,10 @@ def loaded(path: Path) -> DictConfig:
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """What differs between two configurations, as "a.b: 1 -> 2"."""
+    """What differs between two configurations, as "a.b: 1 -> 2"; a place in a list is a key."""
+    lists = isinstance(old, (list, ListConfig)) and isinstance(new, (list, ListConfig))
+    if lists and len(old) == len(new):
+        old, new = (dict(enumerate(v)) for v in (old, new))
     if isinstance(old, (dict, DictConfig)) and isinstance(new, (dict, DictConfig)):
         keys = sorted({*old, *new}, key=str)
         dotted = [f"{where}.{key}" if where else str(key) for key in keys]

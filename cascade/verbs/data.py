@@ -1,7 +1,7 @@
 """`cascade data`: shards of procedural scenes; CLIP embeddings beside shards."""
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -64,32 +64,53 @@ def precompute_rows(args: argparse.Namespace) -> None:
     data, captions = Path(args.data), [f.strip() for f in args.captions.split(",") if f.strip()]
     if not (args.clip or args.text) or not captions:
         raise UserError("say what to precompute: --clip CLIP, --text ENCODER, and of --captions")
+    named = _named(args)
     if args.clip:
         out = Path(args.out) if args.out else data / EMBEDDINGS
-        embed(data, args.clip, out, args.checkpoint, captions, args.workers)
+        embed(data, args.clip, out, named.get(args.clip, {}), captions, args.workers)
     if args.text:
         out = Path(args.text_out) if args.text_out else data / TEXT
-        encoder = text_encoder(args.text, args.checkpoint, args.length, args.bf16)
+        encoder = text_encoder(args.text, named.get(args.text, {}), args.length, args.bf16)
         embed_captions(data, encoder, out, captions, args.workers, args.several)
+
+
+def _named(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What is given with those CLIPs that are names of open_clip's. UserError if there is none."""
+    from cascade.encoders.sources import clip_model
+
+    options = {"checkpoint": args.checkpoint, "quick_gelu": args.quick_gelu}
+    given = {key: value for key, value in options.items() if value is not None}
+    models = [model for model in (args.clip, args.text) if model]
+    names = [model for model in models if not Path(model).is_dir() and clip_model(model)]
+    if given and not names:
+        raise UserError(
+            f"--{next(iter(given)).replace('_', '-')} is for a name of open_clip's, such as "
+            f"ViT-L-14, and would be ignored with {' and '.join(models)}: leave it out"
+        )
+    return dict.fromkeys(names, given)
 
 
 def embed(
     data: Path,
     clip: str,
     out: Path,
-    checkpoint: str | None = None,
+    named: Mapping[str, Any] | None = None,
     captions: Sequence[str] = ("txt",),
     workers: int = 0,
 ) -> None:
-    """Writes the CLIP image embeddings of the samples that have one of some captions."""
+    """Writes the CLIP image embeddings of the samples that have one of some captions.
+
+    Args:
+        named: checkpoint and activation of a CLIP that is a name of open_clip's.
+    """
     from cascade.data.precompute import about_pictures, picture_rows, precompute
     from cascade.encoders.clip import FrozenCLIP
     from cascade.verbs.sample import device
 
-    encoder = FrozenCLIP(clip, checkpoint).to(device())
+    encoder = FrozenCLIP(clip, **(named or {})).to(device())
     rows = partial(picture_rows, clip=encoder, captions=captions, workers=workers)
     with shown("embeddings", "shards") as progress:
-        precompute(data, out, about_pictures(encoder), rows, progress)
+        precompute(data, out, about_pictures(encoder, out), rows, progress)
 
 
 def embed_captions(
@@ -109,20 +130,23 @@ def embed_captions(
         caption_rows, encoder=encoder, captions=captions, workers=workers, several=several
     )
     with shown("text", "shards") as progress:
-        precompute(data, out, about_captions(encoder, captions, several), rows, progress)
+        precompute(data, out, about_captions(encoder, captions, several, out), rows, progress)
 
 
-def text_encoder(name: str, checkpoint: str | None, length: int | None, bf16: bool) -> Any:
+def text_encoder(
+    name: str, named: Mapping[str, Any], length: int | None = None, bf16: bool | None = None
+) -> Any:
     """The CLIP, or else the T5, of this name or in this directory."""
     from cascade.encoders.clip import FrozenCLIP
     from cascade.encoders.sources import clip_model
     from cascade.encoders.text import FrozenT5
 
     if clip_model(name) is None:
-        return FrozenT5(name, bf16=bf16, **({"length": length} if length else {}))
-    if length or bf16:
+        chosen = {"length": length, "bf16": bf16}
+        return FrozenT5(name, **{key: value for key, value in chosen.items() if value is not None})
+    if length is not None or bf16:
         raise UserError(f"--length and --bf16 are for a T5: {name} is a CLIP, leave them out")
-    return FrozenCLIP(name, checkpoint)
+    return FrozenCLIP(name, **named)
 
 
 def index_shards(folder: Path, keys: str | None = None, val: str | None = None) -> None:
@@ -217,7 +241,7 @@ def _joined(rows: Sequence[Row]) -> list[Row]:
 def _captioned(args: argparse.Namespace) -> Iterator[tuple[str | Stored, dict[str, Caption]]]:
     room = next(parent for parent in Path(args.out).absolute().parents if parent.is_dir())
     rows = table(Path(args.captions), spill=room)
-    given = [name.strip() for name in args.caption_columns.split(",") if name.strip()]
+    given = [name.strip() for name in (args.caption_columns or "").split(",") if name.strip()]
     file, captions = columns(rows, args.file_column, given)
     print(f"pictures are found by {file!r}, captions by {', '.join(map(repr, captions))}")
     return rows_of_table(rows, file, captions)

@@ -45,22 +45,26 @@ def main(args: argparse.Namespace) -> None:
         return
     if not (args.data and args.judge):
         raise UserError("--model is measured on --data SHARDS with a --judge CLIP: give both")
+    if not Path(args.judge).is_dir():
+        raise UserError(f"--judge {args.judge} is no directory: give that of a CLIP")
     try:
-        guidance = [float(scale) for scale in args.guidance.split(",") if scale]
+        scales = "1,2,4" if args.guidance is None else args.guidance
+        guidance = [float(scale) for scale in scales.split(",") if scale]
     except ValueError:
         raise UserError(f"--guidance {args.guidance}: give scales such as 1,2,4") from None
-    if args.geneval < 0:
-        raise UserError(f"--geneval {args.geneval}: give a number of prompts, or leave it out")
+    geneval = args.geneval or 0
+    if geneval < 0:
+        raise UserError(f"--geneval {geneval}: give a number of prompts, or leave it out")
     out = evaluate(
         Path(args.model),
         Path(args.data),
         Path(args.judge),
-        {args.split: args.count},
+        {args.split or "val": 320 if args.count is None else args.count},
         guidance,
-        args.seed,
+        args.seed or 0,
         choices=args.set,
         out=Path(args.out) if args.out else None,
-        geneval=args.geneval,
+        geneval=geneval,
     )
     print(f"{out / 'metrics.json'}, {out / 'report.html'}")
 

@@ -1,14 +1,18 @@
 """`cascade generate`: pictures of many prompts, by any number of processes, to be measured."""
 
 import argparse
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
+from cascade.encoders.identity import formerly
 from cascade.errors import UserError
 from cascade.eval import coco, prompts
-from cascade.eval.generation import Job, generate, share, whole
+from cascade.eval.generation import MANIFEST, Job, generate, read_manifest, share, whole
 from cascade.eval.identity import described
 from cascade.eval.prompts import LAYOUTS, Prompt
 from cascade.files import check_writable
+from cascade.pipeline import Cascade
 from cascade.verbs.data import shown
 from cascade.verbs.sample import checked, load_cascade
 
@@ -23,7 +27,7 @@ def main(args: argparse.Namespace) -> None:
     cascade = load_cascade(Path(args.model), args.set)
     if not cascade.stages[-1].writes.startswith("image_"):
         raise UserError(f"{args.model} paints no pictures: add its decoder to cascade.yaml")
-    model = {"weights": "EMA", **described(cascade)}  # a run's weights are those of the average
+    model = _identity(cascade, job.out)
     try:
         with shown("generate", "pictures") as progress:
             missing = generate(cascade, job, model, shard, progress)
@@ -38,6 +42,15 @@ def main(args: argparse.Namespace) -> None:
         )
     else:
         print(f"all {count:,} pictures are in {job.out}, and no others")
+
+
+def _identity(cascade: Cascade, out: Path) -> dict[str, Any]:
+    """What the pictures depend on; in a folder that an earlier version began, as it said it."""
+    now, then = (
+        {"weights": "EMA", **described(cascade, of)} for of in (attrgetter("hash"), formerly)
+    )
+    begun = (out / MANIFEST).is_file() and read_manifest(out).get("model") == then
+    return then if begun else now  # a run's weights are those of the average
 
 
 def read_prompts(given: str) -> list[Prompt]:

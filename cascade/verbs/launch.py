@@ -105,18 +105,25 @@ def _precompute(stores: Mapping[str, DictConfig], root: Path, data: Path, number
     done, command = (folder / DONE).exists(), ["data", "precompute", data]
     if own := stores.get("clip"):
         command += ["--clip", own.clip.path, "--out", own.data.embeddings.clip.folder]
-        if checkpoint := own.clip.get("checkpoint"):
-            command += ["--checkpoint", checkpoint]
+        command += _named(own.clip)
         status = Path(own.clip.path) / "status.json"
         if done and status.exists():  # of the CLIP as it is now
             done = status.stat().st_mtime < (folder / DONE).stat().st_mtime
     if own := stores.get("text"):
         reader = own.text.reader
         command += ["--text", reader.path_or_name, "--text-out", own.data.embeddings.text.folder]
+        command += [] if "--checkpoint" in command else _named(reader)
         command += ["--length", reader.length] if "length" in reader else []
         command += ["--captions", ",".join(own.data.captions)] if "captions" in own.data else []
         command += ["--several", own.data.several] if own.data.get("several") else []
     return _task(folder, command, done)
+
+
+def _named(clip: DictConfig) -> list[str]:
+    """Options that go with a CLIP by name."""
+    quick = clip.get("quick_gelu")
+    words = ["--checkpoint", clip.checkpoint] if clip.get("checkpoint") else []
+    return [*words, *([] if quick is None else ["--quick-gelu", str(quick).lower()])]
 
 
 def _evaluation(config: DictConfig, root: Path, data: Path, ended: bool) -> Task:

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from cascade.data.claims import Claims
 from cascade.encoders.clip import FrozenCLIP
-from cascade.encoders.sources import weights_hash
+from cascade.encoders.weights import weights_hash
 from cascade.errors import UserError
 from cascade.eval import captions, coco, generation, record, scoring
 from cascade.eval.captions import Row
+from cascade.eval.dinov2 import DINOv2Features
 from cascade.eval.extraction import features_of, moments_of
 from cascade.eval.features import (
     CLEAN,
     PYTORCH_FID,
     TENSORFLOW,
     CLIPFeatures,
-    DINOv2Features,
     Features,
     InceptionFeatures,
 )
@@ -43,9 +43,7 @@ SHOWN = 24
 
 def main(args: argparse.Namespace) -> None:
     """Measures, prints a table, and writes numbers.json and report.html."""
-    if args.data or args.judge or args.set:
-        raise UserError("--data, --judge and --set are for --model: leave them out with --pictures")
-    if args.bootstrap < 0:
+    if (args.bootstrap or 0) < 0:
         raise UserError("--bootstrap: give a number of draws, or 0 for no intervals")
     out = Path(args.out) if args.out else beside(Path(args.pictures), ".evaluation")
     check_writable(out, "choose another --out")
@@ -75,15 +73,14 @@ def spaces_of(args: argparse.Namespace) -> list[Features]:
     found: list[Features] = []
     if args.resize not in (None, "clean") and not args.inception:
         raise UserError(f"--resize {args.resize} is Inception's: give --inception FILE, or clean")
-    if args.checkpoint and not args.clip:
-        raise UserError("--checkpoint is of a CLIP: give --clip NAME as well, or leave it out")
     if args.inception:
         resize = {"resize": RESIZES[args.resize]} if args.resize else {}
         found.append(InceptionFeatures(args.inception, **resize).to(device()))
     if args.dino:
         found.append(DINOv2Features(args.dino).to(device()))
     if args.clip:
-        found.append(CLIPFeatures(FrozenCLIP(args.clip, args.checkpoint).to(device())))
+        clip = FrozenCLIP(args.clip, args.checkpoint, args.quick_gelu)
+        found.append(CLIPFeatures(clip.to(device())))
     if not found:
         raise UserError("no features to measure in: give --inception FILE, --clip or --dino DIR")
     return found
@@ -126,11 +123,18 @@ class Scoring:
         """All numbers; None if other shards have features to compute.
 
         Raises:
-            UserError: a set is too small, or statistics are those of none of the spaces.
+            UserError: a set is too small, statistics are those of none of the spaces, or there is
+                nothing to measure in one of them.
         """
         for pictures in self.sets:
             scoring.enough(pictures)
         fitting = self._statistics(spaces) if isinstance(self.reference, Path) else {}
+        for i, space in enumerate(spaces):
+            if not (isinstance(self.reference, PictureSet) or i in fitting or self._alone(space)):
+                raise UserError(
+                    f"there is nothing to measure in {space.name}: give a --reference that has "
+                    "them (and captions to a CLIP), or leave them out"
+                )
         ready = [[self._rows(s, space, shard) for s in self.sets] for space in spaces]
         if any(rows is None for pair in ready for rows in pair):
             return None
@@ -139,6 +143,11 @@ class Scoring:
             to = self._reference(space, pair[1]) if len(pair) > 1 else fitting.get(i)
             out += self._measured(space, pair[0].to(device()), to)
         return out
+
+    def _alone(self, space: Features) -> bool:
+        """Whether there are numbers in a space without a reference."""
+        captioned = isinstance(space, CLIPFeatures) and bool(self.captions)
+        return captioned or isinstance(space, InceptionFeatures)
 
     def _measured(
         self, space: Features, rows: Float[Tensor, "n d"], to: Reference | None
@@ -249,7 +258,7 @@ def scoring_of(args: argparse.Namespace) -> Scoring:
         found,
         (*scoring.squashed(pictures), *said),
         Path(args.cache) if args.cache else None,
-        args.bootstrap,
+        **({} if args.bootstrap is None else {"draws": args.bootstrap}),
     )
 
 
@@ -279,8 +288,6 @@ def opened(path: Path, mixed: bool) -> tuple[PictureSet, Mapping[str, Any]]:
 
 def _captions(args: argparse.Namespace, pictures: PictureSet) -> list[Row] | None:
     """Those of the pictures, if a CLIP is there to read them and anybody wrote any."""
-    if args.captions and not args.clip:
-        raise UserError("--captions are for a CLIP score: give --clip as well, or leave them out")
     if not args.clip or not (args.captions or captions.there(pictures)):
         return None
     return captions.captioned(pictures, Path(args.captions) if args.captions else None)

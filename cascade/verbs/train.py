@@ -91,7 +91,9 @@ def main(args: argparse.Namespace) -> None:
     own, overrides = split(args.overrides, [LAUNCHER])
     if args.config and args.overrides:
         raise UserError(f"--config {args.config} is whole: it takes no overrides")
-    if own and not args.show:
+    if own and args.show:
+        raise UserError(f"--show prints what is trained, not how it is sent: leave {own[0]} out")
+    if own:
         send(own, overrides)
         return
     config = loaded(Path(args.config)) if args.config else composed("train", overrides)
@@ -151,7 +153,8 @@ def _checked_data(
 ) -> Shards | Stream:
     """The training data, when it fits the module: in seconds, and before a device is taken."""
     if isinstance(module, Stage):
-        clip = FrozenCLIP(config.clip.path, config.clip.get("checkpoint"))
+        named = {k: config.clip.get(k) for k in ("checkpoint", "quick_gelu")}
+        clip = FrozenCLIP(config.clip.path, **named)
         fields = [f for f, p in (config.data.get("captions") or {"txt": 1.0}).items() if p > 0]
         crop, several = config.data.pictures.get("crop"), config.data.get("several")
         check(module, _stores(config), clip, crop, fields, several)

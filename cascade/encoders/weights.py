@@ -1,0 +1,171 @@
+"""Files of weights: what identifies them, whether they fit a network, and why one is refused.
+
+Weights are strangers' files: safetensors, or what torch loads with `weights_only`. Nothing in them
+is ever run.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from cascade.errors import UserError
+
+
+def weights_hash(files: Iterable[Path]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of some files, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def reading(weights: Sequence[Path], whose: str) -> Iterator[None]:
+    """Within it weights are loaded, by a loader that runs no code in them.
+
+    Raises:
+        UserError: the loader raised; the message says what is wrong with which file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        for path in weights:
+            if found := fault(path):
+                raise UserError(f"{path} cannot be read as weights of {whose}: {found}") from error
+        names, said = ", ".join(map(str, weights)), " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{names} cannot be read as weights of {whose}: {type(error).__name__}: {said}"
+        ) from error
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a file of weights by itself, and what to do; None if it looks sound."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        return f"{error.strerror}: give a file that can be read"
+    start = head.lstrip().lower()
+    if not head:
+        return "the file is empty: fetch it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, not the file itself: run `git lfs pull` beside it"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, not weights: fetch the file itself"
+    pickled = head[8:9] != b"{" and (head[:1] == b"\x80" or head[:2] == b"PK")
+    if path.suffix == ".safetensors":
+        found = _fault_of_safetensors(path, size)
+        other = "it is a pickle or an archive of torch, not safetensors: convert it"
+        return other if found and pickled else found
+    if head[8:9] == b"{" and _fault_of_safetensors(path, size) is None:
+        return "it is a safetensors file: give it the ending .safetensors"
+    return _fault_of_pickle(path, head) if pickled else "it is no file of weights: fetch it again"
+
+
+def _fault_of_safetensors(path: Path, size: int) -> str | None:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            return "it is cut short, or no safetensors file: fetch it again"
+        try:
+            entries = json.loads(file.read(length))
+            ends = [v["data_offsets"][1] for k, v in entries.items() if k != "__metadata__"]
+            whole = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return "its header is damaged: fetch it again"
+    if size < whole:
+        return f"it is cut short ({size:,} of {whole:,} bytes): fetch it again"
+    return None
+
+
+def _fault_of_pickle(path: Path, head: bytes) -> str | None:
+    if head[:2] == b"PK" and not zipfile.is_zipfile(path):
+        return "it is cut short: fetch it again"
+    if head[:2] == b"PK":
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return (
+                    "it is a TorchScript archive, as OpenAI publishes its CLIPs, which is a "
+                    "program and is not run: give the same weights as safetensors"
+                )
+    if code := _code(path):
+        return f"it would run {', '.join(code[:3])}: give the weights as safetensors"
+    if head[:2] != b"PK":
+        return "it is a pickle that cannot be read safely: give the weights as safetensors"
+    return None
+
+
+def _code(path: Path) -> list[str]:
+    """What a checkpoint of torch would call when it is unpickled; it is only looked through."""
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # no archive that torch wrote
+        return []
+
+
+def tensors_of(files: Iterable[Path]) -> dict[str, Tensor]:
+    """The tensors of some files by name, for their shapes and types: none is read into memory."""
+    found: dict[str, Tensor] = {}
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    kind = torch.float32 if "F" in part.get_dtype() else torch.int64
+                    found[name] = torch.empty(part.get_shape(), dtype=kind, device="meta")
+        else:
+            found |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return found
+
+
+def check_tensors(
+    own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str, whose: str
+) -> None:
+    """Asks whether weights are those of a network: the same names, and of each the same shape.
+
+    Floating-point numbers of any precision fit: they are converted.
+
+    Raises:
+        UserError: with what is missing, left over, or of another shape or type.
+    """
+    wrong = [
+        f"{key} is {_about(theirs[key])}, not {_about(value)}"
+        for key, value in own.items()
+        if key in theirs and not _fits(theirs[key], value)
+    ]
+    missing = [key for key in own if key not in theirs]
+    over = [key for key in theirs if key not in own]
+    found = [_some(wrong, "")] if wrong else []
+    found += [f"it lacks {_some(missing, ' tensors')}"] if missing else []
+    found += [f"it has besides {_some(over, ' tensors')}"] if over else []
+    if found:
+        raise UserError(
+            f"{where} does not hold the weights of {whose}: {'; '.join(found)}; give the model and "
+            "the weights that belong together"
+        )
+
+
+def _some(names: Collection[str], what: str) -> str:
+    more = f" (and {len(names) - 1} more{what})" if len(names) > 1 else ""
+    return f"{next(iter(names))}{more}"
+
+
+def _fits(theirs: Tensor, own: Tensor) -> bool:
+    numbers = theirs.is_floating_point() or not own.is_floating_point()
+    return theirs.shape == own.shape and numbers
+
+
+def _about(x: Tensor) -> str:
+    return f"{list(x.shape)}{'' if x.is_floating_point() else ' of whole numbers'}"

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from cascade.errors import Failed, TryAgain, UserError
+from cascade.slurm.code import check
 
 _EXIT_CODES = {UserError: 2, Failed: 1, TryAgain: 75}
 
@@ -24,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="cascade", description="Train, sample and measure text-to-image cascades."
     )
+    top.add_argument("--code", help=argparse.SUPPRESS)  # that a launcher froze
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -229,6 +231,8 @@ def _note(error: Exception) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
+        if args.code:
+            check(args.code)
         importlib.import_module(f"cascade.verbs.{args.verb}").main(args)
     except tuple(_EXIT_CODES) as error:
         print(f"cascade: {_line(error)}", file=sys.stderr)

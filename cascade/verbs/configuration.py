@@ -19,7 +19,13 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 import cascade.conf
 from cascade.errors import UserError
 from cascade.files import write_atomically
+from cascade.verbs.overrides import read
+from cascade.verbs.signatures import Type
 from cascade.verbs.targets import check_resolved, check_targets
+from cascade.verbs.values import conform, type_at
+
+# Where the types are stated of what no target takes.
+KEYS = {name: f"cascade.verbs.keys.{name.title()}" for name in ("train", "demo", "launch", "sweep")}
 
 
 @contextmanager
@@ -40,12 +46,23 @@ def one_line_errors() -> Iterator[None]:
 
 
 def composed(name: str, overrides: Sequence[str]) -> DictConfig:
-    """`conf/{name}.yaml` with overrides in Hydra's syntax, resolved; nothing may be missing."""
+    """`conf/{name}.yaml` with overrides in Hydra's syntax, resolved; nothing may be missing.
+
+    Values have the types that their parameters take, as annotations say; texts, such as paths, need
+    no quotes.
+    """
+    given, keys = [read(override) for override in overrides], Type(fields=KEYS.get(name))
     with (
         one_line_errors(),
         initialize_config_dir(str(Path(cascade.conf.__path__[0]).resolve()), version_base="1.3"),
     ):
-        config = compose(name, list(overrides))
+        config = compose(name, before := [one.tentative for one in given])
+        meant = [one.meant(type_at(config, keys, one.path)) for one in given]
+        for one, text in zip(given, meant):
+            if r"\${" in text:
+                raise UserError(f"{one.path}: names cannot have '${{' in them, which is replaced")
+        if meant != before:
+            config = compose(name, meant)
         try:
             missing = sorted(OmegaConf.missing_keys(config))
             OmegaConf.resolve(config)
@@ -53,6 +70,8 @@ def composed(name: str, overrides: Sequence[str]) -> DictConfig:
             missing = [str(error).splitlines()[0].rsplit(": ", 1)[-1]]
         if missing:
             raise UserError(f"{missing[0]} is not given: add {missing[0]}=...")
+        conform(config, keys)
+        check_resolved(OmegaConf.to_container(config), "")
         return config
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -146,7 +146,7 @@ def _attempt(config: DictConfig) -> Path:
 
 def _check_processes(trainer: DictConfig) -> None:
     """Raises UserError if Slurm starts other processes than the trainer is told of."""
-    if not SLURMEnvironment.detect():
+    if not _by_srun():
         return
     tasks, nodes = (int(os.environ.get(key, 1)) for key in ("SLURM_NTASKS", "SLURM_NNODES"))
     each = int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
@@ -214,7 +214,11 @@ def _trainer(config: DictConfig, callbacks: list[L.Callback]) -> L.Trainer:
 
 def _slurm() -> list[SLURMEnvironment]:
     # Its requeueing saves within a signal handler, which deadlocks; `Interruption` does it.
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return [SLURMEnvironment(auto_requeue=False)] if _by_srun() else []
+
+
+def _by_srun() -> bool:
+    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
 
 
 def _stores(config: DictConfig) -> list[Embeddings]:

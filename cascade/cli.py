@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import Failed, TryAgain, UserError
+from cascade.slurm.code import check
 
 _EXIT_CODES = {UserError: 2, Failed: 1, TryAgain: 75}
 
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="cascade", description="Train, sample and measure text-to-image cascades."
     )
+    top.add_argument("--code", help=argparse.SUPPRESS)  # that a launcher froze
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -308,6 +310,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.words = sys.argv[1:] if argv is None else argv
     try:
+        if args.code:
+            check(args.code)
         _check_needs(args)
         importlib.import_module(f"cascade.verbs.{args.verb}").main(args)
     except tuple(_EXIT_CODES) as error:

@@ -14,8 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import UserError
+from cascade.slurm import sbatch
+from cascade.slurm.code import digest_of
+from cascade.slurm.limits import largest_array, partition_limits, seconds
 from cascade.slurm.plan import DONE, FAILURE, LOG, Link, Sent, Task
-from cascade.slurm.queue import COMMENT, Job, jobs, slurm
+from cascade.slurm.queue import COMMENT, Job, jobs
+
+# Slurm may send a signal a minute before its time; and it is caught once the imports are over.
+_EARLY, _IMPORTS = 60, 60
 
 _SCRIPT = """\
 #!/usr/bin/env bash
@@ -32,10 +38,12 @@ job=${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}
 echo "cascade: job $job on $SLURM_JOB_NODELIST, restart $restarts, $(date --iso-8601=seconds)"
 {preamble}
 export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1
+# Where sbatch was told what to export, srun would export that and none of the above.
+export SLURM_EXPORT_ENV=ALL
 # The greatest exit code, which is srun's, is often that of a process that was ended for another.
-srun --kill-on-bad-exit=1 {each} sh -c 'trap : TERM USR1 USR2; "$@"; code=$?; set -C
+srun --export=ALL --kill-on-bad-exit=1 {each} sh -c 'trap : TERM USR1 USR2; "$@"; code=$?; set -C
 [ $code = 0 ] || {{ echo $code >"$CASCADE_FIRST"; }} 2>/dev/null; exit $code' sh \\
-    {python} -m cascade "${{command[@]}}"
+    {python} -m cascade --code {digest} "${{command[@]}}"
 code=$?
 [ $code = 0 ] || read -r code 2>/dev/null <"$CASCADE_FIRST"
 case $code in
@@ -92,6 +100,10 @@ class Slurm:
     at_once: int | None
     python: str | None
 
+    def __post_init__(self) -> None:
+        if self.time is not None:
+            self._check_limit(self.time, f"launcher.time={self.time}")
+
     def ranks(self, resources: Mapping[str, Any]) -> Mapping[str, int]:
         own = self._with(resources)
         return {"devices": max(own.gpus, 1), "num_nodes": own.nodes}
@@ -101,32 +113,51 @@ class Slurm:
         return {folder: found[folder] for folder in folders if folder in found}
 
     def start(self, sent: Sent) -> None:
-        """One job array for each link that has something left."""
-        arrays: dict[str, str] = {}
-        for link in sent.links:
-            tasks = sent.left[link.name]
-            if not tasks:
-                continue
-            after, one_by_one = list(link.after), None
-            if link.each_after and (earlier := sent.left[link.each_after]):
-                if earlier == [sent.awaited(link, task) for task in tasks]:
-                    one_by_one = arrays[link.each_after]
-                else:  # Slurm pairs elements by their numbers, which differ
-                    after.append(link.each_after)
-            before = [arrays[name] for name in after if name in arrays]
-            before += [
-                str(sent.held[task.folder].id)
-                for earlier in sent.links
-                if earlier.name in (*link.after, link.each_after)
-                for task in earlier.tasks
-                if task.folder in sent.held
-            ]
-            path = sent.record(link).with_name("script.sh")
-            alone = {"nodes": 1, "gpus": min(self.gpus, 1)} if link.alone else {}
-            own = self._with({**alone, **link.resources})
-            path.write_text(own.script(link, sent, before, one_by_one))
-            arrays[link.name] = slurm("sbatch", "--parsable", str(path)).strip().split(";")[0]
-            print(f"{link.name}: job {arrays[link.name]}, {len(tasks)} to run")
+        """One job array for each link that has something left; several, where that is too much."""
+        arrays: dict[str, list[str]] = {}
+        links = [(link, self._for(link)) for link in sent.links if sent.left[link.name]]
+        for link, own in links:  # before the first is sent
+            own._check(link, sent)
+        most = largest_array() if any(len(sent.left[link.name]) > 1 for link, _ in links) else None
+        ignored: set[str] = set()
+        for link, own in links:
+            before, pairs = _dependencies(link, sent, arrays)
+            arrays[link.name] = jobs = []
+            for i, part in enumerate(sent.parts(link, most)):
+                pair, last = pairs[i] if pairs else None, jobs[-1] if jobs and own.at_once else None
+                script = part.record(link).with_name("script.sh")
+                script.write_text(own.script(link, part, before, pair, last))
+                options = own._options(link, part, before, pair, last)
+                ignored.update(sbatch.overruled(options))
+                jobs.append(sbatch.sent(script, options))
+                print(f"{link.name}: job {jobs[-1]}, {len(part.left[link.name])} to run")
+        for line in sbatch.note(ignored):
+            print(line)
+
+    def _for(self, link: Link) -> "Slurm":
+        alone = {"nodes": 1, "gpus": min(self.gpus, 1)} if link.alone else {}
+        return self._with({**alone, **link.resources})
+
+    def _check(self, link: Link, sent: Sent) -> None:
+        """Raises UserError for what Slurm would accept and could not do."""
+        for letter in str(sent.record(link)):
+            if letter == "\\" or ord(letter) < 32:
+                raise UserError(f"{sent.root}: Slurm loses {letter!r} in names: choose another run")
+        options = self._options(link, sent, [])
+        if limit := sbatch.value(options, "time", "SBATCH_TIMELIMIT"):
+            self._check_limit(limit, f"{link.name}: the time limit {limit}")
+            return
+        for name, limit in partition_limits(sbatch.value(options, "partition", "SBATCH_PARTITION")):
+            self._check_limit(limit, f"{link.name}: the default limit {limit} of partition {name}")
+
+    def _check_limit(self, limit: str | int, what: str) -> None:
+        least = self.signal_seconds + _EARLY + _IMPORTS
+        if (given := seconds(limit)) is not None and given < least:
+            raise UserError(
+                f"{what} is too short: a training is told to stop {self.signal_seconds} s before "
+                f"it; give launcher.time={-(-least // 60)} (minutes) at least, or a smaller "
+                "launcher.signal_seconds"
+            )
 
     def _with(self, resources: Mapping[str, Any]) -> "Slurm":
         known = [field.name for field in fields(self)]
@@ -135,20 +166,26 @@ class Slurm:
         return replace(self, **resources)
 
     def script(
-        self, link: Link, sent: Sent, before: Sequence[str], one_by_one: str | None = None
+        self,
+        link: Link,
+        sent: Sent,
+        before: Sequence[str],
+        one_by_one: str | None = None,
+        behind: str | None = None,
     ) -> str:
         """The batch script of what is left of a link.
 
         Args:
             before: jobs that must have ended well.
             one_by_one: an array, of which each element waits for the one of its own number.
+            behind: a job that must have ended, in whatever way.
         """
         tasks = sent.left[link.name]
         cpus = f"--cpus-per-task={self.cpus}" if self.cpus else ""  # srun does not ask sbatch
         return _SCRIPT.format(
             directives="\n".join(
                 f"#SBATCH {shlex.quote(option)}"
-                for option in self._options(link, sent, before, one_by_one)
+                for option in self._options(link, sent, before, one_by_one, behind)
             ),
             tasks="\n".join(_case(i, task) for i, task in enumerate(tasks)),
             log=LOG,
@@ -156,24 +193,31 @@ class Slurm:
             preamble=self.preamble or "",
             failure=FAILURE,
             code=shlex.quote(str(sent.code)),
+            digest=digest_of(sent.code),
             each=" ".join(filter(None, [cpus, self.container])),
             python=shlex.quote(self.python or sys.executable),
             max_restarts=self.max_restarts,
         )
 
     def _options(
-        self, link: Link, sent: Sent, before: Sequence[str], one_by_one: str | None
+        self,
+        link: Link,
+        sent: Sent,
+        before: Sequence[str],
+        one_by_one: str | None = None,
+        behind: str | None = None,
     ) -> list[str]:
         record = sent.record(link)
         dependencies = [f"afterok:{':'.join(before)}"] if before else []
         dependencies += [f"aftercorr:{one_by_one}"] if one_by_one else []
+        dependencies += [f"afterany:{behind}"] if behind else []
         throttle = f"%{self.at_once}" if self.at_once else ""
         given = {
             "job-name": f"{sent.root.name}/{link.name}",
             "comment": f"{COMMENT}{record}",
             "array": f"0-{len(sent.left[link.name]) - 1}{throttle}",
             "chdir": Path.cwd(),
-            "output": f"{record.parent}/%a.txt",
+            "output": f"{str(record.parent).replace('%', '%%')}/%a.txt",
             "open-mode": "append",
             "signal": f"USR1@{self.signal_seconds}",
             "nodes": self.nodes,
@@ -189,6 +233,31 @@ class Slurm:
         }
         stated = [f"--{name}={value}" for name, value in given.items() if value is not None]
         return ["--requeue", *stated, *self.options]
+
+
+def _dependencies(
+    link: Link, sent: Sent, arrays: Mapping[str, Sequence[str]]
+) -> tuple[list[str], Sequence[str]]:
+    """The jobs that must have ended well, and the arrays that a link's arrays are paired with.
+
+    Slurm counts a job that it has forgotten as one that ended well. So there are none but those
+    that were just sent or are in the queue; what ended before is read from the folders.
+    """
+    after, pairs = list(link.after), ()
+    if link.each_after and (earlier := sent.left[link.each_after]):
+        if earlier == [sent.awaited(link, task) for task in sent.left[link.name]]:
+            pairs = arrays[link.each_after]
+        else:  # Slurm pairs elements by their numbers, which differ
+            after.append(link.each_after)
+    before = [job for name in after for job in arrays.get(name, ())]
+    before += [
+        str(sent.held[task.folder].id)
+        for earlier in sent.links
+        if earlier.name in (*link.after, link.each_after)
+        for task in earlier.tasks
+        if task.folder in sent.held
+    ]
+    return before, pairs
 
 
 def _case(index: int, task: Task) -> str:

@@ -9,20 +9,20 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from cascade.errors import UserError
+
+_COPY = "code-"
 _PACKAGES = ("cascade", "cascade.eval", "cascade.conf", "cascade.slurm")
 
 
 def copied(folder: Path) -> Path:
     """Copies the package `cascade` as it is now; returns what `PYTHONPATH` should be."""
     files = dict(_files())
-    digest = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        digest.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    copy = folder.absolute() / f"code-{digest.hexdigest()[:12]}"
+    copy = folder.absolute() / f"{_COPY}{_digest(files)}"
     if not copy.exists():
         folder.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=".code-", dir=folder))
@@ -35,6 +35,28 @@ def copied(folder: Path) -> Path:
         except OSError:  # another was faster
             shutil.rmtree(beside)
     return copy
+
+
+def digest_of(copy: Path) -> str:
+    """What a task is told of the code that it is to run."""
+    return copy.name.removeprefix(_COPY)
+
+
+def check(digest: str) -> None:
+    """Raises UserError if the code that runs is not what was copied: PYTHONPATH was lost."""
+    if _digest(dict(_files())) != digest:
+        found = next(iter(find_spec("cascade").submodule_search_locations))
+        raise UserError(
+            f"this runs the code in {found}, not what was frozen when it was sent ({digest}): see "
+            "what takes PYTHONPATH away (a container, the preamble, the interpreter), or send again"
+        )
+
+
+def _digest(files: Mapping[str, Path]) -> str:
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _files() -> Iterator[tuple[str, Path]]:

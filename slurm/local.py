@@ -21,6 +21,7 @@ from rich.table import Table
 
 from cascade.errors import Failed, TryAgain, UserError
 from cascade.slurm import queue
+from cascade.slurm.code import digest_of
 from cascade.slurm.plan import DONE, FAILURE, LOG, Sent, Task
 from cascade.slurm.queue import LOCK, Job
 from cascade.slurm.state import screen, states, table
@@ -129,11 +130,13 @@ class _Work:
         (task.folder / FAILURE).unlink(missing_ok=True)
         threads = max(1, (os.cpu_count() or 1) // self.launcher.at_once)
         path = os.pathsep.join(filter(None, [str(self.sent.code), os.environ.get("PYTHONPATH")]))
-        env = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path}
+        # A job's description would make each process one of srun's, with a share of the work.
+        env = {"OMP_NUM_THREADS": str(threads), **queue.outside_jobs(), "PYTHONPATH": path}
         env |= {"PYTHONSAFEPATH": "1", "CASCADE_FAILURE": str(task.folder / FAILURE)}
         if self.launcher.gpus:
             env["CUDA_VISIBLE_DEVICES"] = str(slot % self.launcher.gpus)
-        command = [self.launcher.python or sys.executable, "-m", "cascade", *task.command]
+        command = [self.launcher.python or sys.executable, "-m", "cascade"]
+        command += ["--code", digest_of(self.sent.code), *task.command]
         with (task.folder / LOG).open("a") as log, (task.folder / LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             process = subprocess.Popen(

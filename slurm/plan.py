@@ -6,8 +6,8 @@ left alone, so that sending the same plan again goes on with what is missing.
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -80,6 +80,19 @@ class Sent:
         """The one of the link's `each_after` that this task of the link waits for."""
         earlier = next(one for one in self.links if one.name == link.each_after)
         return earlier.tasks[link.tasks.index(task)]
+
+    def parts(self, link: Link, most: int | None) -> Iterator["Sent"]:
+        """The same, with so many of a link's tasks at most, each with a record of its own."""
+        tasks = self.left[link.name]
+        most = most or len(tasks)
+        if len(tasks) <= most:
+            yield self
+            return
+        for i, first in enumerate(range(0, len(tasks), most)):
+            left = {**self.left, link.name: tasks[first : first + most]}
+            part = replace(self, folder=self.folder / f"part{i}", left=left)
+            write_record(link, part)
+            yield part
 
     def record(self, link: Link) -> Path:
         """The file that lists a link's tasks that are left, in order."""
@@ -163,12 +176,17 @@ def _numbered(folder: Path) -> Path:
 
 
 def _write(link: Link, sent: Sent) -> None:
-    tasks = sent.left[link.name]
-    for task in tasks:
+    for task in sent.left[link.name]:
         task.folder.mkdir(parents=True, exist_ok=True)
         if task.config is not None:
             text = task.config
             write_atomically(task.folder / FROZEN, lambda path, text=text: path.write_text(text))
+    write_record(link, sent)
+
+
+def write_record(link: Link, sent: Sent) -> None:
+    """Writes which tasks of a link are sent, and with which code."""
+    tasks = sent.left[link.name]
     record = {
         "time": round(time.time(), 3),
         "code": str(sent.code),

@@ -6,6 +6,7 @@ even if whoever sent it died before its number was known.
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from cascade.errors import UserError
 
 _FIELDS = "JobArrayID:|,ArrayTaskID:|,State:|,RestartCnt:|,Reason:|,Comment:4096"
 COMMENT = "cascade:"
+_REACH = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_MPI_TYPE"}
 LOCK = "lock"  # a process of this machine holds it while it is at work in a folder
 
 
@@ -41,10 +43,30 @@ class Job:
         return f"job {self.id}" if self.id else "a process of this machine"
 
 
-def slurm(*command: str) -> str:
-    """What one of Slurm's commands prints. Raises UserError with its last line if it fails."""
+def outside_jobs() -> dict[str, str]:
+    """The environment without what Slurm's commands would take for options.
+
+    Slurm describes a job to its processes in SLURM_* and SRUN_* variables, and a job that is sent
+    from there inherits them: memory of the outer job that contradicts that of the new one, tasks
+    that are not there. SQUEUE_* and the like would hide jobs. What only tells the commands how to
+    reach Slurm, and is never a job's, is kept.
+    """
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key in _REACH or not key.startswith(("SLURM_", "SRUN_", "SQUEUE_", "SCONTROL_"))
+    }
+
+
+def slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
+    """What one of Slurm's commands prints. Raises UserError with its last line if it fails.
+
+    Args:
+        env: the command's environment; None: `outside_jobs()`.
+    """
+    env = outside_jobs() if env is None else env
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
     except FileNotFoundError:
         raise UserError(
             f"{command[0]} is not on this machine: launch on a login node of a Slurm cluster, or "

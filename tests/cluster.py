@@ -22,6 +22,7 @@ _SYSTEM = "/usr/sbin:/sbin"
 
 _CONF = """\
 ClusterName=cascade
+MaxArraySize=6
 SlurmctldHost=localhost
 SlurmctldPort={ports[0]}
 SlurmUser={user}
@@ -52,6 +53,7 @@ ReturnToService=2
 NodeName=n[1-{nodes}] NodeHostname=localhost Port=[{ports[1]}-{ports[4]}] CPUs=2
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1
 PartitionName=high Nodes=ALL PriorityTier=2
+PartitionName=short Nodes=ALL DefaultTime=5
 """
 
 
@@ -72,9 +74,8 @@ class Cluster:
         self.folder = folder
         self.daemons: list[subprocess.Popen] = []
         self._requeued: dict[tuple[str, str], float] = {}
-        own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
         path = os.environ["PATH"] + ":" + _SYSTEM
-        self.env = {**own, "PATH": path, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.env = {**os.environ, "PATH": path, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self) -> None:
         conf = _CONF.format(

@@ -66,8 +66,11 @@ def test_the_script_asks_for_a_process_on_each_gpu_and_for_a_signal(tmp_path):
         "module load cuda\n"
         f"export PYTHONPATH={tmp_path}/code${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1\n"
     ) in text
-    assert "srun --kill-on-bad-exit=1 --cpus-per-task=6 --container-image=x.sqsh sh -c" in text
-    assert f'{python} -m cascade "${{command[@]}}"\n' in text
+    assert (
+        "srun --export=ALL --kill-on-bad-exit=1 --cpus-per-task=6 --container-image=x.sqsh sh -c"
+        in text
+    )
+    assert f'{python} -m cascade --code code "${{command[@]}}"\n' in text
 
 
 def test_what_is_not_asked_for_is_left_to_the_cluster(tmp_path):
@@ -148,7 +151,7 @@ def test_a_task_that_ends_well_leaves_a_mark_and_its_log(programs, tmp_path):
     assert not (folder / "failure.txt").exists()
     log = (folder / "log.txt").read_text()
     assert "job 5_0 on n1" in log
-    assert "-m cascade train first" in log
+    assert "-m cascade --code code train first" in log
 
 
 # What is frozen

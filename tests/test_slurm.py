@@ -41,10 +41,8 @@ def cluster():
     try:
         one.start()
         with pytest.MonkeyPatch.context() as patch:
-            for key in os.environ.keys() - one.env.keys():
-                patch.delenv(key)
-            for key, value in one.env.items():
-                patch.setenv(key, value)
+            for key in ("PATH", "SLURM_CONF"):
+                patch.setenv(key, one.env[key])
             yield one
     finally:
         one.stop()
@@ -158,6 +156,75 @@ def test_each_goes_on_without_those_beside_it_and_what_failed_is_mended(cluster,
     launch(slurm(python), tmp_path, links())
     cluster.wait(lambda: ended(cluster), "the pairs, again")
     assert counts() == [[1, 2, 2], [1, 1, 1], [1]]
+
+
+def test_the_environment_changes_neither_what_is_asked_nor_the_code(cluster, tmp_path, monkeypatch):
+    """As from within a job, of other memory, with an eye on some jobs and variables alone."""
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "cascade").mkdir(parents=True)
+    (elsewhere / "cascade" / "__main__.py").write_text("raise SystemExit('not what was frozen')")
+    variables = {"SBATCH_PARTITION": "short", "SBATCH_TIMELIMIT": "1", "SBATCH_NO_REQUEUE": "1"}
+    variables |= {"SBATCH_EXPORT": "PATH,HOME", "SLURM_EXPORT_ENV": "PATH,HOME"}
+    variables |= {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "1", "SLURM_NTASKS": "4"}
+    variables |= {"SQUEUE_STATES": "SUSPENDED", "SLURM_CPUS_PER_TASK": "64"}
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(elsewhere)
+    text = 'echo "$PYTHONPATH" "$@" > told; scontrol show job "$SLURM_JOB_ID" > shown'
+    asked = ["launcher.partition=high", "launcher.time=60", "launcher.options=['--mem=1']"]
+    root = tmp_path / "run"
+    launch(slurm(stand_in(tmp_path, text), *asked), root, [Link("train", [Task(root, ["train"])])])
+    cluster.wait(lambda: ended(cluster), "the job")
+    code, *command = (root / "told").read_text().split()
+    assert code == str(copied(root / "launch"))
+    assert command == ["-m", "cascade", "--code", code[-12:], "train"]
+    shown = (root / "shown").read_text()
+    for word in ("Partition=high", "TimeLimit=01:00:00", "Requeue=1", "NumTasks=1", "CPUs/Task=1"):
+        assert word in shown
+
+
+def test_every_name_is_the_name_of_a_run(cluster, tmp_path):
+    names = ["a%jb", "a b", "it's", 'a"b', "a,b=c", "a[1]", "a#b", "a$HOME", "1_000", "é"]
+    root = tmp_path / "of %a, $HOME & 'all'"
+    launch(
+        slurm(stand_in(tmp_path, "exit 0")),
+        root,
+        [Link(name, [Task(root / name, ["train"])]) for name in names],
+    )
+    waiting = queue.jobs()
+    assert all(root / name in waiting or attempts(root / name) for name in names)
+    cluster.wait(lambda: ended(cluster), "the jobs")
+    assert [attempts(root / name) for name in names] == [1] * len(names)
+    assert all((root / "launch" / "1" / name / "0.txt").exists() for name in names)
+
+
+def test_more_tasks_than_an_array_holds_are_several_arrays(cluster, tmp_path):
+    """One each: the last waits for all, and each of a pair for its own."""
+    trained = [Task(tmp_path / str(i), ["train"]) for i in range(8)]
+    cells = [Task(tmp_path / str(i) / "cells", ["cells"]) for i in range(8)]
+    report = Task(tmp_path / "report", ["report"])
+    text = f"""
+        echo "${{PWD#{tmp_path}/}}" >> {tmp_path}/order
+        case $PWD in */3) exit 1 ;; esac"""
+    links = [Link("sweep", trained), Link("cells", cells, each_after="sweep")]
+    launch(slurm(stand_in(tmp_path, text)), tmp_path, links)
+    cluster.wait(lambda: ended(cluster), "the arrays")
+    order = (tmp_path / "order").read_text().split()
+    well = [str(i) for i in range(8) if i != 3]
+    assert sorted(order) == sorted(["3", *well, *(f"{name}/cells" for name in well)])
+    assert all(order.index(name) < order.index(f"{name}/cells") for name in well)
+    launch(
+        slurm(stand_in(tmp_path, "exit 0"), "launcher.at_once=1"),
+        tmp_path,
+        [
+            Link("all", [Task(tmp_path / "all" / str(i), ["train"]) for i in range(7)]),
+            Link("report", [report], ["all"]),
+        ],
+    )
+    waiting = [folder for folder, job in queue.jobs().items() if job.state == "PENDING"]
+    assert report.folder in waiting
+    cluster.wait(lambda: ended(cluster), "the report")
+    assert attempts(report.folder) == 1
 
 
 def events(run):

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -257,3 +258,27 @@ def test_a_model_can_be_moved_but_not_given_another_clip(tmp_path):
     save_clip(clip, clip.build(), new / "clip")
     with pytest.raises(UserError, match="another encoder"):
         train.load(new / "prior")
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"SLURM_NTASKS": "4"}, []),  # srun --ntasks=4, or none at all in such an allocation
+        ({"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}, ["trainer.devices=2"]),
+        ({"SLURM_NTASKS": "1"}, ["trainer.devices=4"]),
+    ],
+)
+def test_other_processes_than_the_trainer_is_told_of_are_refused(
+    variables, told, tmp_path, monkeypatch
+):
+    for key in [key for key in os.environ if key.startswith("SLURM")]:
+        monkeypatch.delenv(key)
+    for key, value in {"SLURM_JOB_NAME": "train", "SLURM_NNODES": "1", **variables}.items():
+        monkeypatch.setenv(key, value)
+    config = composed("train", ["data.path=none", f"run={tmp_path / 'run'}", *told])
+    with pytest.raises(
+        UserError, match=r"srun --nodes=1 --ntasks-per-node=\d and trainer"
+    ) as error:
+        train.run(config)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64
@@ -37,7 +37,8 @@ class DiffusionSampler:
         solver: one of `solvers`.
         scale: of guidance; 1 is none, and costs one branch.
         guide: makes the guided denoiser of the two branches and the scale.
-        interval: EDM noise levels (low, high] outside of which there is no guidance.
+        interval: EDM noise levels (low, high] outside of which there is no guidance; high may be
+            infinite.
         threshold: wraps the guided denoiser.
         spacing: (schedule, steps) -> logsnrs [steps + 1].
         init: factor of the first noise (GLIDE's upsampler: 0.997).
@@ -50,7 +51,7 @@ class DiffusionSampler:
     solver: Solver
     scale: float = 1.0
     guide: Callable[[Pair, float], Denoiser] = extrapolate
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, Annotated[float, "inf"]] | None = None
     threshold: Callable[[Denoiser], Denoiser] | None = None
     spacing: Spacing = even
     init: float = 1.0

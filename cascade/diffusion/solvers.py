@@ -7,6 +7,7 @@ Coefficients are 0-d tensors on the CPU, in the precision of logsnrs (float64 fr
 
 import math
 from itertools import pairwise
+from typing import Annotated
 
 from jaxtyping import Float
 from torch import Tensor
@@ -80,7 +81,7 @@ def heun(
     noise: Noise | None = None,
     s_churn: float = 0.0,
     s_min: float = 0.0,
-    s_max: float = math.inf,
+    s_max: Annotated[float, "inf"] = math.inf,
     s_noise: float = 1.0,
 ) -> Float[Tensor, "b *d"]:
     """EDM's sampler (2206.00364, algorithms 1 and 2): second order, two calls a step.
@@ -92,7 +93,7 @@ def heun(
     Args:
         s_churn: over all steps, by how much tau is raised with fresh noise before a step; 0 is
             deterministic and needs no noise.
-        s_min, s_max: the tau at which this is done.
+        s_min, s_max: the tau at which this is done; s_max may be infinite.
         s_noise: factor of the fresh noise.
 
     Raises:

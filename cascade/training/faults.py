@@ -12,7 +12,7 @@ import signal
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import lightning as L
 from torch import Tensor
@@ -54,7 +54,9 @@ class Plan:
 class Loss(L.Callback):
     """Multiplies the loss: with nan, or by so much that it jumps."""
 
-    def __init__(self, run: str, step: int, factor: float, rank: int | None, times: int):
+    def __init__(
+        self, run: str, step: int, factor: Annotated[float, "nan"], rank: int | None, times: int
+    ):
         self.plan, self.factor = Plan(Path(run), step, rank, times), factor
 
     def on_before_backward(self, trainer, module, loss: Tensor) -> None:

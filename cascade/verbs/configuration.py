@@ -17,10 +17,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 import cascade.conf
+from cascade import texts
 from cascade.errors import UserError
 from cascade.files import write_atomically
-from cascade.texts import read
+from cascade.verbs.overrides import read
+from cascade.verbs.signatures import Type
 from cascade.verbs.targets import check_resolved, check_targets
+from cascade.verbs.values import conform, type_at
+
+# Where the types are stated of what no target takes.
+KEYS = {name: f"cascade.verbs.keys.{name.title()}" for name in ("train", "demo", "launch", "sweep")}
 
 
 @contextmanager
@@ -41,12 +47,23 @@ def one_line_errors() -> Iterator[None]:
 
 
 def composed(name: str, overrides: Sequence[str]) -> DictConfig:
-    """`conf/{name}.yaml` with overrides in Hydra's syntax, resolved; nothing may be missing."""
+    """`conf/{name}.yaml` with overrides in Hydra's syntax, resolved; nothing may be missing.
+
+    Values have the types that their parameters take, as annotations say; texts, such as paths, need
+    no quotes.
+    """
+    given, keys = [read(override) for override in overrides], Type(fields=KEYS.get(name))
     with (
         one_line_errors(),
         initialize_config_dir(str(Path(cascade.conf.__path__[0]).resolve()), version_base="1.3"),
     ):
-        config = compose(name, list(overrides))
+        config = compose(name, before := [one.tentative for one in given])
+        meant = [one.meant(type_at(config, keys, one.path)) for one in given]
+        for one, text in zip(given, meant):
+            if r"\${" in text:
+                raise UserError(f"{one.path}: names cannot have '${{' in them, which is replaced")
+        if meant != before:
+            config = compose(name, meant)
         try:
             missing = sorted(OmegaConf.missing_keys(config))
             OmegaConf.resolve(config)
@@ -54,6 +71,8 @@ def composed(name: str, overrides: Sequence[str]) -> DictConfig:
             missing = [str(error).splitlines()[0].rsplit(": ", 1)[-1]]
         if missing:
             raise UserError(f"{missing[0]} is not given: add {missing[0]}=...")
+        conform(config, keys)
+        check_resolved(OmegaConf.to_container(config), "")
         return config
 
 
@@ -86,7 +105,7 @@ def loaded(path: Path) -> DictConfig:
     if not path.exists():
         raise UserError(f"{path.parent} is not a run: it has no {path.name}")
     try:
-        text = read(path)
+        text = texts.read(path)
         aliases = any(isinstance(t, yaml.AliasToken) for t in yaml.scan(text, yaml.SafeLoader))
         config = None if aliases else OmegaConf.create(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
@@ -29,6 +29,7 @@ from cascade.stage import Stage
 from cascade.texts import encodable
 from cascade.training.callbacks import bar
 from cascade.verbs.configuration import built, composed, loaded
+from cascade.verbs.overrides import assigned
 from cascade.verbs.train import load
 from cascade.verbs.whole import CASCADE, stage_choices, stage_runs
 
@@ -131,7 +132,7 @@ def chosen(
     run: Path,
     scale: float | None = None,
     steps: int | None = None,
-    interval: tuple[float, float] | None = None,
+    interval: tuple[float, Annotated[float, "inf"]] | None = None,
     rescale: float | None = None,
     percentile: float | None = None,
     level: float | None = None,
@@ -163,7 +164,7 @@ def chosen(
     if text_embedding:
         return TextEmbedding(stage)
     if sampler is not None:
-        stage.sampler = built(composed("sampler", [f"sampler={sampler}"]).sampler)
+        stage.sampler = built(composed("sampler", [assigned("sampler", sampler)]).sampler)
     picked = {"scale": scale, "steps": steps, "interval": interval}
     if rescale is not None:
         picked["guide"] = partial(guidance.rescale, phi=rescale)

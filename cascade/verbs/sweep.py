@@ -25,8 +25,9 @@ from cascade.slurm.plan import DONE, FROZEN, Launcher, Link, Task, launch
 from cascade.verbs.checks import check_split
 from cascade.verbs.configuration import built, composed
 from cascade.verbs.launch import trainings
+from cascade.verbs.overrides import assigned
 from cascade.verbs.sending import LAUNCHER, split, training
-from cascade.verbs.whole import CASCADE
+from cascade.verbs.whole import CASCADE, parsed_choice
 
 # Of the sweep; every other override is one of each point's training.
 _OWN = (
@@ -63,7 +64,7 @@ def grid(config: DictConfig, overrides: Sequence[str], launcher: Launcher) -> li
     if config.cascade and not config.scenes:
         check_split(data, config.evaluate.split)
     asked = {
-        name: [*config.shared[name], f"run={home / name}", f"data.path={data}"]
+        name: [*config.shared[name], assigned("run", home / name), assigned("data.path", data)]
         for name in config.needs
     }
     links = trainings(config, home, asked, launcher)
@@ -71,7 +72,8 @@ def grid(config: DictConfig, overrides: Sequence[str], launcher: Launcher) -> li
     tasks, measured = [], []
     for name, seed, values, own in points(config):
         if config.train:
-            at = [f"run={root / name / config.train}", f"data.path={data}", f"seed={seed}"]
+            at = [assigned("run", root / name / config.train), assigned("data.path", data)]
+            at.append(assigned("seed", seed))
             tasks.append(training(joined(config.base, overrides, own, at), launcher)[0])
         if config.cascade:
             ready = all(task.done for task in [*shared, *tasks[-1:]])
@@ -130,10 +132,10 @@ def _placed(config: DictConfig, stage: str, point: Path) -> dict[str, Any]:
 
 def _set(config: DictConfig, choice: str, point: Path) -> str:
     """A sampling choice; the other run that one may name is a shared one."""
-    path, _, value = choice.partition("=")
-    if not path.endswith(".run"):
+    stage, option, value = parsed_choice(choice)
+    if option != "run":
         return choice
-    return f"{path}={os.path.relpath(Path(config.home) / value, point)}"
+    return f"{stage}.run={os.path.relpath(Path(config.home) / value, point)}"
 
 
 def _measured(

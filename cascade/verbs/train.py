@@ -7,6 +7,7 @@ checkpoints/ and the average's weights.
 
 import argparse
 import logging
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from cascade.conditioning import Batch
 from cascade.data.embeddings import Embeddings
@@ -115,6 +116,7 @@ def run(config: DictConfig) -> Path:
 
 def _attempt(config: DictConfig) -> Path:
     folder = Path(config.run)
+    _check_processes(config.trainer)
     if min(config.batch, config.images) < 1:
         raise UserError(f"batch={config.batch} images={config.images}: both are at least 1")
     check_identity(config, folder)
@@ -146,6 +148,24 @@ def _attempt(config: DictConfig) -> Path:
     except SystemExit:  # how Lightning ends after Ctrl-C
         raise KeyboardInterrupt from None
     return folder
+
+
+def _check_processes(trainer: DictConfig) -> None:
+    """Raises UserError if Slurm starts other processes than the trainer is told of."""
+    if not _by_srun():
+        return
+    tasks, nodes = (int(os.environ.get(key, 1)) for key in ("SLURM_NTASKS", "SLURM_NNODES"))
+    each = int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
+    devices = torch.cuda.device_count() or 1 if trainer.devices == "auto" else trainer.devices
+    devices = len(devices) if isinstance(devices, ListConfig) else int(devices)
+    if (tasks, nodes, each) != (trainer.num_nodes * devices, trainer.num_nodes, devices):
+        per_node = -(-tasks // nodes)
+        raise UserError(
+            f"Slurm has {tasks} tasks on {nodes} nodes for this, and trainer.devices={devices} "
+            f"trainer.num_nodes={trainer.num_nodes}: start it with srun --nodes={nodes} "
+            f"--ntasks-per-node={per_node} and trainer.devices={per_node} "
+            f"trainer.num_nodes={nodes}, or leave it to launcher=slurm"
+        )
 
 
 def _checked_data(
@@ -204,7 +224,11 @@ def _trainer(config: DictConfig, callbacks: list[L.Callback]) -> L.Trainer:
 
 def _slurm() -> list[SLURMEnvironment]:
     # Its requeueing saves within a signal handler, which deadlocks; `Interruption` does it.
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return [SLURMEnvironment(auto_requeue=False)] if _by_srun() else []
+
+
+def _by_srun() -> bool:
+    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
 
 
 def _stores(config: DictConfig) -> list[Embeddings]:

@@ -14,15 +14,19 @@ from yaml import YAMLError
 from cascade.errors import UserError
 from cascade.files import write_atomically
 from cascade.verbs.configuration import loaded
+from cascade.verbs.overrides import assigned
+from cascade.verbs.signatures import ANYTHING, Type, parameters
+from cascade.verbs.values import conform
 
 CASCADE = "cascade.yaml"
+CHOICES = Type(fields="cascade.verbs.sample.chosen")
 
 
 def overrides(config: DictConfig, name: str, folder: Path, data: Path) -> list[str]:
     """Those of `cascade train` for one of the stages; the cascade's own CLIP is that of all."""
-    clip = [f"clip.path={folder / 'clip'}"] if "clip" in config.stages else []
+    clip = [assigned("clip.path", folder / "clip")] if "clip" in config.stages else []
     own = [*config.stages[name], *config.budgets.get(name, []), *config.each]
-    return [f"run={folder / name}", f"data.path={data}", *clip, *own]
+    return [assigned("run", folder / name), assigned("data.path", data), *clip, *own]
 
 
 def measured(folder: Path) -> bool:
@@ -43,22 +47,38 @@ def write_cascade(config: DictConfig, folder: Path) -> None:
 def stage_runs(file: Path, choices: Sequence[str] = ()) -> dict[str, Path]:
     """The runs of a cascade's stages, by name, in order."""
     return {
-        name: file.parent / (of or {}).get("run", name)
+        name: file.parent / ((of or {}).get("run") or name)
         for name, of in stage_choices(file, choices).items()
     }
 
 
 def stage_choices(file: Path, choices: Sequence[str]) -> dict[str, dict[str, Any] | None]:
     """What a cascade's file says of each stage, and what takes its place."""
-    stages = OmegaConf.to_container(loaded(file).stages)
+    stages = loaded(file).stages
     for choice in choices:
-        path, _, value = choice.partition("=")
-        name, _, option = path.partition(".")
-        if name not in stages or not option or not value:
+        name, option, value = parsed_choice(choice)
+        if name not in stages:
             raise UserError(f"--set {choice}: not STAGE.OPTION=VALUE of {', '.join(stages)}")
-        try:
-            given = OmegaConf.to_container(OmegaConf.from_dotlist([f"{option}={value}"]))
-        except YAMLError:
-            raise UserError(f"--set {choice}: {value} is no number, word or list") from None
-        stages[name] = {**(stages[name] or {}), **given}
-    return stages
+        stages[name] = {**(stages[name] or {}), option: value}
+    conform(stages, Type(values=CHOICES))
+    return OmegaConf.to_container(stages)
+
+
+def parsed_choice(choice: str) -> tuple[str, str, Any]:
+    """Stage, option and value of a sampling choice; what is a name is the text as it stands.
+
+    Raises:
+        UserError: it is no such thing.
+    """
+    path, _, text = choice.partition("=")
+    name, _, option = path.partition(".")
+    if not name or not option or not text:
+        raise UserError(f"--set {choice}: not STAGE.OPTION=VALUE")
+    wanted = parameters(CHOICES.fields).get(option, ANYTHING)
+    if "str" in wanted.plain:
+        return name, option, text
+    try:
+        value = OmegaConf.from_dotlist([f"value={text}"]).value
+    except YAMLError:
+        raise UserError(f"--set {choice}: {text} is no number, word or list") from None
+    return name, option, value

@@ -1,0 +1,109 @@
+"""The types of what a configuration says at its top, where no target takes it.
+
+There is a class for each file at the top of `conf/`; the values themselves are in these files.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cascade.slurm.batch import Slurm
+
+
+class CLIP:
+    path: str
+    checkpoint: str | None
+    model: Any
+
+
+class Text:
+    size: int
+
+
+class Trainer:
+    devices: int | str | Sequence[int]
+    num_nodes: int
+
+
+class Data:
+    path: str
+
+
+class Train:
+    name: str
+    run: str
+    seed: int
+    batch: int
+    images: int
+    ema: float
+    warmup: int
+    workers: int
+    fit_images: int
+    grids: int
+    grid_split: str
+    save_seconds: float
+    gradient_clip: float | None
+    spike: float | None
+    watchdog: float
+    micro_batch: int | None
+    size: int
+    low: int
+    crop: int | None
+    embeddings: str
+    clip: CLIP
+    text: Text
+    trainer: Trainer
+
+
+class Scenes:
+    level: str
+    size: int
+    counts: Mapping[str, int]
+
+
+class Evaluate:
+    split: str
+    count: int
+    counts: Mapping[str, int]
+    guidance: Sequence[float]
+
+
+class Whole:
+    """What `demo`, `launch` and `sweep` have in common."""
+
+    name: str
+    run: str
+    seed: int
+    judge: str
+    scenes: Scenes | None
+    evaluate: Evaluate
+    cascade: Mapping[str, "cascade.verbs.sample.chosen | None"]
+    precompute: int
+    resources: Mapping[str, Slurm]
+    data: Data
+
+
+class Demo(Whole):
+    shards: str
+    caption: str
+    stages: Mapping[str, Sequence[str]]
+    budgets: Mapping[str, Sequence[str]]
+    each: Sequence[str]
+
+
+class Launch(Demo):
+    pass
+
+
+class Sweep(Whole):
+    home: str
+    question: str
+    paper: str
+    shared: Mapping[str, Sequence[str]]
+    needs: Sequence[str]
+    train: str | None
+    base: Sequence[str]
+    axes: Mapping[str, Mapping[str, Sequence[str]]]
+    control: str | None
+    seeds: Sequence[int]
+    choices: Mapping[str, Mapping[str, Sequence[str]]]
+    along: str | None

@@ -11,9 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-from cascade.errors import Failed, TryAgain, UserError
+from cascade import done
+from cascade.errors import Failed, Superseded, TryAgain, UserError
 
-_EXIT_CODES = {UserError: 2, Failed: 1, TryAgain: 75}
+_EXIT_CODES = {UserError: 2, Failed: 1, TryAgain: 75, Superseded: 75}
 
 _OVERRIDES = """overrides are Hydra's: group=choice (stage=decoder, net=unet_tiny) or key=value
 (data.path=DIR, optim.lr=1e-4); conf/ holds the choices, `cascade train --show stage=decoder` shows
@@ -229,7 +230,8 @@ def _note(error: Exception) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        importlib.import_module(f"cascade.verbs.{args.verb}").main(args)
+        outputs = importlib.import_module(f"cascade.verbs.{args.verb}").main(args)
+        done.finish(outputs or ())
     except tuple(_EXIT_CODES) as error:
         print(f"cascade: {_line(error)}", file=sys.stderr)
         _note(error)

@@ -13,6 +13,7 @@ import torch
 
 from cascade.conditioning import Batch
 from cascade.data.embeddings import Embeddings
+from cascade.data.lease import lease
 from cascade.data.scenes import Scene
 from cascade.data.shards import Shards, collate, put_rows
 from cascade.data.transforms import Pictures
@@ -34,12 +35,13 @@ from cascade.verbs.sample import device, load_cascade, paint
 from cascade.verbs.whole import CASCADE, stage_runs
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> Sequence[Path]:
+    """Returns what an evaluation of a model has left: numbers and the report."""
     if args.pictures:
         from cascade.verbs import score  # most evaluations need none of it
 
         score.main(args)
-        return
+        return []
     if not (args.data and args.judge):
         raise UserError("--model is measured on --data SHARDS with a --judge CLIP: give both")
     try:
@@ -48,18 +50,22 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--guidance {args.guidance}: give scales such as 1,2,4") from None
     if args.geneval < 0:
         raise UserError(f"--geneval {args.geneval}: give a number of prompts, or leave it out")
-    out = evaluate(
-        Path(args.model),
-        Path(args.data),
-        Path(args.judge),
-        {args.split: args.count},
-        guidance,
-        args.seed,
-        choices=args.set,
-        out=Path(args.out) if args.out else None,
-        geneval=args.geneval,
-    )
+    model = Path(args.model)
+    out = Path(args.out) if args.out else model.parent if model.suffix == ".yaml" else model
+    with lease(out):
+        evaluate(
+            model,
+            Path(args.data),
+            Path(args.judge),
+            {args.split: args.count},
+            guidance,
+            args.seed,
+            choices=args.set,
+            out=out,
+            geneval=args.geneval,
+        )
     print(f"{out / 'metrics.json'}, {out / 'report.html'}")
+    return [out / "metrics.json", out / "report.html"]
 
 
 def evaluate(

@@ -35,15 +35,15 @@ job=${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}
 echo "cascade: job $job on $SLURM_JOB_NODELIST, restart $restarts, $(date --iso-8601=seconds)"
 newest() {{ ls -d "$folder"/checkpoints/step-* 2>/dev/null | sed -n '$s:.*/::p'; }}
 note() {{
-    echo "$attempt $vain $begun" >"$folder/.{attempt}-$attempt"
-    mv "$folder/.{attempt}-$attempt" "$folder/{attempt}"
+    echo "$attempt $vain $begun" >"$folder/.{attempt}-$attempt" &&
+        mv "$folder/.{attempt}-$attempt" "$folder/{attempt}"
 }}
 # This attempt's number, how many in a row before it made no newer checkpoint, and the newest.
 attempt=0 vain=0 before='' begun=$(newest)
 [ ! -e "$folder/{attempt}" ] || read -r attempt vain before <"$folder/{attempt}"
 vain=$((vain + 1)) attempt=$((attempt + 1))
 [ "$restarts" != 0 ] && [[ ! $begun > $before ]] || vain=0
-note
+note || exit 1 # the disk is full, as the log says if it can
 export CASCADE_FOLDER=$folder CASCADE_ATTEMPT=$attempt
 export CASCADE_FAILURE=$folder/.failure-$attempt CASCADE_FIRST=$folder/.first-$attempt
 rm -f "$folder/{failure}" "$folder/{done}" "$folder"/.failure-* "$folder"/.first-*

@@ -49,7 +49,12 @@ def sleeper():
     """Another process of this machine."""
     with subprocess.Popen(["sleep", "60"]) as process:
         started = claims_module._process(process.pid)[1]
-        yield SimpleNamespace(pid=process.pid, started=started, kill=process.kill)
+
+        def kill():  # nobody waits for it: it is a zombie then, and dead
+            process.kill()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+        yield SimpleNamespace(pid=process.pid, started=started, kill=kill)
         process.kill()
 
 
@@ -68,7 +73,7 @@ def test_a_dead_process_of_this_machine_is_followed_at_once(tmp_path, sleeper):
     left_by(tmp_path, pid=sleeper.pid, started=sleeper.started)
     with pytest.raises(UserError, match=f"process {sleeper.pid} on .*let it end, or end it"):
         take(tmp_path)
-    sleeper.kill()  # nobody has waited for it yet: a zombie is dead
+    sleeper.kill()
     assert seconds(lambda: take(tmp_path)) < 5
     assert [path.name for path in tmp_path.iterdir()] == [f".{NAME}.claim-5"]
     left_by(tmp_path, 6, started="another process had this number")

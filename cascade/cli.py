@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascade.errors import Failed, TryAgain, UserError
+from cascade import done
+from cascade.errors import Failed, Superseded, TryAgain, UserError
 from cascade.slurm.code import check
 
-_EXIT_CODES = {UserError: 2, Failed: 1, TryAgain: 75}
+_EXIT_CODES = {UserError: 2, Failed: 1, TryAgain: 75, Superseded: 75}
 
 # By a disk or its owner, of whatever place a command was given.
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC}
@@ -313,7 +314,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.code:
             check(args.code)
         _check_needs(args)
-        importlib.import_module(f"cascade.verbs.{args.verb}").main(args)
+        outputs = importlib.import_module(f"cascade.verbs.{args.verb}").main(args)
+        done.finish(outputs or ())
     except tuple(_EXIT_CODES) as error:
         print(f"cascade: {_line(error)}", file=sys.stderr)
         _note(error)

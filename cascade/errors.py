@@ -11,3 +11,7 @@ class Failed(Exception):
 
 class TryAgain(Exception):
     """Stopped in good order behind a checkpoint: exit code 75. The same command goes on."""
+
+
+class Superseded(TryAgain, OSError):
+    """Another process has taken over the folder: this one ends, and writes nothing more there."""

@@ -8,12 +8,25 @@ import errno
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cascade.errors import UserError
 
 REST = ".part"
+_fences: list[tuple[Path, Callable[[], None]]] = []
+
+
+@contextmanager
+def fenced(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Calls `check` before anything is renamed into place in a folder: it raises if it must not."""
+    fence = (folder.absolute(), check)
+    _fences.append(fence)
+    try:
+        yield
+    finally:
+        _fences.remove(fence)
 
 
 def check_writable(folder: Path, instead: str = "choose another place") -> None:
@@ -60,6 +73,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: the disk is full, or refuses for another reason; nothing is left but what was
             there before.
+        Superseded: another process has taken over the folder (`fenced`); likewise.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several machines may share the disk, and write to one place at a time.
@@ -68,6 +82,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(beside)
         for part in [*(beside.iterdir() if beside.is_dir() else ()), beside]:
             _flush(part)
+        for folder, check in _fences:
+            if path.absolute().is_relative_to(folder):
+                check()
         os.replace(beside, path)
         _flush(path.parent)
     finally:

@@ -2,8 +2,12 @@
 
 The batch script runs `srun` with one process for each GPU, and decides from the exit code of the
 first that ended badly: 75 is a checkpoint, 134, 137 and 138 are a death by a signal that another
-attempt may outlive, and all of these requeue that one element, `max_restarts` times at most.
-Whatever says why it failed is never requeued.
+attempt may outlive, and all of these requeue that one element. So does a task that did not write
+down that it is finished: srun ends with 0 when a node is lost. `max_restarts` restarts in a row may
+end without a newer checkpoint. Whatever says why it failed is never requeued.
+
+Attempts are numbered in the task's folder, and a script that outlives the connection to its node
+touches nothing of a newer attempt.
 """
 
 import shlex
@@ -13,11 +17,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from cascade.done import ATTEMPT, DONE, FAILURE
 from cascade.errors import UserError
 from cascade.slurm import sbatch
 from cascade.slurm.code import digest_of
 from cascade.slurm.limits import largest_array, partition_limits, seconds
-from cascade.slurm.plan import DONE, FAILURE, LOG, Link, Sent, Task
+from cascade.slurm.plan import LOG, Link, Sent, Task
 from cascade.slurm.queue import COMMENT, Job, jobs
 
 # Slurm may send a signal a minute before its time; and it is caught once the imports are over.
@@ -31,11 +36,28 @@ case $SLURM_ARRAY_TASK_ID in
 {tasks}
 esac
 exec >>"$folder/{log}" 2>&1
-export CASCADE_FAILURE=$folder/{failure} CASCADE_FIRST=$folder/first
-rm -f "$CASCADE_FAILURE" "$CASCADE_FIRST"
 restarts=${{SLURM_RESTART_COUNT:-0}}
 job=${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}
 echo "cascade: job $job on $SLURM_JOB_NODELIST, restart $restarts, $(date --iso-8601=seconds)"
+newest() {{ ls -d "$folder"/checkpoints/step-* 2>/dev/null | sed -n '$s:.*/::p'; }}
+note() {{
+    echo "$attempt $vain $begun" >"$folder/.{attempt}-$attempt" &&
+        mv "$folder/.{attempt}-$attempt" "$folder/{attempt}"
+}}
+# This attempt's number, how many in a row before it made no newer checkpoint, and the newest.
+attempt=0 vain=0 before='' begun=$(newest)
+[ ! -e "$folder/{attempt}" ] || read -r attempt vain before <"$folder/{attempt}"
+vain=$((vain + 1)) attempt=$((attempt + 1))
+[ "$restarts" != 0 ] && [[ ! $begun > $before ]] || vain=0
+note || exit 1 # the disk is full, as the log says if it can
+export CASCADE_FOLDER=$folder CASCADE_ATTEMPT=$attempt
+export CASCADE_FAILURE=$folder/.failure-$attempt CASCADE_FIRST=$folder/.first-$attempt
+rm -f "$folder/{failure}" "$folder/{done}" "$folder"/.failure-* "$folder"/.first-*
+if [ "$vain" -gt {max_restarts} ]; then
+    echo "no newer checkpoint in $vain attempts, and max_restarts is {max_restarts}" \\
+        >"$folder/{failure}"
+    exit 1
+fi
 {preamble}
 export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1
 # Where sbatch was told what to export, srun would export that and none of the above.
@@ -46,14 +68,31 @@ srun --export=ALL --kill-on-bad-exit=1 {each} sh -c 'trap : TERM USR1 USR2; "$@"
     {python} -m cascade --code {digest} "${{command[@]}}"
 code=$?
 [ $code = 0 ] || read -r code 2>/dev/null <"$CASCADE_FIRST"
+read -r latest _ <"$folder/{attempt}"
+if [ "$latest" != "$attempt" ]; then
+    echo "cascade: attempt $attempt ends with $code; attempt $latest has taken over"
+    exit 75
+elif [ $code != 0 ]; then
+    rm -f "$folder/{done}"
+elif ! grep -qs "\\"attempt\\": $attempt," "$folder/{done}"; then
+    echo "cascade: exit code 0 of a task that is not finished, as when its node is lost"
+    code=137
+fi
 case $code in
-0) touch "$folder/{done}" ;;
+0) ;;
 75 | 134 | 137 | 138)
+    if [[ $(newest) > $begun ]]; then
+        vain=-1
+    elif [ $code = 138 ] || {{ [ $code = 75 ] && tail -n 1 "$folder/events.jsonl" 2>/dev/null |
+        grep -q SIGUSR1; }}; then # a time limit too short for one step counts twice
+        vain=$((vain + 1))
+        note
+    fi
     if [ -e "$CASCADE_FAILURE" ]; then
         :
-    elif [ "$restarts" -ge {max_restarts} ]; then
-        echo "exit code $code behind restart $restarts, the last that max_restarts allows" \\
-            >"$CASCADE_FAILURE"
+    elif [ $((vain + 1)) -gt {max_restarts} ]; then
+        echo "exit code $code; no newer checkpoint in $((vain + 1)) attempts, and max_restarts" \\
+            "is {max_restarts}" >"$CASCADE_FAILURE"
     elif scontrol requeue "$job"; then
         echo "cascade: exit code $code, requeued"
         sleep 60 # until Slurm ends this attempt
@@ -61,6 +100,7 @@ case $code in
     ;;
 *) [ -e "$CASCADE_FAILURE" ] || echo "exit code $code" >"$CASCADE_FAILURE" ;;
 esac
+[ ! -e "$CASCADE_FAILURE" ] || mv "$CASCADE_FAILURE" "$folder/{failure}"
 exit $code
 """
 
@@ -79,7 +119,8 @@ class Slurm:
             or a command (`apptainer exec --nv IMG.sif`).
         preamble: lines of shell before srun (`module load ...`).
         options: further options of sbatch (`--qos=high`).
-        max_restarts: how often a job is requeued for the sake of its exit code.
+        max_restarts: how many restarts in a row may end without a newer checkpoint, whatever ended
+            them; a time limit that was too short for one step counts twice.
         signal_seconds: how long before the limit a training is told to write its checkpoint.
         at_once: how many elements of an array run at a time; None: as many as Slurm lets.
         python: the interpreter, if it is not this one.
@@ -190,6 +231,7 @@ class Slurm:
             tasks="\n".join(_case(i, task) for i, task in enumerate(tasks)),
             log=LOG,
             done=DONE,
+            attempt=ATTEMPT,
             preamble=self.preamble or "",
             failure=FAILURE,
             code=shlex.quote(str(sent.code)),

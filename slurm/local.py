@@ -19,10 +19,11 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
+from cascade.done import DONE, FAILURE, begin, finished
 from cascade.errors import Failed, TryAgain, UserError
 from cascade.slurm import queue
 from cascade.slurm.code import digest_of
-from cascade.slurm.plan import DONE, FAILURE, LOG, Sent, Task
+from cascade.slurm.plan import LOG, Sent, Task
 from cascade.slurm.queue import LOCK, Job
 from cascade.slurm.state import screen, states, table
 
@@ -127,12 +128,13 @@ class _Work:
         return task.done or task.folder in self.ended
 
     def _begin(self, slot: int, link: str, task: Task) -> None:
-        (task.folder / FAILURE).unlink(missing_ok=True)
+        attempt = begin(task.folder)
         threads = max(1, (os.cpu_count() or 1) // self.launcher.at_once)
         path = os.pathsep.join(filter(None, [str(self.sent.code), os.environ.get("PYTHONPATH")]))
         # A job's description would make each process one of srun's, with a share of the work.
         env = {"OMP_NUM_THREADS": str(threads), **queue.outside_jobs(), "PYTHONPATH": path}
         env |= {"PYTHONSAFEPATH": "1", "CASCADE_FAILURE": str(task.folder / FAILURE)}
+        env |= {"CASCADE_FOLDER": str(task.folder), "CASCADE_ATTEMPT": str(attempt)}
         if self.launcher.gpus:
             env["CUDA_VISIBLE_DEVICES"] = str(slot % self.launcher.gpus)
         command = [self.launcher.python or sys.executable, "-m", "cascade"]
@@ -153,8 +155,7 @@ class _Work:
 
     def _end(self, link: str, task: Task, code: int) -> None:
         name = self._name(task)
-        if code == 0:
-            (task.folder / DONE).touch()
+        if code == 0 and finished(task.folder):
             self.ended.add(task.folder)
             tasks = next(one.tasks for one in self.sent.links if one.name == link)
             if all(map(self._is_well, tasks)):
@@ -164,9 +165,11 @@ class _Work:
             self.stopped.append(name)
             print(f"{name}: stopped behind a checkpoint", flush=True)
         else:
+            (task.folder / DONE).unlink(missing_ok=True)
             path = task.folder / FAILURE
             if not path.exists():
-                path.write_text(f"exit code {code}\n")
+                unless = "" if code else ", but it is not finished"
+                path.write_text(f"exit code {code}{unless}\n")
             self.failed.append(f"{name} ({path.read_text().strip()}; see {task.folder / LOG})")
             print(f"{name}: failed ({path.read_text().strip()})", flush=True)
 

@@ -18,8 +18,6 @@ from cascade.slurm.queue import Job
 
 FROZEN = "frozen.yaml"  # the configuration that a task's command reads
 LOG = "log.txt"  # what a task prints, attempt after attempt
-FAILURE = "failure.txt"  # why its last attempt failed, in a line; removed by the next
-DONE = "done"  # what it leaves when it ends well
 
 
 @dataclass(frozen=True)

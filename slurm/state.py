@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cascade.slurm.plan import DONE, FAILURE, FROZEN, LOG
+from cascade.done import FAILURE, STATUS, finished
+from cascade.slurm.plan import FROZEN, LOG
 from cascade.slurm.queue import Job, locked
 
 CONFIG = "config.yaml"
@@ -70,17 +71,12 @@ def runs(folder: Path) -> Iterator[Path]:
             yield from runs(Path(entry.path))
 
 
-def seen(folder: Path) -> int:
-    """Images in the last checkpoint."""
-    return _json(folder / "status.json").get("images", 0)
-
-
 def state(folder: Path, job: Job | None) -> State:
     """The state of a run; `job` is what Slurm has of it."""
-    row, status = _last_row(folder / "metrics.csv"), _json(folder / "status.json")
+    row, status = _last_row(folder / "metrics.csv"), _json(folder / STATUS)
     total = status.get("total") or _planned(folder)
     images = max(int(row.get("images", 0)), status.get("images", 0)) if total else None
-    word, note = _word(folder, job, bool(images and images >= total))
+    word, note = _word(folder, job)
     return State(
         word,
         images,
@@ -91,7 +87,7 @@ def state(folder: Path, job: Job | None) -> State:
     )
 
 
-def _word(folder: Path, job: Job | None, complete: bool) -> tuple[str, str]:
+def _word(folder: Path, job: Job | None) -> tuple[str, str]:
     last = _last_event(folder)
     if job and job.state != "PENDING":
         again = f", restart {job.restarts}" if job.restarts else ""
@@ -105,7 +101,7 @@ def _word(folder: Path, job: Job | None, complete: bool) -> tuple[str, str]:
         return "running", "on this machine"
     if (folder / FAILURE).exists():
         return "failed", (folder / FAILURE).read_text().strip()
-    if complete or (folder / DONE).exists():
+    if finished(folder):
         return "finished", ""
     if _alive(folder):
         return "running", ""

@@ -131,9 +131,9 @@ class Cluster:
         """
         waiting = self("squeue", "-h", "-r", "-t", "PD", "-O", "JobArrayID,Reason,RestartCnt")
         for line in waiting.splitlines():
-            job, reason, restarts = line.split()
+            job, *reason, restarts = line.split()
             since = self._requeued.setdefault((job, restarts), time.monotonic())
-            if reason == "BeginTime" and time.monotonic() > since + 2:
+            if reason == ["BeginTime"] and time.monotonic() > since + 2:
                 self("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def logs(self) -> str:

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from cascade import cli
+from cascade.data.claims import RELEASED, ClaimFiles
+from cascade.data.lease import NAME
 from cascade.data.scenes import write_scenes
 from tests.processes import Job
 
@@ -221,6 +223,23 @@ def test_a_signal_to_all_processes_leaves_those_that_read_data_alone(
     assert start(run, 2, *overrides).wait() == [0, 0]
     assert equal(weights(run), clean[2])
     table.append(row(f"{name}, all ranks and data workers", codes, run))
+
+
+def test_two_ranks_end_together_when_another_process_takes_their_run(start, clean, table, tmp_path):
+    run, overrides = tmp_path / "run", faulty("hang seconds=2.0")
+    first, claims = start(run, 2, *overrides), ClaimFiles(run, NAME)
+    wait_for(run / "drill" / "Hang-4-rank0", first)
+    claims.make(1)
+    before = position(run)
+    codes = first.wait()
+    assert codes == [75, 75], first.output()
+    assert "taken over by process" in first.output(0)
+    assert position(run) == before
+    claims.path(1).write_text(RELEASED)
+    again = start(run, 2, *overrides)
+    assert again.wait() == [0, 0], again.output()
+    assert equal(weights(run), clean[2])
+    table.append(row("taken over by another process", codes, run))
 
 
 def test_two_ranks_go_back_behind_a_jump_of_the_loss(start, table, tmp_path):

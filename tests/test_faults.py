@@ -370,7 +370,7 @@ def test_under_slurm_sigterm_waits_to_be_killed_and_other_signals_do_not(tmp_pat
 def test_a_signal_to_another_rank_counts_and_ranks_at_different_samples_fail(tmp_path, monkeypatch):
     def other(received, consumed):
         def reduce(notes, op):
-            theirs = torch.tensor([received, consumed, -consumed, 0])
+            theirs = torch.tensor([received, consumed, -consumed, 0, 0])
             notes.copy_(torch.maximum(notes, theirs))
 
         monkeypatch.setattr(torch.distributed, "all_reduce", reduce)

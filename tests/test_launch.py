@@ -17,6 +17,7 @@ import yaml
 
 import cascade.conf
 from cascade.cli import main
+from cascade.done import finished
 from cascade.errors import Failed, TryAgain, UserError
 from cascade.slurm import queue, state
 from cascade.slurm.batch import Slurm
@@ -27,15 +28,15 @@ from cascade.slurm.queue import Job
 from cascade.verbs.configuration import built, composed
 from cascade.verbs.launch import chain
 from cascade.verbs.sending import training
-from tests.launching import by_name, in_queue, launcher, program, tasks
+from tests.launching import FINISHES, by_name, in_queue, launcher, program, tasks
 
 CONF = Path(next(iter(cascade.conf.__path__)))
 SMALL = ["stage=sr256", "size=16", "low=8", "crop=null", "batch=4", "images=48", "data.path=none"]
 
 
 def stand_in(folder, text):
-    """A python that does what `text` says, in the folder of the task."""
-    return str(program(folder, "python", f'cd "$(dirname "$CASCADE_FAILURE")"\n{text}'))
+    """A python that does what `text` says, in the folder of the task, as a task that ends well."""
+    return str(program(folder, "python", f'cd "$CASCADE_FOLDER"\n{FINISHES}\n{text}'))
 
 
 def sent(root, *links):
@@ -81,7 +82,9 @@ def test_what_is_not_asked_for_is_left_to_the_cluster(tmp_path):
     assert "--ntasks-per-node=1" in text
 
 
-def attempt(root, code, *, index=1, restarts=None, failure=None, srun=":", **choices):
+def attempt(
+    root, code, *, index=1, restarts=None, failure=None, srun=":", finishes=True, **choices
+):
     """Runs the script of two tasks as Slurm would, with an srun that ends with `code`."""
     link = Link("sweep", tasks(root / "a b", "first", "it's"))
     for task in link.tasks:
@@ -89,7 +92,8 @@ def attempt(root, code, *, index=1, restarts=None, failure=None, srun=":", **cho
     record = sent(root, link)
     one = launcher("launcher=slurm", *(f"launcher.{k}={v}" for k, v in choices.items()))
     told = f'echo {failure} > "$CASCADE_FAILURE"' if failure else ":"
-    program(root / "bin", "srun", f'echo "srun $*"\n{told}\n{srun}\nexit {code}')
+    text = f'{FINISHES if finishes else ""}\necho "srun $*"\n{told}\n{srun}\nexit {code}'
+    program(root / "bin", "srun", text)
     script = program(root, "script.sh", one.script(link, record, []))
     env = {**os.environ, "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": str(index)}
     env |= {"SLURM_JOB_NODELIST": "n1"}
@@ -132,14 +136,78 @@ def test_the_first_that_ends_decides(first, again, programs, tmp_path):
     assert (programs / "asked").exists() == again
 
 
-def test_the_restarts_have_a_cap(programs, tmp_path):
-    attempt(tmp_path, 75, restarts=2, max_restarts=3)
-    assert (programs / "asked").exists()
-    (programs / "asked").unlink()
-    code, folder = attempt(tmp_path, 75, restarts=3, max_restarts=3)
-    assert code == 75
+SAVES = 'mkdir -p "$CASCADE_FOLDER/checkpoints/step-0000000$CASCADE_ATTEMPT"'
+LIMIT = """echo '{"signal": "SIGUSR1"}' >> "$CASCADE_FOLDER/events.jsonl" """
+
+
+@pytest.mark.parametrize(
+    ("attempts", "requeued"),
+    [
+        ([(75, ":")] * 3, [True, True, False]),
+        ([(75, SAVES)] * 6, [True] * 6),
+        (
+            [(75, ":"), (75, ":"), (137, SAVES), (75, ":"), (75, ":"), (75, ":")],
+            [True] * 5 + [False],
+        ),
+        ([(138, ":")] * 2, [True, False]),  # the signal came before anything could listen
+        ([(75, LIMIT)] * 2, [True, False]),
+        ([(75, f"{LIMIT}; {SAVES}")] * 4, [True] * 4),  # which is what a time limit is for
+        ([(137, ":"), (75, LIMIT)], [True, False]),
+    ],
+)
+def test_attempts_in_a_row_without_a_newer_checkpoint_have_a_cap(
+    attempts, requeued, programs, tmp_path
+):
+    for n, ((code, srun), again) in enumerate(zip(attempts, requeued)):
+        (programs / "asked").unlink(missing_ok=True)
+        ended, folder = attempt(tmp_path, code, restarts=n, srun=srun, max_restarts=2)
+        assert ended == code
+        assert (programs / "asked").exists() == again, n
+    assert (folder / "failure.txt").exists() != again
+    if not again:
+        assert "max_restarts is 2" in (folder / "failure.txt").read_text()
+        (programs / "asked").unlink(missing_ok=True)
+        attempt(tmp_path, 75, max_restarts=2)  # sent anew
+        assert (programs / "asked").exists()
+
+
+def test_what_slurm_ended_counts_if_no_checkpoint_came_of_it(programs, tmp_path):
+    """Of such an attempt the script does not see the end either."""
+    folder = tmp_path / "a b" / "it's"
+    for n, (step, begun) in enumerate([(1, 1), (1, 1), (2, 1), (2, 1), (2, 1), (2, 0)]):
+        (folder / f"checkpoints/step-{step:08d}").mkdir(parents=True, exist_ok=True)
+        asked = 'touch "$CASCADE_FOLDER/begun"; kill -9 $PPID'
+        code, _ = attempt(tmp_path, 0, restarts=n, srun=asked, max_restarts=2)
+        assert (folder / "begun").exists() == bool(begun), n
+        (folder / "begun").unlink(missing_ok=True)
+    assert code == 1
+    assert "no newer checkpoint in 3 attempts" in (folder / "failure.txt").read_text()
+
+
+def test_an_exit_code_of_0_is_no_success_by_itself(programs, tmp_path):
+    """As srun's is when the node is lost."""
+    code, folder = attempt(tmp_path, 0, finishes=False)
+    assert code == 137
+    assert not finished(folder)
+    assert (programs / "asked").read_text().splitlines() == ["scontrol requeue 5_1", "sleep 60"]
+    code, _ = attempt(tmp_path, 0, restarts=1)
+    assert code == 0
+    assert finished(folder)
+    attempt(tmp_path, 0, restarts=2, finishes=False)  # what was done before is not done now
+    assert not finished(folder)
+
+
+@pytest.mark.parametrize("code", [0, 1, 75, 137])
+def test_an_attempt_that_was_overtaken_touches_nothing(code, programs, tmp_path):
+    overtaken = """
+        echo "7 0 " > "$CASCADE_FOLDER/attempt"
+        echo '{"attempt": 7, "outputs": {}}' > "$CASCADE_FOLDER/done"
+        exit """
+    ended, folder = attempt(tmp_path, code, srun=f"{overtaken}{code}", finishes=False)
+    assert ended == 75
     assert not (programs / "asked").exists()
-    assert "restart 3" in (folder / "failure.txt").read_text()
+    assert not (folder / "failure.txt").exists()
+    assert finished(folder)
 
 
 def test_a_task_that_ends_well_leaves_a_mark_and_its_log(programs, tmp_path):
@@ -385,12 +453,12 @@ def test_what_fails_stops_what_hangs_on_it_and_nothing_else(tmp_path, capsys):
     with pytest.raises(Failed, match=r"1 failed: bad \(exit code 3.*not started for that: report"):
         run_here(tmp_path, links, text)
     assert not (tmp_path / "report" / "log.txt").exists()
-    assert all((tmp_path / name / "done").exists() for name in ("data", "good", "better"))
+    assert all(finished(tmp_path / name) for name in ("data", "good", "better"))
     (tmp_path / "mended").touch()
     links = [
         Link(
             l.name,
-            [Task(t.folder, t.command, done=(t.folder / "done").exists()) for t in l.tasks],
+            [Task(t.folder, t.command, done=finished(t.folder)) for t in l.tasks],
             l.after,
         )
         for l in links
@@ -433,6 +501,12 @@ def test_a_checkpoint_of_a_process_here_is_no_failure(tmp_path):
             [Link("sweep", tasks(tmp_path, "a", "b"))],
             "[[ $PWD = */a ]] && exit 75; exit 0",
         )
+
+
+def test_a_process_that_ends_with_0_and_did_not_finish_has_failed(tmp_path):
+    with pytest.raises(Failed, match="exit code 0, but it is not finished"):
+        run_here(tmp_path, [Link("sweep", tasks(tmp_path, "a"))], "trap - EXIT; exit 0")
+    assert not finished(tmp_path / "a")
 
 
 def test_a_process_runs_the_copy_and_says_why_it_failed(tmp_path):
@@ -499,11 +573,16 @@ def test_the_table_has_a_word_for_every_state(tmp_path):
     assert word("b", Job("1_0", "RUNNING", 2, "None"), failure_txt="old") == "running"
     assert word("c", Job("1_0", "PENDING", 1, "BeginTime"), 40) == "requeued"
     assert word("d", Job("1_0", "PENDING", 1, "BeginTime"), 40, events_jsonl=term) == "preempted"
-    assert word("e", images=100) == "finished"
+    assert word("e", images=100, weights_safetensors="") == "finished"
+    assert word("e2", images=100) == "stopped"  # by whatever, before it had exported anything
+    assert word("e3", images=40, done="") == "stopped"  # as srun's exit code once had it
     assert word("f", images=40, failure_txt="no .tar is there") == "failed"
     assert word("g", images=40, events_jsonl=term) == "stopped"
     assert word("h", images=40, heartbeats__rank0_json="{}") == "running"
-    assert word("i", done="") == "finished"
+    (tmp_path / "i").mkdir()
+    for name in ("log.txt", "done"):
+        (tmp_path / "i" / name).touch()
+    assert state.state(tmp_path / "i", None).word == "finished"  # nothing speaks against it
     (tmp_path / "j").mkdir()
     (tmp_path / "j" / "frozen.yaml").write_text("images: 7\n")
     assert state.state(tmp_path / "j", None) == state.State("not started", 0, 7)

@@ -191,8 +191,9 @@ def test_who_touches_a_claim_file_keeps_it(tmp_path, no_locks):
         until(lambda: time.monotonic() - since > 2 * claims_module.SILENCE)
         with Claims(tmp_path) as others, others.held("x", wait=False) as theirs:
             assert not theirs
-        seen = claims_module._newest(tmp_path, "x")
-        until(lambda: claims_module._newest(tmp_path, "x") != seen)
+        files = claims_module.ClaimFiles(tmp_path, "x")
+        seen = files.look()[0].touched
+        until(lambda: files.look()[0].touched != seen)
 
 
 def test_a_shard_of_which_nothing_is_good_has_no_rows_and_is_done(tmp_path):

@@ -23,9 +23,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from cascade import cli
+from cascade.data.claims import RELEASED, ClaimFiles
+from cascade.data.lease import NAME
 from cascade.data.scenes import write_scenes
 from cascade.encoders.clip import CLIPTraining, save_clip
-from cascade.errors import Failed, UserError
+from cascade.errors import Failed, Superseded, UserError
 from cascade.stage import Stage
 from cascade.training import checkpoint
 from cascade.training.callbacks import History
@@ -315,6 +317,35 @@ def test_a_kill_while_the_configuration_is_written_leaves_none(config, monkeypat
         with pytest.raises(Killed):
             run(config(*SR))
     run(config(*SR))
+
+
+def test_a_run_that_is_taken_over_renames_nothing_into_place_and_can_go_on(config, monkeypatch):
+    whole, folder = run(config(*SR, run="whole")), None
+    step, before = Stage.training_step, {}
+
+    def there():
+        kept = (folder / "status.json", *folder.glob("*.safetensors"), *folder.glob("check*/*/*"))
+        return {path: path.read_bytes() for path in kept}
+
+    def training_step(self, batch, number):
+        if number == 2:
+            claims.make(1)
+            before.update(there())
+        return step(self, batch, number)
+
+    folder = whole.with_name("run")
+    claims = ClaimFiles(folder, NAME)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "training_step", training_step)
+        with pytest.raises(Superseded, match=r"run was taken over by process \d+ on"):
+            run(config(*SR))
+    assert before
+    assert there() == before
+    assert "finished" not in {e["event"] for e in events(folder)}
+    with pytest.raises(UserError, match="is written to by process"):
+        run(config(*SR))
+    claims.path(1).write_text(RELEASED)
+    assert_equal(state(whole), state(run(config(*SR))))
 
 
 # What a person sees of it.

@@ -5,6 +5,7 @@ Where what is tested is the batch script, a stand-in takes python's place; one r
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from cascade.data.scenes import write_scenes
+from cascade.done import finished
 from cascade.slurm import queue, state
 from cascade.slurm.code import copied
 from cascade.slurm.plan import Link, Task, launch
 from cascade.verbs import train
 from cascade.verbs.configuration import built, composed
 from tests.cluster import Cluster, free_ports, missing
+from tests.launching import FINISHES
 from tests.processes import Job
 
 pytestmark = pytest.mark.slow
@@ -63,7 +66,7 @@ def stand_in(folder, text):
     """A python that does what `text` says in the folder of the task, and counts its attempts."""
     path = folder / "python"
     path.write_text(
-        f'#!/usr/bin/env bash\ncd "$(dirname "$CASCADE_FAILURE")"\necho >> attempts\n{text}\n'
+        f'#!/usr/bin/env bash\ncd "$CASCADE_FOLDER"\n{FINISHES}\necho >> attempts\n{text}\n'
     )
     path.chmod(0o755)
     return path
@@ -95,7 +98,7 @@ def test_tasks_of_an_array_requeue_themselves_alone_and_not_without_end(cluster,
     words = {name: state.state(root / name, None) for name in names}
     assert [words[name].word for name in names] == ["finished"] * 3 + ["failed"] * 2
     assert words["refused"].note == "no such file"
-    assert "restart 2, the last" in words["capped"].note
+    assert "no newer checkpoint in 3 attempts" in words["capped"].note
 
 
 def test_a_failed_link_stops_what_hangs_on_it_and_is_mended_by_sending_again(cluster, tmp_path):
@@ -103,7 +106,7 @@ def test_a_failed_link_stops_what_hangs_on_it_and_is_mended_by_sending_again(clu
         after = {"clip": [], "bad": ["clip"], "good": ["clip"], "more": ["good"]}
         after["report"] = ["bad", "more"]
         return [
-            Link(name, [Task(folder, ["train"], done=(folder / "done").exists())], before)
+            Link(name, [Task(folder, ["train"], done=finished(folder))], before)
             for name, before in after.items()
             for folder in [tmp_path / name]
         ]
@@ -134,7 +137,7 @@ def test_each_goes_on_without_those_beside_it_and_what_failed_is_mended(cluster,
     report = tmp_path / "report"
 
     def of(folders):
-        return [Task(folder, ["train"], done=(folder / "done").exists()) for folder in folders]
+        return [Task(folder, ["train"], done=finished(folder)) for folder in folders]
 
     def links():
         pairs = [Link("sweep", of(trained)), Link("cells", of(measured), each_after="sweep")]
@@ -225,6 +228,61 @@ def test_more_tasks_than_an_array_holds_are_several_arrays(cluster, tmp_path):
     assert report.folder in waiting
     cluster.wait(lambda: ended(cluster), "the report")
     assert attempts(report.folder) == 1
+
+
+# A task whose node is lost, and which lives on there.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+sys.path[:0] = os.environ["PYTHONPATH"].split(":")
+from cascade.data import claims
+from cascade.data.lease import lease
+from cascade.done import finish
+from cascade.files import write_atomically
+claims.BEAT = 0.2
+folder, attempt = Path(os.environ["CASCADE_FOLDER"]), os.environ["CASCADE_ATTEMPT"]
+with (folder / "attempts").open("a") as file:
+    file.write(attempt + chr(10))
+with lease(folder):
+    for number in range(20 if attempt != "1" else 6000):
+        write_atomically(folder / "output", lambda path: path.write_text(attempt))
+        with (folder / "written").open("a") as file:
+            file.write(attempt)
+        time.sleep(0.02)
+finish([folder / "output"])
+"""
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_lost_node_is_no_success_and_two_attempts_never_write_at_once(
+    reachable, cluster, tmp_path
+):
+    """The node is set down; or it is out of reach as well, and what ran there lives on."""
+    script, folder = tmp_path / "python", tmp_path / "task"
+    script.write_text(f"#!{sys.executable}\n{HOLDER}")
+    script.chmod(0o755)
+    launch(slurm(script), tmp_path, [Link("one", [Task(folder, ["train"])])])
+    cluster.wait((folder / "written").exists, "the first attempt")
+    node = cluster("squeue", "-h", "-o", "%N").strip()
+    daemon = next(one for one in cluster.daemons if one.args[-1] == node)
+    try:
+        if not reachable:
+            daemon.send_signal(signal.SIGSTOP)
+        cluster("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+        cluster.wait(lambda: queue.jobs()[folder].restarts == 1, "its requeue")
+        # A node that answers is back at once here, and still has the job of before.
+        job = queue.jobs()[folder].id
+        cluster("scontrol", "update", f"JobId={job}", f"ExcNodeList={node}")
+        assert not finished(folder)
+        cluster.wait(lambda: ended(cluster), "the second attempt")
+    finally:
+        daemon.send_signal(signal.SIGCONT)
+        cluster("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    assert finished(folder)
+    assert (folder / "attempts").read_text().split() == ["1", "2"]
+    written = (folder / "written").read_text()
+    assert written == "".join(sorted(written))  # none of the first behind one of the second
+    assert (folder / "output").read_text() == "2"
 
 
 def events(run):

@@ -116,20 +116,34 @@ def test_an_evaluation_is_passed_over_until_what_it_measures_changes(tmp_path):
         return [task.folder.parent.name for task in links["evaluation"].tasks if not task.done]
 
     names = ["s0", "s1", "s2"]
+    cells = len(config.choices.scale)
     assert left() == names
     links = by_name(grid(config, [], launcher("launcher=slurm")))
     for task in links.pop("evaluation").tasks[:2]:
         task.folder.mkdir(parents=True)
         (task.folder / "frozen.yaml").write_text(task.config)
         (task.folder / "done").touch()
+        (task.folder.parent / "cells.jsonl").write_text(cells * "{}\n")
     assert left() == names  # nothing is trained
     del links["report"]
-    for folder in [task.folder for link in links.values() for task in link.tasks]:
-        folder.mkdir(parents=True)
-        (folder / "status.json").write_text('{"images": 10000000}')
-        os.utime(folder / "status.json", (1, 1))
-        (folder / "done").touch()
+    for task in [task for link in links.values() for task in link.tasks]:
+        task.folder.mkdir(parents=True)
+        (task.folder / "done").touch()
+        if task.config:
+            (task.folder / "weights.safetensors").touch()
+            (task.folder / "status.json").write_text('{"images": 10000000}')
+            os.utime(task.folder / "status.json", (1, 1))
+    command = links["precompute"].tasks[0].command
+    rows = Path(command[command.index("--out") + 1])
+    rows.mkdir(parents=True)
+    for name in [f"{part}-{n:05d}" for part in ("train", "val", "unseen") for n in range(10)]:
+        (tmp_path / f"shards/{name}.tar").touch()
+        (rows / f"{name}.safetensors").touch()
     assert left() == ["s2"]
+    measured = tmp_path / "guidance" / "s0" / "cells.jsonl"
+    measured.write_text((cells - 1) * "{}\n")  # a node was lost, and srun ended with 0
+    assert left() == ["s0", "s2"]
+    measured.write_text(cells * "{}\n")
     config.shared.sr64.append("images=10_000_001")  # which are trained first
     assert left() == names
     config.shared.sr64.pop()
@@ -162,6 +176,7 @@ def test_a_sweep_is_one_array_and_goes_on_with_what_is_missing(programs, tmp_pat
     total = frozen["images"]
     assert frozen["data"]["path"] == "none"
     (finished / "status.json").write_text(json.dumps({"images": total, "total": total}))
+    (finished / "weights.safetensors").touch()
     index = sorted(root.glob("*/decoder"), key=lambda f: script.index(f" folder={f} "))
     index = index.index(queued)
     record = root / "launch/1/sweep/tasks.json"

@@ -22,7 +22,8 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 
-from cascade.errors import Failed, TryAgain, UserError
+from cascade.done import STATUS
+from cascade.errors import Failed, Superseded, TryAgain, UserError
 from cascade.files import REST, remove, remove_rests, write_atomically
 from cascade.training.ema import EMA
 from cascade.training.events import event
@@ -61,15 +62,6 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
             f"remove {run / FOLDER} to start over"
         )
     return None
-
-
-def finished(run: Path, images: int | None = None) -> bool:
-    """Whether a run has seen all its images, or so many."""
-    status = run / "status.json"
-    if not status.exists():
-        return False
-    counts = json.loads(status.read_text())
-    return counts["images"] >= (images or counts["total"])
 
 
 def _verified(path: Path) -> dict[str, Any]:
@@ -139,8 +131,12 @@ class CheckpointFolders(CheckpointIO):
     failure: OSError | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
+        path = Path(path)
         try:
-            write_atomically(Path(path), lambda folder: _write(checkpoint, folder))
+            if path.exists():  # put there by an attempt while it lost the run's lease
+                os.replace(path, rest := path.with_name(f".{path.name}.{time.time_ns()}{REST}"))
+                remove(rest)
+            write_atomically(path, lambda folder: _write(checkpoint, folder))
         except OSError as error:
             self.failure = error
 
@@ -242,6 +238,7 @@ class Checkpoints(L.Callback):
 
         Raises:
             Failed: on all ranks: it could not be written. The checkpoints before are untouched.
+            Superseded: on all ranks: another process has taken over the run.
         """
         if trainer.global_step == self.saved_step:
             return
@@ -251,8 +248,8 @@ class Checkpoints(L.Callback):
         failure = self._publish(trainer, module)
         trainer.save_checkpoint(path)
         failure = failure or trainer.strategy.checkpoint_io.failure
-        if message := trainer.strategy.broadcast(failure and self._lost(failure)):
-            raise Failed(message)
+        if error := trainer.strategy.broadcast(failure and self._error(failure)):
+            raise error
         self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
         if trainer.is_global_zero:
             remove_rests(self.run / FOLDER)
@@ -260,7 +257,7 @@ class Checkpoints(L.Callback):
                 remove(old)
             seconds = round(self.saved_at - began, 3)
             event(self.run, "checkpoint", **self._position(trainer, module), seconds=seconds)
-            if finished(self.run):
+            if trainer.global_step * module.batch >= self.total:
                 event(self.run, "finished", images=trainer.global_step * module.batch)
 
     def _publish(self, trainer, module) -> Exception | None:
@@ -270,15 +267,18 @@ class Checkpoints(L.Callback):
                 module.export(self.run)
             if trainer.is_global_zero:
                 text = json.dumps(status) + "\n"
-                write_atomically(self.run / "status.json", lambda path: path.write_text(text))
+                write_atomically(self.run / STATUS, lambda path: path.write_text(text))
         except (OSError, SafetensorError) as error:
             return error
         return None
 
-    def _lost(self, failure: Exception) -> str:
+    def _error(self, failure: Exception) -> Failed | Superseded:
+        if isinstance(failure, Superseded):
+            return failure
         last = newest_checkpoint(self.run)
         kept = f"{last.path} is whole" if last else "there is no other"
-        return f"{self.run}: a checkpoint failed ({failure}); {kept}: make room and start again"
+        what = f"a checkpoint failed ({failure})"
+        return Failed(f"{self.run}: {what}; {kept}: make room and start again")
 
     def _position(self, trainer, module) -> dict[str, int]:
         step = trainer.global_step

@@ -17,7 +17,9 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from cascade.errors import Failed, TryAgain
+from cascade.data.lease import Lease
+from cascade.done import is_first_rank
+from cascade.errors import Failed, Superseded, TryAgain
 from cascade.training.checkpoint import Checkpoints
 from cascade.training.events import event
 
@@ -27,8 +29,10 @@ PUT_OFF = 120  # seconds
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(run: Path) -> Iterator[None]:
     """Until `Interruption` listens, a signal ends the process at once: nothing would be saved.
+
+    The run's timeline names the signal: its launcher looks there for what ended an attempt.
 
     Raises:
         TryAgain: after a signal, with exit code 75, where Python's own is that of a failure.
@@ -45,6 +49,8 @@ def stoppable() -> Iterator[None]:
     except (SystemExit, KeyboardInterrupt):  # Lightning makes one of the other
         if not received:
             raise
+        if is_first_rank() and run.is_dir():
+            event(run, "interrupted", signal=received[0], step=None)
         raise TryAgain(f"{received[0]} outside of all steps: the same command goes on") from None
     finally:
         for number, handler in before.items():
@@ -69,16 +75,20 @@ class Interruption(L.Callback):
     Args:
         run: the run's directory.
         checkpoints: saves.
+        lease: of that directory, on the first rank; None on the others.
         wait: seconds to wait for being killed after SIGTERM under Slurm, which then marks the job
             as preempted or cancelled, and not as ended by itself.
 
     Raises:
         TryAgain: after a signal, behind the checkpoint.
+        Superseded: on all ranks: another process has taken over the directory.
         Failed: the ranks are not at the same sample.
     """
 
-    def __init__(self, run: Path, checkpoints: Checkpoints, wait: float = 60):
-        self.run, self.checkpoints, self.wait = run, checkpoints, wait
+    def __init__(
+        self, run: Path, checkpoints: Checkpoints, lease: Lease | None = None, wait: float = 60
+    ):
+        self.run, self.checkpoints, self.lease, self.wait = run, checkpoints, lease, wait
         self.received, self.step = 0, -1
         self._before: dict[int, object] = {}
 
@@ -102,12 +112,18 @@ class Interruption(L.Callback):
     def _take_notes(self, trainer, module) -> None:
         consumed = self.step * module.batch + self.checkpoints.offset
         due = trainer.is_global_zero and self.checkpoints.due
-        self._notes = torch.tensor([self.received, consumed, -consumed, due], device=module.device)
+        lost = self.lease is not None and self.lease.lost
+        notes = [self.received, consumed, -consumed, due, lost]
+        self._notes = torch.tensor(notes, device=module.device)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(self._notes, op=torch.distributed.ReduceOp.MAX)
 
-    def _read(self, trainer, module, received: int, last: int, first: int, due: int) -> None:
+    def _read(
+        self, trainer, module, received: int, last: int, first: int, due: int, lost: int
+    ) -> None:
         """The notes of the step before, which are there by now: nothing waits for them."""
+        if lost:
+            raise Superseded(f"{self.run} was taken over by another process: this one ends")
         if last != -first:
             raise Failed(
                 f"ranks are at different samples, {-first} and {last}: they started from different "
@@ -124,6 +140,8 @@ class Interruption(L.Callback):
         if trainer.is_global_zero:
             event(self.run, "interrupted", signal=name, step=step)
         if number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
+            if self.lease:  # whoever comes next need not wait for this one
+                self.lease.release()
             time.sleep(self.wait)
         raise TryAgain(f"{name}: stopped behind step {step}; the same command goes on from there")
 

@@ -20,6 +20,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from cascade.data.lease import lease
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.identity import differs
 from cascade.encoders.weights import weights_hash
@@ -71,14 +72,27 @@ class Grid:
     count: int
 
 
-def main(args: argparse.Namespace) -> None:
-    print(measure(Path(args.file)) / CELLS)
+def main(args: argparse.Namespace) -> Sequence[Path]:
+    measured = measure(Path(args.file)) / CELLS
+    print(measured)
+    return [measured]
 
 
 def measure(file: Path) -> Path:
-    """Measures what is left of the grid that a file describes; returns the point's folder."""
+    """Measures what is left of the grid that a file describes; returns the point's folder.
+
+    Raises:
+        UserError: among others, another process measures this point.
+    """
     asked = Grid(**OmegaConf.to_container(loaded(file)))
-    folder, judge = Path(asked.model), FrozenCLIP(asked.judge).to(device())
+    folder = Path(asked.model)
+    with lease(folder):
+        _measure(asked, folder)
+    return folder
+
+
+def _measure(asked: Grid, folder: Path) -> None:
+    judge = FrozenCLIP(asked.judge).to(device())
     common = {"judge": judge.hash, JUDGES_WEIGHTS: judge.former.hash, "split": asked.split}
     common |= {"captions of each kind": asked.count}
     hash_of = cache(lambda run: weights_hash(run.glob("*.safetensors")))  # many cells, few runs
@@ -114,7 +128,6 @@ def measure(file: Path) -> Path:
             write_atomically(folder / NEAREST, lambda path, sheet=sheet: sheet.save(path, "PNG"))
         text = "".join(json.dumps(row) + "\n" for row in done)
         write_atomically(folder / CELLS, lambda path, text=text: path.write_text(text))
-    return folder
 
 
 def cells(

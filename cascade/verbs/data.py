@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cascade.data.corpus import MEND
 from cascade.data.dataset import index_folder, total
+from cascade.data.embeddings import MANIFEST
 from cascade.data.index import CUT, Summary, counted
 from cascade.data.keys import CAPTIONS, DOTTED, REMEDY
 from cascade.data.listing import Row, texts_beside, usable
@@ -30,22 +31,27 @@ EMBEDDINGS, TEXT = "embeddings", "text"  # folders beside the shards, as conf/ h
 NO_SPLIT = "none by name"
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> Sequence[Path]:
+    """Returns what scenes and embeddings have left, as far as a chain waits for it."""
     if args.kind == "scenes":
         if not 16 <= args.size <= 1024:
             raise UserError(f"--size {args.size}: choose 16 to 1024")
         counts = {"train": args.train, "val": args.val, "unseen": args.unseen}
-        make_scenes(Path(args.out), args.level, counts, args.size, args.seed)
+        return make_scenes(Path(args.out), args.level, counts, args.size, args.seed)
     elif args.kind == "index":
         index_shards(Path(args.data), args.keys, args.val)
     elif args.kind == "pack":
         pack_pictures(args)
     else:
-        precompute_rows(args)
+        return precompute_rows(args)
+    return []
 
 
-def make_scenes(out: Path, level: str, counts: dict[str, int], size: int, seed: int) -> None:
+def make_scenes(
+    out: Path, level: str, counts: dict[str, int], size: int, seed: int
+) -> Sequence[Path]:
     """Writes every split's shards; shards that are there already stay."""
+    shards: list[Path] = []
     with bar("scenes", "pictures") as progress:
         task = progress.add_task("", total=sum(counts.values()), rate=0, note="")
         before = 0
@@ -55,12 +61,14 @@ def make_scenes(out: Path, level: str, counts: dict[str, int], size: int, seed: 
                 rate = (before + done) / max(progress.tasks[0].elapsed or 0, 1e-3)
                 progress.update(task, completed=before + done, rate=rate)
 
-            write_scenes(out, level, split, count, size, seed, progress=report)
+            shards += write_scenes(out, level, split, count, size, seed, progress=report)
             before += count
+    return shards
 
 
-def precompute_rows(args: argparse.Namespace) -> None:
+def precompute_rows(args: argparse.Namespace) -> Sequence[Path]:
     """Writes the rows that were asked for: of pictures, of captions, or both."""
+    outputs: list[Path] = []
     data, captions = Path(args.data), [f.strip() for f in args.captions.split(",") if f.strip()]
     if not (args.clip or args.text) or not captions:
         raise UserError("say what to precompute: --clip CLIP, --text ENCODER, and of --captions")
@@ -68,10 +76,13 @@ def precompute_rows(args: argparse.Namespace) -> None:
     if args.clip:
         out = Path(args.out) if args.out else data / EMBEDDINGS
         embed(data, args.clip, out, named.get(args.clip, {}), captions, args.workers)
+        outputs.append(out / MANIFEST)
     if args.text:
         out = Path(args.text_out) if args.text_out else data / TEXT
         encoder = text_encoder(args.text, named.get(args.text, {}), args.length, args.bf16)
         embed_captions(data, encoder, out, captions, args.workers, args.several)
+        outputs.append(out / MANIFEST)
+    return outputs
 
 
 def _named(args: argparse.Namespace) -> dict[str, dict[str, Any]]:

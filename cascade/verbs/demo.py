@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from cascade.data.lease import lease
 from cascade.files import check_writable
 from cascade.verbs.checks import check_split
 from cascade.verbs.configuration import composed
@@ -39,15 +40,16 @@ def main(args: argparse.Namespace) -> None:
     if measured(folder):
         print(f"measured before ({folder / 'metrics.json'})")
     else:
-        evaluate(
-            folder,
-            data,
-            judge=folder / "judge",
-            counts=OmegaConf.to_container(config.evaluate.counts),
-            guidance=list(config.evaluate.guidance),
-            seed=config.seed,
-            targets=OmegaConf.to_container(config.evaluate.targets),
-        )
+        with lease(folder):
+            evaluate(
+                folder,
+                data,
+                judge=folder / "judge",
+                counts=OmegaConf.to_container(config.evaluate.counts),
+                guidance=list(config.evaluate.guidance),
+                seed=config.seed,
+                targets=OmegaConf.to_container(config.evaluate.targets),
+            )
     minutes = (time.monotonic() - begin) / 60
     print(
         f"\n{minutes:.1f} minutes. Look at {folder}/report.html; then paint your own caption:\n\n"

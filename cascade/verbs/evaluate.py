@@ -13,6 +13,7 @@ import torch
 
 from cascade.conditioning import Batch
 from cascade.data.embeddings import Embeddings
+from cascade.data.lease import lease
 from cascade.data.scenes import Scene
 from cascade.data.shards import Shards, collate, put_rows
 from cascade.data.splits import described
@@ -37,12 +38,13 @@ from cascade.verbs.unseen import check_unseen
 from cascade.verbs.whole import CASCADE, stage_runs
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> Sequence[Path]:
+    """Returns what an evaluation of a model has left: numbers and the report."""
     if args.pictures:
         from cascade.verbs import score  # most evaluations need none of it
 
         score.main(args)
-        return
+        return []
     if not (args.data and args.judge):
         raise UserError("--model is measured on --data SHARDS with a --judge CLIP: give both")
     if not Path(args.judge).is_dir():
@@ -55,18 +57,23 @@ def main(args: argparse.Namespace) -> None:
     geneval = args.geneval or 0
     if geneval < 0:
         raise UserError(f"--geneval {geneval}: give a number of prompts, or leave it out")
-    out = evaluate(
-        Path(args.model),
-        Path(args.data),
-        Path(args.judge),
-        {args.split or "val": 320 if args.count is None else args.count},
-        guidance,
-        args.seed or 0,
-        choices=args.set,
-        out=Path(args.out) if args.out else None,
-        geneval=geneval,
-    )
+    model = Path(args.model)
+    out = Path(args.out) if args.out else model.parent if model.suffix == ".yaml" else model
+    check_writable(out, "choose another --out")
+    with lease(out):
+        evaluate(
+            model,
+            Path(args.data),
+            Path(args.judge),
+            {args.split or "val": 320 if args.count is None else args.count},
+            guidance,
+            args.seed or 0,
+            choices=args.set,
+            out=out,
+            geneval=geneval,
+        )
     print(f"{out / 'metrics.json'}, {out / 'report.html'}")
+    return [out / "metrics.json", out / "report.html"]
 
 
 def evaluate(
@@ -96,7 +103,6 @@ def evaluate(
     begin = time.monotonic()
     file = model if model.suffix == ".yaml" else model / CASCADE
     out = out or file.parent
-    check_writable(out, "choose another --out")
     for split in counts:
         check_split(data, split)
     cascade, runs = load_cascade(file, choices), stage_runs(file, choices)

@@ -12,12 +12,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from cascade.data.tar import tars_of
+from cascade.done import DONE, finished
 from cascade.files import check_writable
-from cascade.slurm.plan import DONE, Launcher, Link, Task, launch
+from cascade.slurm.plan import Launcher, Link, Task, launch
 from cascade.verbs import whole
 from cascade.verbs.checks import check_split
 from cascade.verbs.configuration import built, composed
 from cascade.verbs.sending import training
+
+_SCENES = 1000  # of a shard, as `write_scenes` has it
 
 
 def main(args: argparse.Namespace) -> None:
@@ -96,13 +100,21 @@ def _scenes(config: DictConfig, root: Path, data: Path) -> Task:
     counts = [word for split, count in scenes.counts.items() for word in (f"--{split}", count)]
     how = ["--level", scenes.level, "--size", scenes.size, "--seed", config.seed]
     folder = root / "scenes"
-    return _task(folder, ["data", "scenes", data, *how, *counts], (folder / DONE).exists())
+
+    def there() -> bool:
+        shards = ((split, -(-count // _SCENES)) for split, count in scenes.counts.items())
+        return all(len([*data.glob(f"{split}-*.tar")]) >= count for split, count in shards)
+
+    done = finished(folder, there=there)
+    return _task(folder, ["data", "scenes", data, *how, *counts], done)
 
 
 def _precompute(stores: Mapping[str, DictConfig], root: Path, data: Path, number: int) -> Task:
     """One of the jobs that share the work among themselves."""
     folder = root / "precompute" / str(number)
-    done, command = (folder / DONE).exists(), ["data", "precompute", data]
+    folders = [own.data.embeddings[name].folder for name, own in stores.items()]
+    done = finished(folder, there=lambda: all(_embedded(data, Path(of)) for of in folders))
+    command = ["data", "precompute", data]
     if own := stores.get("clip"):
         command += ["--clip", own.clip.path, "--out", own.data.embeddings.clip.folder]
         command += _named(own.clip)
@@ -124,6 +136,12 @@ def _named(clip: DictConfig) -> list[str]:
     quick = clip.get("quick_gelu")
     words = ["--checkpoint", clip.checkpoint] if clip.get("checkpoint") else []
     return [*words, *([] if quick is None else ["--quick-gelu", str(quick).lower()])]
+
+
+def _embedded(data: Path, folder: Path) -> bool:
+    """Whether every shard has its rows."""
+    tars = {path.stem for path in tars_of(data)}
+    return bool(tars) and tars <= {path.stem for path in folder.glob("*.safetensors")}
 
 
 def _evaluation(config: DictConfig, root: Path, data: Path, ended: bool) -> Task:

@@ -1,6 +1,7 @@
 """`cascade report`: the page of a sweep, its tables and figures, and the page of findings."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from cascade.errors import UserError
@@ -12,7 +13,8 @@ from cascade.eval.tables import write_cells, write_summary
 from cascade.files import check_writable
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> Sequence[Path]:
+    """Returns the pages that it wrote."""
     root = Path(args.dir)
     sweeps = _sweeps(root)
     if args.findings:
@@ -20,7 +22,7 @@ def main(args: argparse.Namespace) -> None:
         write_findings(Path(args.findings), sweeps)
         print(args.findings)
     if all(sweep.folder is None for sweep in sweeps) and not args.out:
-        return  # tables of findings: there is nothing to add to their page
+        return []  # tables of findings: there is nothing to add to their page
     out, alone = Path(args.out or root), (root / ABOUT).is_file()
     check_writable(out, "choose another --out")
     pages = [(sweep, out if alone else out / sweep.place) for sweep in sweeps]
@@ -33,6 +35,7 @@ def main(args: argparse.Namespace) -> None:
     if not alone:
         write_index(pages, out / "index.html")
         print(out / "index.html")
+    return [folder / "report.html" for _, folder in pages]
 
 
 def _sweeps(root: Path) -> list[Sweep]:

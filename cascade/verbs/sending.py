@@ -8,9 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from cascade.done import finished
 from cascade.files import check_writable
 from cascade.slurm.plan import FROZEN, Launcher, Link, Task, launch
-from cascade.slurm.state import seen
 from cascade.verbs.checks import check_identity, shares
 from cascade.verbs.configuration import built, composed
 
@@ -43,7 +43,7 @@ def training(
     if ranks:
         shares(config.batch, config.micro_batch, math.prod(ranks.values()))
     command = ("train", "--config", str(folder / FROZEN))
-    done = seen(folder) >= config.images
+    done = finished(folder, config.images)
     return Task(folder, command, OmegaConf.to_yaml(config, resolve=True), done), config
 
 

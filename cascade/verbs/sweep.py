@@ -11,6 +11,7 @@ sweep, in `home`, where other sweeps find them.
 import argparse
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cascade.data.splits import HELD_OUT, described
+from cascade.done import DONE, STATUS, finished
 from cascade.errors import UserError
 from cascade.files import check_writable, write_atomically
-from cascade.slurm.plan import DONE, FROZEN, Launcher, Link, Task, launch
+from cascade.slurm.plan import FROZEN, Launcher, Link, Task, launch
 from cascade.verbs.checks import check_split
 from cascade.verbs.configuration import built, composed
 from cascade.verbs.launch import trainings
@@ -161,13 +163,21 @@ def _measured(
         **config.evaluate,
     }
     text, runs = OmegaConf.to_yaml(asked), [_placed(config, s, point) for s in config.cascade]
-    done = ready and _current(folder, text, [point / run["run"] / "status.json" for run in runs])
+    parts = [point / run["run"] / STATUS for run in runs]
+    cells = math.prod(len(of) for of in asked["choices"].values())
+    done = ready and _current(folder, text, parts, point / "cells.jsonl", cells)
     return Task(folder, ["cells", str(folder / FROZEN)], text, done)
 
 
-def _current(folder: Path, config: str, parts: Iterable[Path]) -> bool:
-    """Whether a task ended well with this configuration, behind all that it is of."""
+def _current(folder: Path, config: str, parts: Iterable[Path], measured: Path, cells: int) -> bool:
+    """Whether so many cells were measured with this configuration, behind all that they are of."""
     mark, frozen = folder / DONE, folder / FROZEN
-    if not mark.exists() or not frozen.exists() or frozen.read_text() != config:
+
+    def there() -> bool:
+        return measured.exists() and len(measured.read_text().split("\n")) > cells
+
+    if not finished(folder, there=there):
+        return False
+    if not frozen.exists() or frozen.read_text() != config:
         return False
     return all(p.exists() and p.stat().st_mtime < mark.stat().st_mtime for p in parts)

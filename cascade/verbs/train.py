@@ -9,7 +9,8 @@ import argparse
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from cascade.conditioning import Batch
 from cascade.data.embeddings import Embeddings
+from cascade.data.lease import Lease, lease
 from cascade.data.preflight import preflight
 from cascade.data.shards import Shards
 from cascade.data.splits import ALL, TRAIN, NothingHeldOut, canonical
 from cascade.data.stream import Stream, loader
+from cascade.done import DONE, STATUS, finished, is_first_rank
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
 from cascade.files import check_writable
@@ -35,7 +38,6 @@ from cascade.training.checkpoint import (
     Checkpoint,
     CheckpointFolders,
     Checkpoints,
-    finished,
     newest_checkpoint,
 )
 from cascade.training.ema import EMA
@@ -88,7 +90,8 @@ class Measure(L.Callback):
                 module.measure(self.batches)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> Sequence[Path]:
+    """Returns what a training has left: its status and the average's weights."""
     own, overrides = split(args.overrides, [LAUNCHER])
     if args.config and args.overrides:
         raise UserError(f"--config {args.config} is whole: it takes no overrides")
@@ -96,25 +99,28 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--show prints what is trained, not how it is sent: leave {own[0]} out")
     if own:
         send(own, overrides)
-        return
+        return []
     config = loaded(Path(args.config)) if args.config else composed("train", overrides)
     if args.show:
         print(OmegaConf.to_yaml(config))
-    else:
-        run(config)
+        return []
+    folder = run(config)
+    weights = [*folder.glob("*.safetensors")]
+    if not weights and is_first_rank():
+        raise UserError(
+            f"{folder} has seen all its images, but its weights are gone: choose another run=..., "
+            "or remove that folder to train anew"
+        )
+    return [folder / STATUS, *weights]
 
 
 def run(config: DictConfig) -> Path:
-    """Trains what `config` describes, or goes on with it. Returns the run directory."""
-    with stoppable():
-        while True:
-            try:
-                return _attempt(config)
-            except RollBack as jump:
-                rank_zero_only(print)(f"{config.name}: {jump}")
+    """Trains what `config` describes, or goes on with it. Returns the run directory.
 
-
-def _attempt(config: DictConfig) -> Path:
+    Raises:
+        UserError: among others, another process is at work in the run directory.
+        Superseded: another process has taken it over.
+    """
     folder = Path(config.run)
     _check_processes(config.trainer)
     if min(config.batch, config.images) < 1:
@@ -124,6 +130,19 @@ def _attempt(config: DictConfig) -> Path:
         print(f"{config.name}: finished before ({folder})")
         return folder
     check_writable(folder, "choose another run=...")
+    with stoppable(folder), lease(folder) if is_first_rank() else nullcontext() as held:
+        while True:
+            try:
+                return _attempt(config, held)
+            except RollBack as jump:
+                rank_zero_only(print)(f"{config.name}: {jump}")
+
+
+def _attempt(config: DictConfig, held: Lease | None) -> Path:
+    """Trains to the end, or until it has to go back; the first rank holds the run's lease."""
+    folder = Path(config.run)
+    if held:
+        (folder / DONE).unlink(missing_ok=True)
     _quiet()
     torch.manual_seed(config.seed)
     module = built(config.stage)
@@ -135,7 +154,7 @@ def _attempt(config: DictConfig) -> Path:
     rank_zero_only(saved)(config, folder / "config.yaml")
     step, start = (checkpoint.step, checkpoint.consumed) if checkpoint else (0, 0)
     start = max(start, passed_over(folder))
-    trainer = _trainer(config, _callbacks(config, module, shards, step, start))
+    trainer = _trainer(config, _callbacks(config, held, module, shards, step, start))
     share, trainer.accumulate_grad_batches = shares(
         config.batch, config.micro_batch, trainer.world_size
     )
@@ -187,7 +206,12 @@ def _checked_data(
 
 
 def _callbacks(
-    config: DictConfig, module: L.LightningModule, shards: Shards | Stream, step: int, start: int
+    config: DictConfig,
+    held: Lease | None,
+    module: L.LightningModule,
+    shards: Shards | Stream,
+    step: int,
+    start: int,
 ) -> list[L.Callback]:
     """All of a run that goes on behind `step`, with sample number `start`; their order counts."""
     folder, ema, offset = Path(config.run), EMA(config.ema), start - step * config.batch
@@ -201,7 +225,7 @@ def _callbacks(
         marks = [config.images * (i + 1) // config.grids for i in range(config.grids)]
         callbacks.append(SampleGrids(folder, ema, *_shown(config, shards), marks))
     skips = Skips(folder, shards.max_skip_fraction, checkpoints.save)
-    return [*callbacks, skips, Interruption(folder, checkpoints), checkpoints]
+    return [*callbacks, skips, Interruption(folder, checkpoints, held), checkpoints]
 
 
 def _trainer(config: DictConfig, callbacks: list[L.Callback]) -> L.Trainer:

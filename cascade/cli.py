@@ -218,6 +218,17 @@ def parser() -> argparse.ArgumentParser:
     )
     describe.add_argument("overrides", nargs="*", metavar="override", help="such as net=unet_tiny")
 
+    doctor = verb(
+        "doctor",
+        "Say what is wrong with the installation, with shards, or with a model, and what to do.",
+        "exit code 0: nothing will fail; 2: something will, or gives wrong numbers",
+    )
+    doctor.add_argument("paths", nargs="*", metavar="PATH", help="shards, runs, or models")
+    doctor.add_argument("--full", action="store_true", help="read all of it, however long it takes")
+    doctor.add_argument(
+        "--json", action="store_true", help="print JSON, without names of users and machines"
+    )
+
     demo = verb(
         "demo", "Train a whole cascade from nothing, paint held-out captions, measure, report."
     )

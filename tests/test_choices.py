@@ -94,12 +94,12 @@ def test_what_is_no_choice_is_refused_in_one_line(runs, choice, says):
 
 def test_a_weaker_stage_is_left_behind(runs):
     """One that says the same changes nothing, whatever the scale; another one does."""
-    stage = chosen(runs / "large", steps=3)
+    stage = chosen(train.load(runs / "large"), runs / "large", steps=3)
     plain = stage.sample(picture(), seed=0)
     stage.sampler = replace(stage.sampler, scale=2.0)
     stage.weaker = copy.deepcopy(stage)
     torch.testing.assert_close(stage.sample(picture(), seed=0), plain, atol=1e-5, rtol=0)
-    guided = chosen(runs / "large", steps=3, scale=2.0, weaker="small").sample(picture(), seed=0)
+    guided = chosen(stage, runs / "large", scale=2.0, weaker="small").sample(picture(), seed=0)
     assert (guided - plain).abs().max() > 0.1
 
 

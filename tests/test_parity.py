@@ -90,7 +90,7 @@ def network(weights):
     )
 
 
-COUNTS = [pytest.param(16, id="few"), pytest.param(160, marks=pytest.mark.slow, id="many")]
+COUNTS = [pytest.param(12, id="few"), pytest.param(160, marks=pytest.mark.slow, id="many")]
 
 
 @pytest.fixture(scope="module", params=COUNTS)

@@ -1,4 +1,8 @@
-"""Rules for the source: no module unpickles, evaluates or starts a shell; each rule can fail."""
+"""Rules for the source; each of them can fail.
+
+No module unpickles, evaluates or starts a shell. Each kind of file that a user brings is opened and
+decoded in one place.
+"""
 
 import ast
 from pathlib import Path
@@ -52,13 +56,16 @@ JUSTIFIED = {
 }
 
 
-def test_no_module_unpickles_evaluates_or_starts_a_shell():
+def sources():
+    """The text of each module, by its place."""
     root = Path(cascade.__file__).parents[1]
     files = [path for top in ("cascade", "eval", "slurm") for path in (root / top).rglob("*.py")]
     assert len(files) > 60
-    found = set()
-    for path in files:
-        found |= {(str(path.relative_to(root)), what) for _, what in violations(path.read_text())}
+    return {path.relative_to(root).as_posix(): path.read_text() for path in files}
+
+
+def test_no_module_unpickles_evaluates_or_starts_a_shell():
+    found = {(place, what) for place, text in sources().items() for _, what in violations(text)}
     assert found == JUSTIFIED
 
 
@@ -92,3 +99,171 @@ def test_the_rules_for_the_source_can_be_broken(line):
 def test_the_rules_for_the_source_let_the_harmless_pass():
     for line in ("module.eval()", "torch.load(p, weights_only=True)", "re.compile(x)"):
         assert not list(violations(line))
+
+
+# What opens or decodes files. A glob counts where its pattern is made of anything but constants.
+OPENING = {"read_text", "read_bytes", "decode", "splitlines", "safe_open", "load_file"}
+OPENING |= {"load_checkpoint", "from_pretrained", "json.load", "json.loads", "csv.reader"}
+OPENING |= {"csv.DictReader", "np.load", "torch.load", "Image.open", "parquet.read_table"}
+OPENING |= {"glob.glob", "glob.iglob"}
+
+
+def opened(source):
+    """The calls of a module that open or decode a file, by name."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return {name for call in calls if (name := opening(call))}
+
+
+def opening(call):
+    of, _, name = ast.unparse(call.func).rpartition(".")
+    of = of.rpartition(".")[2]
+    for known in (f"{of}.{name}", name):
+        if known in OPENING and (of or name != "decode"):
+            return known
+    if name == "open" and of not in ("os", "webbrowser"):
+        given = [*call.args, *(k.value for k in call.keywords if k.arg == "mode")]
+        mode = next((m.value for m in given if isinstance(m, ast.Constant) and is_mode(m)), "r")
+        if {*mode} & {"r", "+"}:
+            return "tarfile.open" if of.lower().endswith(("tar", "tarfile")) else "open"
+    return "glob" if name in ("glob", "rglob") and not constant(call.args[0]) else None
+
+
+def is_mode(node):
+    text = node.value
+    return isinstance(text, str) and 0 < len(text) < 4 and {*text} <= {*"rwaxbt+|:"}
+
+
+def constant(pattern):
+    parts = pattern.values if isinstance(pattern, ast.JoinedStr) else [pattern]
+    parts = [p.value if isinstance(p, ast.FormattedValue) else p for p in parts]
+    constants = (isinstance(p, ast.Constant) or getattr(p, "id", "").isupper() for p in parts)
+    return all(constants)
+
+
+# Which modules may make each call: the one reader of each kind of a user's files,
+READERS = {
+    "Image.open": "cascade/data/rgb",
+    "tarfile.open": "cascade/data/tar",
+    "csv.reader": "cascade/data/listing",
+    "parquet.read_table": "cascade/data/listing",
+    "np.load": "eval/statistics",
+    "torch.load": "cascade/encoders/sources",
+    "safe_open": "cascade/encoders/sources",
+    "load_file": "cascade/encoders/sources",
+    "load_checkpoint": "cascade/encoders/sources",
+    "from_pretrained": "cascade/encoders/sources",
+    "decode": "cascade/texts",
+    "read_text": "cascade/texts",
+    "read_bytes": "cascade/texts cascade/data/rgb cascade/data/listing",
+    "open": (
+        "cascade/texts cascade/data/tar cascade/data/rgb cascade/data/listing "
+        "cascade/encoders/sources"
+    ),
+    "json.loads": "cascade/data/listing cascade/encoders/sources",
+    "glob": "cascade/data/index",
+}
+
+# those whose files Cascade writes itself, or the system,
+OWN = {
+    "Image.open": "cascade/data/bsr eval/page eval/prompts eval/summary",
+    "csv.DictReader": "cascade/training/callbacks cascade/verbs/cells eval/ablation eval/plots",
+    "csv.reader": "slurm/state",
+    "decode": "cascade/data/index cascade/stage eval/report slurm/state",
+    "from_pretrained": "cascade/nets/ar",
+    "glob": "cascade/verbs/doctor",
+    "json.loads": (
+        "cascade/data/corpus cascade/data/embeddings cascade/data/index cascade/data/pack "
+        "cascade/doctor/model cascade/doctor/probe cascade/stage cascade/training/checkpoint "
+        "cascade/training/guard cascade/verbs/cells eval/ablation eval/generation eval/record "
+        "slurm/queue slurm/state"
+    ),
+    "open": (
+        "cascade/data/corpus cascade/training/callbacks cascade/training/checkpoint "
+        "cascade/training/faults cascade/training/skips cascade/verbs/cells eval/ablation "
+        "eval/generation eval/plots slurm/queue slurm/state"
+    ),
+    "read_bytes": "cascade/training/checkpoint cascade/training/skips eval/bench_eval slurm/code",
+    "read_text": (
+        "cascade/data/corpus cascade/data/embeddings cascade/data/pack cascade/doctor/machine "
+        "cascade/doctor/model cascade/training/checkpoint cascade/training/guard "
+        "cascade/verbs/cells cascade/verbs/configuration cascade/verbs/sweep eval/ablation "
+        "eval/bench_nets eval/findings eval/generation eval/record eval/statistics "
+        "slurm/local slurm/plan slurm/queue slurm/state"
+    ),
+    "safe_open": "cascade/data/embeddings cascade/data/index cascade/doctor/model cascade/stage",
+    "torch.load": "cascade/doctor/model cascade/training/checkpoint eval/prior",
+}
+
+# and those that still open a user's file beside its reader: entries are only ever removed here.
+STILL = {
+    "Image.open": "cascade/data/pack cascade/data/transforms cascade/doctor/data eval/rgb",
+    "csv.reader": "eval/prompts",
+    "decode": "cascade/data/items cascade/data/listing eval/bench_data eval/captions",
+    "from_pretrained": "cascade/encoders/text eval/features",
+    "glob": "cascade/data/precompute cascade/verbs/report",
+    "glob.glob": "cascade/data/index",
+    "json.load": "cascade/data/scenes",
+    "json.loads": "cascade/data/items eval/coco eval/features",
+    "load_checkpoint": "cascade/encoders/clip",
+    "load_file": "cascade/encoders/clip",
+    "open": "cascade/data/index eval/features eval/sets",
+    "read_bytes": "cascade/data/pack",
+    "read_text": (
+        "cascade/data/listing cascade/encoders/sources cascade/verbs/sample eval/captions "
+        "eval/coco eval/features eval/prompts"
+    ),
+    "splitlines": (
+        "cascade/training/skips cascade/verbs/cells cascade/verbs/configuration "
+        "cascade/verbs/describe cascade/verbs/sample eval/ablation eval/bench_nets "
+        "eval/captions eval/prompts slurm/queue slurm/state"
+    ),
+    "tarfile.open": "cascade/data/index cascade/data/scenes cascade/data/urls eval/sets",
+    "torch.load": "eval/features",
+}
+
+
+def places(table):
+    return {(call, f"{place}.py") for call, found in table.items() for place in found.split()}
+
+
+def test_each_kind_of_a_users_file_is_opened_and_decoded_in_one_place():
+    found = {(call, place) for place, text in sources().items() for call in opened(text)}
+    assert found - places(READERS) == places(OWN) | places(STILL)
+    assert not places(OWN) & places(STILL)
+
+
+@pytest.mark.parametrize(
+    ("line", "call"),
+    [
+        ("Image.open(path, formats=['PNG'])", "Image.open"),
+        ("PIL.Image.open(path)", "Image.open"),
+        ("tarfile.open(path, 'r:')", "tarfile.open"),
+        ("_Tar.open(fileobj=stream, mode='r|')", "tarfile.open"),
+        ("open(path)", "open"),
+        ("open(path, 'rb', buffering=0)", "open"),
+        ("path.open('r+b')", "open"),
+        ("path.open(newline='', encoding='utf-8')", "open"),
+        ("path.read_text().splitlines()", "read_text"),
+        ("text.splitlines()", "splitlines"),
+        ("file.read().decode(errors='replace')", "decode"),
+        ("json.load(file)", "json.load"),
+        ("csv.reader(file)", "csv.reader"),
+        ("np.load(path, allow_pickle=False)", "np.load"),
+        ("torch.load(path, weights_only=True)", "torch.load"),
+        ("safe_open(path, framework='pt')", "safe_open"),
+        ("safetensors.torch.load_file(path)", "load_file"),
+        ("glob.glob(str(path))", "glob.glob"),
+        ("folder.glob(pattern)", "glob"),
+        ("folder.rglob(f'{name}.*')", "glob"),
+    ],
+)
+def test_what_opens_a_file_is_seen(line, call):
+    assert call in opened(line)
+
+
+def test_what_opens_no_file_of_a_user_is_let_pass():
+    for line in (
+        *("open(path, 'w')", "path.open('a')", "os.open(path, os.O_RDONLY)", "decode(data, 64)"),
+        *("folder.glob('*.tar')", "folder.glob(f'*/{CELLS}')", "tarfile.open(path, 'w')"),
+    ):
+        assert not opened(line)

@@ -82,6 +82,7 @@ def interrupted_after(monkeypatch, step):
     monkeypatch.setattr(train.Checkpoints, "on_train_batch_end", die)
 
 
+@pytest.mark.slow  # `test_resume.py` has all but the grids
 def test_a_killed_run_equals_an_unkilled_one(config, monkeypatch):
     whole = train.run(config("images=48", "grids=3", run="whole"))
     with monkeypatch.context() as patch:

@@ -88,12 +88,13 @@ def load_cascade(folder: Path, choices: Sequence[str] = ()) -> Cascade:
     """
     file = folder if folder.suffix == ".yaml" else folder / CASCADE
     runs, stages = stage_runs(file, choices), stage_choices(file, choices)
-    return Cascade([chosen(runs[name], **_known(name, of)) for name, of in stages.items()])
+    asked = [(runs[name], known(name, of)) for name, of in stages.items()]
+    return Cascade([chosen(load(run).to(device()), run, **of) for run, of in asked])
 
 
-def _known(name: str, choices: dict[str, Any] | None) -> dict[str, Any]:
+def known(name: str, choices: dict[str, Any] | None) -> dict[str, Any]:
     """The arguments of `chosen` for a stage. UserError if one is unknown, or no such thing."""
-    names, whole = list(inspect.signature(chosen).parameters)[1:], (index, "a whole number")
+    names, whole = list(inspect.signature(chosen).parameters)[2:], (index, "a whole number")
     kinds = {"steps": whole, "best_of": whole, "interval": (_interval, "[low, high]")}
     kinds |= {"weaker": (str, "the name of a run"), "sampler": (str, "a name of conf/sampler/")}
     kinds |= {"without": (_sources, "[caption] or [clip_image]"), "text_embedding": (_yes, "true")}
@@ -129,6 +130,7 @@ def _interval(value: Any) -> tuple[float, float]:
 
 
 def chosen(
+    stage: Stage,
     run: Path,
     scale: float | None = None,
     steps: int | None = None,
@@ -142,9 +144,10 @@ def chosen(
     without: Sequence[str] = (),
     text_embedding: bool = False,
 ) -> Link:
-    """The stage of a run, with the sampling choices that are given.
+    """A stage with the sampling choices that are given.
 
     Args:
+        run: its directory.
         scale, steps, interval: of its sampler.
         rescale: guidance is rescaled, by so much.
         percentile: x0 is thresholded dynamically, at this one.
@@ -160,7 +163,6 @@ def chosen(
     """
     if percentile is not None and not 0 < percentile <= 1:
         raise UserError(f"percentile={percentile}: it is above 0 and at most 1")
-    stage = load(run).to(device())
     if text_embedding:
         return TextEmbedding(stage)
     if sampler is not None:

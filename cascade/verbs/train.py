@@ -295,7 +295,14 @@ def _quiet() -> None:
 
 
 def load(folder: Path) -> Any:
-    """The module that a run trained, with the average's weights, in `eval()` mode.
+    """The module that a run trained, with the average's weights, in `eval()` mode."""
+    module = untrained(folder)
+    module.restore(folder)
+    return module.eval()
+
+
+def untrained(folder: Path) -> Any:
+    """The module that a run trains, as its configuration has it.
 
     Where the run was moved, its CLIP is looked for beside it (`restore` compares the weights).
     """
@@ -304,6 +311,4 @@ def load(folder: Path) -> Any:
     beside = folder.parent / clip.name
     if not clip.exists() and beside.is_dir():
         stage = replaced(stage, str(clip), str(beside))
-    module = built(stage)
-    module.restore(folder)
-    return module.eval()
+    return built(stage)

@@ -1,0 +1,217 @@
+"""The machine as this process sees it: processors, memory, disks, and the environment."""
+
+import errno
+import fcntl
+import math
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from cascade.doctor.finding import Finding, note, problem, warning
+
+GIB = 2**30
+FULL, TIGHT = 1 * GIB, 10 * GIB  # free bytes of a disk: a checkpoint may fail; it soon will
+SHARED = 256 * 2**20  # bytes of /dev/shm; a container has 64 MiB if nobody asks for more
+FILES = 1024  # open files: tars, embeddings, and the workers' pipes
+
+_GROUPS = Path("/sys/fs/cgroup")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# Of SLURM_*, what says where Slurm is; all else tells srun and sbatch what to do.
+_HARMLESS = {"SLURM_CONF", "SLURM_ROOT", "SLURM_TIME_FORMAT"}
+
+
+def machine(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """All that does not depend on a path."""
+    yield from threads(environment)
+    yield from memory()
+    yield from slurm(environment)
+    yield from caches(environment)
+
+
+def processors() -> float:
+    """CPUs that this process may use: of its affinity mask, and of its cgroup's quota."""
+    return min(float(len(os.sched_getaffinity(0))), _quota())
+
+
+def _quota() -> float:
+    """CPUs that the cgroups of this process allow it, the strictest counts; infinity: all."""
+    found = [math.inf]
+    try:
+        lines = Path("/proc/self/cgroup").read_text().split("\n")
+    except OSError:
+        lines = []
+    for line in filter(None, lines):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = _GROUPS / controllers
+        inner = root / path.lstrip("/")
+        for folder in [inner, *inner.parents]:
+            found.append(_limit(folder))
+            if folder == root:
+                break
+    return min(found)
+
+
+def _limit(folder: Path) -> float:
+    """CPUs that one cgroup allows, of version 2 or 1."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            quota, period = ((folder / name).read_text() for name in names)
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (OSError, ValueError):  # "max", or there is none
+        return math.inf
+
+
+def threads(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Threads that torch will start, beside the CPUs that there are for them."""
+    allowed, mask = processors(), len(os.sched_getaffinity(0))
+    whole = max(1, math.floor(allowed))
+    yield note(f"{allowed:g} of {os.cpu_count()} CPUs may be used")
+    given = {k: environment[k] for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if k in environment}
+    for name, value in given.items():
+        count = value.split(",")[0].strip()
+        if not count.isdigit() or int(count) < 1:
+            yield warning(f"{name} is no number of threads", f"export {name}={whole}, or unset it")
+        elif int(count) > math.ceil(allowed):
+            yield warning(
+                f"{name}={count}, and {allowed:g} CPUs may be used: threads wait for each other",
+                f"export {name}={whole}",
+            )
+    if not given and mask > math.ceil(allowed):
+        yield warning(
+            f"torch will start {mask} threads, and the cgroup's quota is of {allowed:g} CPUs",
+            f"export OMP_NUM_THREADS={whole}",
+        )
+
+
+def memory() -> Iterator[Finding]:
+    """Shared memory, which data workers pass batches through, and open files."""
+    shared = Path("/dev/shm")
+    if shared.is_dir() and (size := shutil.disk_usage(shared).total) < SHARED:
+        yield warning(
+            f"/dev/shm has {size // 2**20} MiB: with workers=1 or more, training dies of a "
+            "bus error when batches do not fit",
+            "give the container more (docker run --shm-size=8g), or train with workers=0",
+        )
+    most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < FILES:
+        more = "" if hard == resource.RLIM_INFINITY else f", of at most {hard}"
+        yield warning(f"only {most} files may be open at a time", f"ulimit -n {FILES}{more}")
+
+
+def slurm(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Variables that change what jobs get. Names alone: values may say who somebody is."""
+    ours = sorted(name for name in environment if name.startswith("SBATCH_"))
+    if ours:
+        yield warning(
+            f"{', '.join(ours)}: sbatch ranks such a variable above what a script asks for",
+            f"unset {' '.join(ours)}, and ask by launcher.KEY=VALUE",
+        )
+    theirs = sorted(n for n in environment if n.startswith("SLURM_") and n not in _HARMLESS)
+    if "SLURM_JOB_ID" in environment:
+        yield warning(
+            f"this is inside a job of Slurm, whose {len(theirs)} SLURM_* variables go along with "
+            "whatever is sent from here",
+            "send jobs from a shell outside of any job",
+        )
+    elif theirs:
+        yield warning(
+            f"{', '.join(theirs)}: srun and sbatch read such variables as options",
+            f"unset {' '.join(theirs)}",
+        )
+
+
+def hugging_face(environment: Mapping[str, str]) -> Path:
+    """Where models are looked for by name."""
+    home = environment.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    return Path(environment.get("HF_HUB_CACHE") or Path(home) / "hub")
+
+
+def caches(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Where models and URLs are looked for, as the environment says it."""
+    cache = hugging_face(environment)
+    named = [name for name in ("HF_HUB_CACHE", "HF_HOME") if environment.get(name)]
+    if named and not cache.is_dir():
+        yield warning(
+            f"{named[0]} leads to {cache}, which is no folder: no model is found by its name",
+            f"mend or unset {named[0]}, or give models as directories",
+        )
+    elif cache.is_dir() and not os.access(cache, os.R_OK | os.X_OK):
+        yield warning(f"{cache} cannot be read: no model is found by its name", "change its rights")
+    offline = [n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if environment.get(n)]
+    said = f" ({', '.join(offline)} set)" if offline else ""
+    where = str(cache) if cache.is_dir() else "none are cached"
+    yield note(f"models by name: {where}{said}; none is fetched")
+    if environment.get("WDS_SECURE"):
+        yield warning("WDS_SECURE is set: webdataset refuses pipes and URLs", "unset WDS_SECURE")
+
+
+def disks(places: Iterable[Path]) -> Iterator[Finding]:
+    """Free room where something may be written, once for each disk."""
+    seen = set()
+    for place in places:
+        there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+        if (device := there.stat().st_dev) in seen or not os.access(there, os.W_OK):
+            continue
+        seen.add(device)
+        space = shutil.disk_usage(there)
+        inodes = os.statvfs(there)
+        if inodes.f_files and not inodes.f_favail:
+            yield problem(f"{there}: no file can be added (no inodes)", "remove files there")
+        said = f"{there}: {space.free / GIB:,.1f} GiB free"
+        if space.free < FULL:
+            yield problem(f"{said}, too few for a checkpoint", "make room, or write elsewhere")
+        elif space.free < TIGHT:
+            yield warning(f"{said}, which is soon used up", "make room, or write elsewhere")
+        else:
+            yield note(said)
+
+
+def locks(folder: Path) -> Iterator[Finding]:
+    """Whether processes that share the folder can claim their shares of work by locks."""
+    if not os.access(folder, os.W_OK):
+        yield note("it cannot be written to: nothing can be added to it from here")
+        return
+    remedy = "mount it with locks (Lustre: -o flock; NFS: without nolock and local_lock)"
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            yield warning(
+                f"the file system of {folder} has no locks: jobs that share work wait for three "
+                "minutes for one that died",
+                remedy,
+            )
+            return
+    kind, options = _mount(folder)
+    if {"localflock", "nolock", "local_lock=all", "local_lock=posix"} & {*options.split(",")}:
+        yield warning(
+            f"{folder} is on {kind} with local locks, which hold among processes of one machine "
+            "alone: two machines may do the same work",
+            remedy,
+        )
+    else:
+        yield note(f"files can be locked ({kind})")
+
+
+def _mount(folder: Path) -> tuple[str, str]:
+    """Kind and options of the file system of a folder."""
+    best, found = -1, ("", "")
+    try:
+        lines = Path("/proc/self/mounts").read_text().split("\n")
+    except OSError:
+        return found
+    for _, where, kind, options, *_ in (line.split(" ") for line in lines if line):
+        place = Path(where.replace("\\040", " "))
+        if folder.resolve().is_relative_to(place) and len(place.parts) > best:
+            best, found = len(place.parts), (kind, options)
+    return found

@@ -10,6 +10,7 @@ import gc
 import os
 import time
 from pathlib import Path
+from shlex import quote
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -53,7 +54,8 @@ def main(args: argparse.Namespace) -> None:
     minutes = (time.monotonic() - begin) / 60
     print(
         f"\n{minutes:.1f} minutes. Look at {folder}/report.html; then paint your own caption:\n\n"
-        f'  {_command()} sample --model {folder} "{config.caption}" --n 4 --seed 0 --out out.png\n'
+        f"  {_command()} sample --model {quote(str(folder))} {quote(config.caption)} --n 4 "
+        "--seed 0 --out out.png\n"
     )
 
 

@@ -1,6 +1,7 @@
 """The types of what a configuration says at its top, where no target takes it.
 
 There is a class for each file at the top of `conf/`; the values themselves are in these files.
+`signatures` reads the annotations here as it reads those of the targets: nothing imports them.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,9 +8,10 @@ from typing import Any
 from cascade.encoders.identity import formerly
 from cascade.errors import UserError
 from cascade.eval import coco, prompts
-from cascade.eval.generation import MANIFEST, Job, generate, read_manifest, share, whole
+from cascade.eval.generation import MANIFEST, Job, generate, read_manifest
 from cascade.eval.identity import described
 from cascade.eval.prompts import LAYOUTS, Prompt
+from cascade.eval.share import share, whole
 from cascade.files import check_writable
 from cascade.pipeline import Cascade
 from cascade.verbs.data import shown

@@ -37,7 +37,8 @@ def checked(*overrides):
     stores = built(config.data.get("embeddings") or {}).values()
     clip = FrozenCLIP(config.clip.path, config.clip.get("checkpoint"))
     captions = config.data.get("captions") or ["txt"]
-    check(stage, stores, clip, config.data.pictures.get("crop"), captions)
+    crop, several = config.data.pictures.get("crop"), config.data.get("several")
+    check(stage, stores, clip, crop, captions, several)
 
 
 def refused(words, *overrides):

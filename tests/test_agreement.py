@@ -40,7 +40,8 @@ def checked(*overrides):
     named = {key: config.clip.get(key) for key in ("checkpoint", "quick_gelu")}
     clip = FrozenCLIP(config.clip.path, **named)
     captions = config.data.get("captions") or ["txt"]
-    check(stage, stores, clip, config.data.pictures.get("crop"), captions)
+    crop, several = config.data.pictures.get("crop"), config.data.get("several")
+    check(stage, stores, clip, crop, captions, several)
 
 
 def refused(words, *overrides):

@@ -240,9 +240,10 @@ def main(argv: list[str] | None = None) -> int:
         _note(error)
         return _EXIT_CODES[type(error)]
     except OSError as error:
-        if error.errno not in _REFUSED or not error.filename:
+        if error.errno not in _REFUSED:
             raise
-        refused = UserError(f"{error.filename}: {error.strerror}: choose another place")
+        what = f"{error.filename or 'a file'}: {error.strerror}"
+        refused = UserError(f"{what}: check the place, its room and its permissions")
         print(f"cascade: {refused}", file=sys.stderr)
         _note(refused)
         return _EXIT_CODES[UserError]

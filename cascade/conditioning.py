@@ -267,7 +267,7 @@ class Conditioner(nn.Module):
         tokens = [p.tokens for p in parts if p.tokens is not None]
         masks = [p.mask for p in parts if p.mask is not None]
         images = [p.image for p in parts if p.image is not None]
-        behind = 0
+        behind = 0  # of the last parts, those that are not the text
         for part in (p for p in parts if p.tokens is not None):
             behind = behind + part.behind if part.behind else 0
         cond = Cond(

@@ -6,10 +6,8 @@ bit of a picture. A picture is whole or not there; what is there is passed over.
 first, holds all that the pictures depend on, and other settings are refused.
 """
 
-import argparse
 import json
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -107,33 +105,6 @@ class Job:
             "batch": self.batch,
             "captions": captions.hash_of(self.rows),
         }
-
-
-def share(text: str | None) -> tuple[int, int]:
-    """(i, n): this process does blocks i, i + n, ...
-
-    Args:
-        text: "i/n", with i from 0. None: what torchrun or Slurm's srun says, or else the whole: a
-            batch script is one process, however many tasks its job has room for.
-
-    Raises:
-        UserError: the text is no such thing.
-    """
-    if text is None:
-        # Of tasks that srun started; a batch script is told SLURM_PROCID and SLURM_NTASKS as well.
-        for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-            if rank in os.environ and world in os.environ:
-                return int(os.environ[rank]), int(os.environ[world])
-        return 0, 1
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-        raise UserError(f"--shard {text}: give i/n with i from 0 to n - 1, such as 0/4")
-    return int(i), int(n)
-
-
-def whole(args: argparse.Namespace) -> str:
-    """The same command for all shards: what is there it passes over."""
-    return shlex.join(["cascade", *args.words, "--shard", "0/1"])
 
 
 def generate(

@@ -153,9 +153,7 @@ def test_what_a_disk_refuses_is_one_line(tmp_path, capsys, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
 
     monkeypatch.setattr(train, "main", reading)
-    assert refused(["train"], capsys) == (
-        f"cascade: {tmp_path / 'x'}: Permission denied: choose another place"
-    )
+    assert f"{tmp_path / 'x'}: Permission denied: check" in refused(["train"], capsys)
 
 
 def test_sample_writes_over_nothing(tmp_path, capsys):

@@ -13,9 +13,10 @@ from PIL import Image
 from cascade.cli import main
 from cascade.errors import Failed, UserError
 from cascade.eval import generation
-from cascade.eval.generation import check, generate, sample_number, share
+from cascade.eval.generation import check, generate, sample_number
 from cascade.eval.identity import described
 from cascade.eval.prompts import LAYOUTS, Prompt
+from cascade.eval.share import share
 from cascade.pipeline import BestOf, Cascade
 from cascade.verbs.configuration import built, composed, saved
 from tests.hostile import refused
@@ -246,6 +247,8 @@ def test_shares_are_those_of_the_command_line_or_the_launcher(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "2")
     monkeypatch.setenv("SLURM_NTASKS", "3")
     assert share(None) == (0, 1)  # a batch script without srun: nobody else is there
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert share(None) == (0, 1)  # one that was sent from within a step of another job
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
     assert share(None) == (2, 3)
     monkeypatch.setenv("RANK", "5")

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cascade.cli import main
+from cascade.data.scenes import write_scenes
 from cascade.encoders.clip import Architecture, FrozenCLIP, save_clip
 from cascade.errors import UserError
 from cascade.eval import captions, extraction, generation, interval, record
@@ -392,6 +393,15 @@ def test_nothing_is_written_into_what_is_measured(sets, clip, tmp_path, monkeypa
         assert main(refuse) == 2
         assert f"stays as it is: choose another {option}" in capsys.readouterr().err
     assert sorted((tmp_path / "set").iterdir()) == before
+
+
+def test_features_of_shards_that_cannot_be_written_to_are_not_kept(tmp_path):
+    write_scenes(tmp_path, "plain", "train", 5, 32, seed=0)
+    (tmp_path / "features").write_text("a file in the place of the folder")
+    found = extraction.features_of_split(tmp_path, "train", 32, Blocks())
+    (tmp_path / "features").unlink()
+    assert torch.equal(found, extraction.features_of_split(tmp_path, "train", 32, Blocks()))
+    assert (tmp_path / "features").is_dir()
 
 
 def written(path, kind):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from cascade.errors import UserError
 from cascade.eval import coco, prompts
-from cascade.eval.generation import Job, generate, share, whole
+from cascade.eval.generation import Job, generate
 from cascade.eval.identity import described
 from cascade.eval.prompts import LAYOUTS, Prompt
+from cascade.eval.share import share, whole
 from cascade.files import check_writable
 from cascade.verbs.data import shown
 from cascade.verbs.sample import checked, load_cascade

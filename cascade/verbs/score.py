@@ -30,6 +30,7 @@ from cascade.eval.record import Record
 from cascade.eval.report import Report
 from cascade.eval.scoring import Reference
 from cascade.eval.sets import PictureSet, picture_set
+from cascade.eval.share import share, whole
 from cascade.eval.statistics import Moments, Origin
 from cascade.files import beside, check_apart, check_writable
 from cascade.grids import grid
@@ -49,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--bootstrap: give a number of draws, or 0 for no intervals")
     out = Path(args.out) if args.out else beside(Path(args.pictures), ".evaluation")
     check_writable(out, "choose another --out")
-    shard, spaces = generation.share(args.shard), spaces_of(args)
+    shard, spaces = share(args.shard), spaces_of(args)
     work = scoring_of(args)
     for pictures in work.sets:
         check_apart(out, pictures.path, "choose another --out")
@@ -58,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     if records is None:
         print(
             f"the features of shard {shard[0]}/{shard[1]} are there. The last shard measures; what "
-            f"nobody makes, this does: {generation.whole(args)}"
+            f"nobody makes, this does: {whole(args)}"
         )
         return
     for note in work.notes:

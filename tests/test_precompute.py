@@ -71,11 +71,15 @@ def share(data, out, notes, workers):
 
 def test_where_all_is_there_nothing_is_written(data, tmp_path, monkeypatch):
     """Not even a claim: the place may be read-only."""
+
+    def never(tar):
+        raise AssertionError(tar)
+
     precompute(data, tmp_path / "out", ONE, one_row)
     monkeypatch.setattr("cascade.data.precompute.Claims", None)
-    precompute(data, tmp_path / "out", ONE, None)
+    precompute(data, tmp_path / "out", ONE, never)
     with pytest.raises(UserError, match="holds rows of"):
-        precompute(data, tmp_path / "out", replace(ONE, hash="1" * 16), None)
+        precompute(data, tmp_path / "out", replace(ONE, hash="1" * 16), never)
 
 
 def stop_short(data, out, notes):

@@ -16,7 +16,7 @@ from pathlib import Path
 from cascade.data import claims
 from cascade.data.claims import RELEASED, ClaimFiles, Holder, Seen
 from cascade.errors import Superseded, UserError
-from cascade.files import fenced
+from cascade.files import REST, fenced
 
 NAME = "lease"
 LOOK = 1.0  # seconds between two looks, while it waits
@@ -158,6 +158,10 @@ class Lease:
         path = self._files.path(number)
         with suppress(OSError):  # the folder is gone, or the disk: then nobody waits either
             if max(self._files.numbers(), default=-1) == number:
-                path.write_text(RELEASED)  # it stays: a number is never given twice
+                # The file stays: a number is never given twice. Killed here, it names a dead one.
+                beside = path.with_name(f"{path.name}.{os.getpid()}{REST}")
+                with beside.open("w") as file:
+                    file.write(RELEASED)
+                os.replace(beside, path)
             else:
                 path.unlink()

@@ -160,10 +160,12 @@ def test_a_quoted_value_is_given_back():
     draw, read = random.Random(0), OverridesParser.create()
     letters = "ab\\\\\\''\"\"${}${},=[]()#%&;:~ \t\né1_0.e"
     texts = ["".join(draw.choices(letters, k=draw.randrange(12))) for _ in range(400)]
-    values = [*texts, 1, 1.5, True, None, math.inf, 1e-5, ["a,b", "it's", 2], []]
+    values = [*texts, 0, 1, 1.5, True, False, None, math.inf, 1e-5, ["a,b", "it's", 2], []]
     for value in values:
         given = read.parse_override(assigned("key", value)).value()
-        assert OmegaConf.create({"key": given})["key"] == value
+        found = OmegaConf.create({"key": given})["key"]
+        assert found == value
+        assert isinstance(value, list) or type(found) is type(value)
 
 
 def test_names_of_any_kind_reach_each_task_of_a_plan(tmp_path):

@@ -36,7 +36,9 @@ def quoted(value: Any) -> str:
         return QuotedString(text, Quote.single).with_quotes()
     if isinstance(value, Sequence):
         return f"[{','.join(map(quoted, value))}]"
-    return {None: "null", True: "true", False: "false"}.get(value, repr(value))
+    return (
+        "null" if value is None else repr(value).lower() if isinstance(value, bool) else repr(value)
+    )
 
 
 @dataclass(frozen=True)

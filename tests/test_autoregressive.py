@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._device import _device_constructors
 
 from cascade.autoregressive import Autoregressive, TokenSampler, drawn
 from cascade.codecs import Tokens
@@ -85,6 +86,23 @@ def test_masked_text_might_as_well_be_absent():
     short = Cond(tokens=cond.tokens[:, :2], mask=cond.mask[:, :2])
     torch.testing.assert_close(model(tokens, cond), model(tokens, short))
     torch.testing.assert_close(model.prefill(cond)[0], model.prefill(short)[0])
+
+
+def test_it_builds_on_meta_whatever_was_loaded_before(monkeypatch):
+    """While transformers loads a model, another `torch.linspace` is in the place of torch's own;
+    if that is when torch notes which functions `torch.device` covers, its own is not among them."""
+    _device_constructors.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "linspace", lambda *args, **kwargs: None)
+        with torch.device("meta"):
+            torch.zeros(1)
+    try:
+        with torch.device("meta"):
+            assert not torch.linspace(0, 1, 2).is_meta
+            net = TokenTransformer(2, 8, 16, 1, 2, 4)
+        assert all(p.is_meta for p in net.parameters())
+    finally:
+        _device_constructors.cache_clear()
 
 
 def test_the_published_size():

@@ -62,7 +62,10 @@ class TokenTransformer(nn.Module):
         self.width, self.checkpoint = width, checkpoint
         # Buckets begin as waves over their range, so that neighbours are alike from the start: from
         # random ones, a small network takes 1.6 times as many steps to the same loss.
-        waves = Fourier(width)(torch.linspace(-20, 20, buckets))
+        # The device is named: where transformers was the first to load something, `torch.device` no
+        # longer covers linspace.
+        values = torch.linspace(-20, 20, buckets, device=torch.get_default_device())
+        waves = Fourier(width)(values)
         self.embed = nn.Embedding.from_pretrained(waves, freeze=False)
         # Positions half as large: which component a token is, must be plain at once.
         self.prefix_positions = nn.Parameter(torch.randn(context + 1, width) * 0.5)

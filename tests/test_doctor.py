@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cascade.cli import main
-from cascade.data.corpus import index_folder
+from cascade.data.dataset import index_folder
 from cascade.data.scenes import write_scenes
 from cascade.doctor import installation, machine, probe
 from cascade.doctor.finding import Budget, guarded
@@ -309,7 +309,7 @@ def silent(model):
         (choice_of_another_stage, "problem", "it has no level"),
         (stage_missing, "problem", "prior is not a run"),
         (configuration_damaged, "problem", "config.yaml is damaged"),
-        (configuration_of_another, "problem", "of another configuration"),
+        (configuration_of_another, "problem", "does not hold the weights of"),
         (failed, "problem", "loss is nan"),
         (status_damaged, "problem", "status.json is damaged"),
         (stopped, "warning", "it is stopped"),

@@ -13,10 +13,13 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from cascade.data.corpus import MEND, OpenTar, read_dataset, total
+from cascade.data.corpus import MEND, OpenTar
+from cascade.data.dataset import read_dataset, total
 from cascade.data.embeddings import Embeddings
-from cascade.data.index import CAPTIONS, CUT, Index, Summary, check_unchanged, counted, load, scan
-from cascade.data.transforms import BadSample, decode
+from cascade.data.index import CUT, Index, Summary, check_unchanged, counted, load, scan
+from cascade.data.keys import CAPTIONS
+from cascade.data.rgb import BadSample
+from cascade.data.transforms import decode
 from cascade.doctor.finding import Budget, Finding, note, problem, some, told, warning
 from cascade.errors import UserError
 
@@ -40,7 +43,7 @@ def data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
     tars = sorted(folder.glob("*.tar")) if path.is_dir() else [path]
     listed = None
     try:
-        listed = read_dataset(folder)
+        listed = (dataset := read_dataset(folder)) and dataset.tars
     except UserError as error:
         yield told(error)
     else:

@@ -5,6 +5,7 @@ writer leaves ends in `REST`.
 """
 
 import errno
+import glob
 import os
 import platform
 import shutil
@@ -27,6 +28,12 @@ def fenced(folder: Path, check: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         _fences.remove(fence)
+
+
+def matching(pattern: str | Path) -> list[Path]:
+    """The files that a glob leads to, by name; what is there is never taken for a glob."""
+    names = [pattern] if os.path.lexists(pattern) else glob.glob(str(pattern))
+    return sorted(map(Path, names))
 
 
 def check_writable(folder: Path, instead: str = "choose another place") -> None:

@@ -4,14 +4,19 @@ import zipfile
 from pathlib import Path
 
 NPZ = "a file of NumPy arrays (.npz)"
+SAFETENSORS = "a file of safetensors"
+PICKLE = "a pickle, which is not opened because it could run code"
+TORCH = "a file of PyTorch, whose pickle is not opened because it could run code"
+CUT_ZIP = "a zip archive that is cut short"
 
 _PICTURE = "a single picture"
+_PAGE = "a web page"
 _BEGINNINGS = {
     b"\x93NUMPY": "a single NumPy array (.npy)",
-    b"\x80\x02": "a pickle, which is not opened because it could run code",
-    b"\x80\x03": "a pickle, which is not opened because it could run code",
-    b"\x80\x04": "a pickle, which is not opened because it could run code",
-    b"\x80\x05": "a pickle, which is not opened because it could run code",
+    b"\x80\x02": PICKLE,
+    b"\x80\x03": PICKLE,
+    b"\x80\x04": PICKLE,
+    b"\x80\x05": PICKLE,
     b"\x1f\x8b": "compressed with gzip",
     b"BZh": "compressed with bzip2",
     b"\xfd7zXZ\0": "compressed with xz",
@@ -22,8 +27,9 @@ _BEGINNINGS = {
     b"\x89PNG\r\n\x1a\n": _PICTURE,
     b"GIF8": _PICTURE,
     b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched (git lfs pull)",
-    b"<!DOCTYPE html": "a web page",
-    b"<html": "a web page",
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
+    b"<?xml": "an XML text, such as a server answers with when it refuses",
 }
 
 
@@ -40,10 +46,14 @@ def kind_of(path: Path) -> str | None:
     if head.startswith(b"PK\x03\x04"):
         return _zipped(path)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-        return "a file of safetensors"
+        return SAFETENSORS
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return _PICTURE
-    return next((words for start, words in _BEGINNINGS.items() if head.startswith(start)), None)
+    text = head.lstrip().lower()
+    for start, words in _BEGINNINGS.items():
+        if head.startswith(start) or text.startswith(start):
+            return words
+    return None
 
 
 def _zipped(path: Path) -> str:
@@ -51,7 +61,7 @@ def _zipped(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile:
-        return "a zip archive that is cut short"
+        return CUT_ZIP
     if any(name.endswith("/data.pkl") for name in names):
-        return "a file of PyTorch, whose pickle is not opened because it could run code"
+        return TORCH
     return NPZ if any(name.endswith(".npy") for name in names) else "a zip archive"

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cascade.errors import UserError
+from cascade.texts import lines
 
 Value = str | float
 Values = Mapping[str, Value]
@@ -207,7 +208,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for file in sorted(folder.glob(f"*/{CELLS}")):
         cost = _json(file.parent / COST) if (file.parent / COST).exists() else {}
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(lines(file.read_text(encoding="utf-8")), start=1):
             try:
                 cell = json.loads(line)
                 values = {**cell.pop("point"), **cell.pop("choices", {})}

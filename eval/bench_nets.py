@@ -27,6 +27,7 @@ from cascade.diffusion.noise import linear_table, table
 from cascade.errors import UserError
 from cascade.nets.layers import GroupNorm, Timestep
 from cascade.nets.unet import UNet
+from cascade.texts import lines
 
 SIZE, STEPS = 64, 1000
 CHANNELS, MULTIPLIERS = 64, (1, 2, 3, 4)
@@ -179,8 +180,8 @@ def peak(make: Callable[[], nn.Module], batch: int, step: str) -> float:
 
 
 def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    found = lines(Path("/proc/self/status").read_text())
+    return next(int(line.split()[1]) for line in found if line.startswith(key))
 
 
 def difference(a: nn.Module, b: nn.Module) -> float:
@@ -191,7 +192,7 @@ def difference(a: nn.Module, b: nn.Module) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=lines(__doc__)[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from cascade.errors import UserError
 from cascade.slurm.queue import slurm
+from cascade.texts import lines
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _NO_LIMIT = {"UNLIMITED", "INFINITE", "-1", "0"}
@@ -35,7 +36,7 @@ def partition_limits(names: str | None) -> Iterator[tuple[str, str]]:
     Args:
         names: as sbatch takes them, with commas; None: the default partition.
     """
-    for line in slurm("scontrol", "show", "partition", "--oneliner").splitlines():
+    for line in lines(slurm("scontrol", "show", "partition", "--oneliner")):
         has = _fields(line)
         wanted = has["PartitionName"] in names.split(",") if names else has["Default"] == "YES"
         limit = has["MaxTime"] if has["DefaultTime"] == "NONE" else has["DefaultTime"]

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from cascade.errors import UserError
+from cascade.texts import lines
 
 _FIELDS = "JobArrayID:|,ArrayTaskID:|,State:|,RestartCnt:|,Reason:|,Comment:4096"
 COMMENT = "cascade:"
@@ -73,8 +74,8 @@ def slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
             "choose launcher=local"
         ) from None
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise UserError(f"{command[0]}: {lines[-1].removeprefix(f'{command[0]}: ')}")
+        said = lines(done.stderr.strip()) or [f"exit code {done.returncode}"]
+        raise UserError(f"{command[0]}: {said[-1].removeprefix(f'{command[0]}: ')}")
     return done.stdout
 
 
@@ -83,7 +84,7 @@ def jobs() -> Mapping[Path, Job]:
     found = {}
     tasks = cache(_tasks)
     listed = slurm("squeue", "--me", "--array", "--noheader", f"--Format={_FIELDS}")
-    for line in listed.splitlines():
+    for line in lines(listed):
         id, index, state, restarts, reason, comment = line.split("|", 5)
         if reason == "DependencyNeverSatisfied":
             continue  # Slurm is about to cancel it

@@ -20,6 +20,7 @@ from rich.table import Table
 from cascade.done import FAILURE, STATUS, finished
 from cascade.slurm.plan import FROZEN, LOG
 from cascade.slurm.queue import Job, locked
+from cascade.texts import lines
 
 CONFIG = "config.yaml"
 _MARKS = {CONFIG, FROZEN, LOG}  # each makes a folder a run
@@ -139,19 +140,19 @@ def _tail(path: Path) -> list[str]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL))
-            return file.read().decode(errors="replace").rpartition("\n")[0].splitlines()
+            return lines(file.read().decode(errors="replace").rpartition("\n")[0])
     except OSError:
         return []
 
 
 def _last_row(path: Path) -> dict[str, str]:
-    lines = _tail(path)
+    tail = _tail(path)
     try:
         with path.open() as file:
             names = next(csv.reader(file))
     except (OSError, StopIteration):
         return {}
-    row = dict(zip(names, lines[-1].split(","))) if lines else {}
+    row = dict(zip(names, tail[-1].split(","))) if tail else {}
     return row if row.keys() == set(names) and row["images"].isdigit() else {}
 
 

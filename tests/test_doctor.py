@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cascade.cli import main
-from cascade.data.corpus import index_folder
+from cascade.data.dataset import index_folder
 from cascade.data.scenes import write_scenes
 from cascade.doctor import installation, machine, probe
 from cascade.doctor.finding import Budget, guarded
@@ -184,14 +184,14 @@ def tiny_and_black(shards):
         (tar_added, "problem", "train-00002.tar is not in the index"),
         (tar_cut, "problem", "train-00000.tar is cut short after 5 samples"),
         (embeddings_missing, "problem", "embeddings lacks 3 of 3 shards"),
-        (nothing_held_out, "warning", "no split is held out"),
+        (nothing_held_out, "warning", "nothing is held out"),
         (no_split, "warning", "nothing is held out"),
         (half_a_split, "warning", "00007.tar is of no split"),
-        (white, "warning", "are nearly all white, such as train-00000/0000"),
-        (white, "note", "6 of 20 are not RGB"),
-        (white, "note", "3 of 20 are turned, such as train-00000/0001"),
-        (tiny_and_black, "warning", "6 of 20 are tiny"),
-        (tiny_and_black, "warning", "6 of 20 are nearly all black"),
+        (white, "warning", "nearly all white: 6 of 20, such as train-00000/0000"),
+        (white, "note", "not in RGB, and converted: 6 of 20"),
+        (white, "note", "turned upright, as their EXIF says: 3 of 20, such as train-00000/0001"),
+        (tiny_and_black, "warning", "under 64 px: 6 of 20"),
+        (tiny_and_black, "warning", "nearly all black: 6 of 20"),
     ],
 )
 def test_what_is_wrong_with_shards_is_found(place, ask, damage, level, says):
@@ -217,7 +217,7 @@ def test_of_many_tars_some_are_read_and_full_reads_all(place, ask):
     assert any("214 samples in 22 tars; 8 of 22 tars opened, --full" in what for _, what in found)
     code, found = ask(shards, "--full")
     assert code == 2
-    assert any("train-00001.tar is not what its index says" in what for _, what in found)
+    assert any("train-00001.tar is not what the index says" in what for _, what in found)
 
 
 def encoder_missing(model):
@@ -309,7 +309,7 @@ def silent(model):
         (choice_of_another_stage, "problem", "it has no level"),
         (stage_missing, "problem", "prior is not a run"),
         (configuration_damaged, "problem", "config.yaml is damaged"),
-        (configuration_of_another, "problem", "of another configuration"),
+        (configuration_of_another, "problem", "does not hold the weights of"),
         (failed, "problem", "loss is nan"),
         (status_damaged, "problem", "status.json is damaged"),
         (stopped, "warning", "it is stopped"),

@@ -28,7 +28,7 @@ from cascade.data.index import (
     scan,
 )
 from cascade.data.keys import DOTTED, FIRST_DOT, REMEDY
-from cascade.data.splits import ALL, chosen, is_divided, lacking
+from cascade.data.splits import ALL, chosen, lacking
 from cascade.data.tar import Paths, listed
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
@@ -190,9 +190,11 @@ class Corpus:
         return self._share_of(self._datasets[tar.parent], tar.stem)
 
     def _share_of(self, dataset: Dataset | None, name: str) -> float:
-        if dataset is None or not is_divided(name):
+        if dataset is None:
             return 0.0
-        return dataset.held_out if self._hold_out is None else self._hold_out
+        if self._hold_out is not None:
+            dataset = replace(dataset, held_out=self._hold_out)
+        return dataset.share(name)
 
     def _chosen(self, path: Paths, found: Sequence[Path], split: str) -> tuple[list[Path], str]:
         """The tars of a split, and which part of their samples is meant."""

@@ -39,6 +39,10 @@ class Dataset:
     keys: str = FIRST_DOT
     held_out: float = 0.0
 
+    def share(self, tar: str) -> float:
+        """How large a share of the pictures of a tar, by its name, is held out."""
+        return self.held_out if is_divided(tar) else 0.0
+
 
 def remedy(folder: Path) -> str:
     return f"run `cascade data index {folder}`"
@@ -85,8 +89,9 @@ def index_folder(
         share = before.held_out
         if val is not None:
             share = share_of(val, np.concatenate([np.zeros(0, np.int64), *numbers]))
-        summaries = {i.tar.name: i.divided(share if is_divided(i.tar.stem) else 0.0) for i in read}
-        found = Dataset(summaries, keys, share)
+        chosen = Dataset({}, keys, share)
+        summaries = {i.tar.name: i.divided(chosen.share(i.tar.stem)) for i in read}
+        found = replace(chosen, tars=summaries)
         _write(found, folder)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {os.strerror(error.errno or 0)}") from error

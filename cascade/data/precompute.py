@@ -6,7 +6,6 @@ what training would have made of the same sample: the whole centre square, the c
 drawn, and no more of it than the encoder reads.
 """
 
-import glob
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -108,8 +107,9 @@ def _make(tar: Path, out: Path, about: Manifest, rows: Rows) -> None:
     path = out / f"{tar.stem}.safetensors"
     if path.exists():  # another made it, before it let go of its claim
         return
-    for half in out.glob(f".{glob.escape(path.name)}.*"):  # left by one that was killed
-        half.unlink(missing_ok=True)
+    for half in out.glob(".*"):
+        if half.name.startswith(f".{path.name}."):  # left by one that was killed
+            half.unlink(missing_ok=True)
     keys, tensors = rows(tar)
     write_embeddings(out, tar.stem, keys, tensors, {"hash": about.hash})
 

@@ -58,7 +58,7 @@ def preflight(shards: Shards, batch: int) -> None:
         except BadSample as reason:
             reasons[str(reason)] += 1
     warn_of_white(shards.corpus.paths[0].parent, white, looks)
-    if 4 * reasons.total() > looks:
+    if too_many(reasons.total(), looks):
         raise UserError(
             f"of {looks} samples looked at {reasons.total()} are bad ({counted(reasons)}): mend "
             "the shards, or what was precomputed of them"
@@ -70,6 +70,11 @@ def preflight(shards: Shards, batch: int) -> None:
             f"none of {looks} samples looked at has {missing[0]}, but {', '.join(sorted(found))}: "
             "set data.captions and data.json_fields to what there is"
         )
+
+
+def too_many(bad: int, looks: int) -> bool:
+    """Whether no training begins where so many samples are bad, of those looked at."""
+    return 4 * bad > looks
 
 
 def _look(
@@ -85,13 +90,13 @@ def _look(
     if reads.pictures.sizes and suspicious(reads.decoded(sample)):
         white.append(f"{sample.shard}/{sample.key}")
     fields = fields_of(sample) if {*reads.captions, *reads.json_fields} - {"txt"} else {}
-    undecided.update(_undecided(sample, fields, reads))
+    undecided.update(several(sample, fields, reads))
     there = {name for name, value in fields.items() if value is not None}
     return there | ({"txt"} if sample.read("txt") else set())
 
 
-def _undecided(sample: Placed, fields: Mapping[str, Any], reads: Items) -> Iterator[str]:
-    """Where there are several captions, and nobody said which to take."""
+def several(sample: Placed, fields: Mapping[str, Any], reads: Items) -> Iterator[str]:
+    """Where a sample has several captions, and nobody said which to take, in words."""
     if reads.several is not None:
         return
     for name in reads.captions:

@@ -19,6 +19,7 @@ from typing import Any
 from cascade.data import parquet
 from cascade.data.parquet import Stored
 from cascade.errors import UserError
+from cascade.files import matching
 from cascade.texts import brief, lines, one_line, read
 
 FILE_COLUMNS = (
@@ -63,7 +64,7 @@ def _parts(path: Path) -> list[Path]:
     elif path.exists() or not glob.has_magic(str(path)):
         return [path]
     else:
-        found = sorted(map(Path, glob.glob(str(path))))
+        found = matching(path)
     if not found:
         raise UserError(f"{path} has no table: give one that ends in {', '.join(READERS)}")
     parts = [(p, _PART.fullmatch(p.name)) for p in found]

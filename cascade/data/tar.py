@@ -5,7 +5,6 @@ damaged header for the end as well. A link stands for the file in the same tar t
 compressed tar is refused: nothing in it has a place, and a kilobyte could become a gigabyte.
 """
 
-import glob
 import os
 import tarfile
 from collections import Counter
@@ -15,6 +14,7 @@ from posixpath import dirname, join, normpath
 from typing import IO, NamedTuple, Protocol, runtime_checkable
 
 from cascade.errors import UserError
+from cascade.files import matching
 
 MAX_HEADER = 2**20  # bytes of an extended header, all of which tarfile keeps in memory
 BROKEN = (OSError, tarfile.TarError, ValueError, RecursionError)  # how a damaged tar is found out
@@ -114,8 +114,7 @@ def listed(path: Paths) -> list[Path]:
     elif Path(path).is_dir():
         found = tars_of(Path(path))
     else:
-        names = [path] if Path(path).exists() else glob.glob(str(path))
-        found = sorted(Path(name) for name in names)
+        found = matching(path)
     if not found:
         raise UserError(f"{path}: no .tar is there; give the folder of the shards, or a glob")
     if twice := [stem for stem, n in Counter(tar.stem for tar in found).items() if n > 1]:

@@ -1,32 +1,54 @@
-"""Shards: whether their index is theirs, what they hold, and whether their pictures are odd.
+"""Shards: whether their index is theirs, what they hold, and what is odd about their samples.
 
 Of many tars some are read, evenly over all, and the findings say so.
 """
 
-import io
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from PIL import ExifTags, Image
-
-from cascade.data.corpus import MEND, OpenTar, read_dataset, total
-from cascade.data.embeddings import Embeddings
-from cascade.data.index import CAPTIONS, CUT, Index, Summary, check_unchanged, counted, load, scan
-from cascade.data.transforms import BadSample, decode
+from cascade.data.corpus import MEND, OpenTar, Placed
+from cascade.data.dataset import Dataset, read_dataset, remedy, total
+from cascade.data.embeddings import MANIFEST, Embeddings
+from cascade.data.index import (
+    CUT,
+    Index,
+    Summary,
+    check_unchanged,
+    counted,
+    load,
+    read_through,
+    scan,
+)
+from cascade.data.items import CHOOSE, Items, captions_of, fields_of, picture_of, stated_orientation
+from cascade.data.keys import CAPTIONS, DOTTED, PICTURES, REMEDY
+from cascade.data.preflight import several, too_many
+from cascade.data.rgb import BadSample, opened, orientation, suspicious
+from cascade.data.splits import HELD_OUT, TRAIN, chosen, lacking, split_of
+from cascade.data.tar import tars_of
+from cascade.data.transforms import Pictures
 from cascade.doctor.finding import Budget, Finding, note, problem, some, told, warning
 from cascade.errors import UserError
 
 TARS = 8  # that are read, without --full
-LOOKS = 64  # pictures that are decoded
+LOOKS = 64  # samples whose pictures are decoded
 TINY = 64  # pixels of the shorter side
-FLAT = 0.95  # of the pixels at the limit; img2dataset turns 16-bit pictures white
 
-_PLAIN = ("not RGB", "turned")  # read rightly, and worth knowing
-_EMBEDDINGS = ("embeddings", "text")  # folders of what was precomputed
+_EMBEDDINGS = "embeddings"  # the folder of what was precomputed, if nobody chose another
+_SEEN_AS = 256  # pixels: the picture of which the colours are looked at
+
+# What is read rightly, and worth knowing,
+_PLAIN = ("not in RGB, and converted", "turned upright, as their EXIF says")
+# and what may be wrong, with what to do.
+_SMALL, _WHITE, _BLACK = f"under {TINY} px", "nearly all white", "nearly all black"
+_ODD = {
+    _SMALL: "leave them out: they teach a stage to blur",
+    _WHITE: "look at them: 16-bit pictures may have been written as 8-bit ones",
+    _BLACK: "look at them",
+}
+_READS = Items(Pictures(()), None, None, (), seed=0)  # the txt, as whoever chooses nothing
 
 
 def data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
@@ -34,27 +56,32 @@ def data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
 
     Args:
         full: read all tars.
-        budget: of reading headers, where there is no index.
+        budget: of reading headers, where there is no index, and tars that were copied.
     """
     folder = path if path.is_dir() else path.parent
-    tars = sorted(folder.glob("*.tar")) if path.is_dir() else [path]
-    listed = None
+    tars = tars_of(folder) if path.is_dir() else [path]
+    dataset = None
     try:
-        listed = read_dataset(folder)
+        dataset = read_dataset(folder)
     except UserError as error:
         yield told(error)
     else:
-        yield from index(tars, listed, path.is_dir())
-    yield from splits(tars)
-    read, bad = _read([*tars] if full else _spread(tars, TARS), listed or {}, full, budget)
+        yield from index(tars, dataset, path.is_dir(), budget)
+    if path.is_dir():
+        yield from splits(tars, dataset)
+    asked = [*tars] if full else _spread(tars, TARS)
+    read, bad = _read(asked, dataset, full, budget)
     yield from bad
+    if len(read) + len(bad) < len(asked):
+        yield note("reading takes long, and so not all was read: ask again with --full")
     if read:
-        whole = {tar.name: listed[tar.name] for tar in tars if tar.name in (listed or {})}
+        listed = dataset.tars if dataset else {}
+        whole = {tar.name: listed[tar.name] for tar in tars if tar.name in listed}
         yield from samples(whole or {i.tar.name: i.summary for i in read}, len(tars), len(read))
-        yield from pictures(read)
-    for name in _EMBEDDINGS:
-        if (folder / name).is_dir():
-            yield from embeddings(folder / name, [tar.stem for tar in tars])
+        yield from looks(read)
+    for place in sorted({folder / _EMBEDDINGS, *(p.parent for p in folder.glob(f"*/{MANIFEST}"))}):
+        if place.is_dir():
+            yield from embeddings(place, [tar.stem for tar in tars])
 
 
 def _spread(things: Sequence, most: int) -> list:
@@ -64,86 +91,105 @@ def _spread(things: Sequence, most: int) -> list:
 
 
 def index(
-    tars: Sequence[Path], listed: Mapping[str, Summary] | None, whole: bool
+    tars: Sequence[Path], dataset: Dataset | None, whole: bool, budget: Budget
 ) -> Iterator[Finding]:
-    """Whether `dataset.json` is of these tars.
+    """Whether the index of the folder is of these tars.
 
     Args:
         whole: these are all of the folder.
     """
     folder = tars[0].parent
-    remedy = f"run `cascade data index {folder}`"
-    if listed is None:
+    if dataset is None:
         yield warning(
             "there is no index: every start reads all headers, and a tar that changes is not "
             "noticed",
-            remedy,
+            remedy(folder),
         )
         return
-    there = {tar.name for tar in tars}
+    listed, there = dataset.tars, {tar.name for tar in tars}
     if whole and (gone := sorted(listed.keys() - there)):
         yield problem(
-            f"{gone[0]} is gone ({some(len(gone), 'such tar')})", f"put it back, or {remedy}"
+            f"{gone[0]} is gone ({some(len(gone), 'such tar')})",
+            f"put it back, or {remedy(folder)}",
         )
     if new := sorted(there - listed.keys()):
-        yield problem(f"{new[0]} is not in the index ({some(len(new), 'such tar')})", remedy)
-    changed = []
-    for tar in tars:
-        try:
-            if tar.name in listed:
+        yield problem(
+            f"{new[0]} is not in the index ({some(len(new), 'such tar')})", remedy(folder)
+        )
+    if old := [name for name in sorted(listed) if not listed[name].digest]:
+        yield warning(
+            f"the index is of an older version ({some(len(old), 'such tar')}): a copy of these "
+            "shards counts as other data, and no share of them can be held out",
+            remedy(folder),
+        )
+    yield from _changed([tar for tar in tars if tar.name in listed], listed, budget)
+
+
+def _changed(
+    tars: Sequence[Path], listed: Mapping[str, Summary], budget: Budget
+) -> Iterator[Finding]:
+    errors: list[UserError] = []
+    compared: list[Path] = []
+
+    def compare() -> None:
+        for tar in tars:
+            try:
                 check_unchanged(tar, listed[tar.name])
-        except UserError as error:
-            changed.append(error)
-    if changed:
-        first = told(changed[0])
-        yield problem(f"{first.what} ({some(len(changed), 'such tar')})", first.remedy)
+            except UserError as error:
+                errors.append(error)
+            compared.append(tar)
+
+    try:
+        budget.within(compare)
+    except TimeoutError:
+        yield note(
+            f"{len(compared)} of {some(len(tars), 'tar')} were compared with the index: those that "
+            "were copied are read as a whole, at the next start or with --full"
+        )
+    if errors:
+        first = told(errors[0])
+        yield problem(f"{first.what} ({some(len(errors), 'such tar')})", first.remedy)
 
 
-def splits(tars: Sequence[Path]) -> Iterator[Finding]:
-    """Which there are, and whether one is held out."""
-    found: defaultdict[str, list[Path]] = defaultdict(list)
-    for tar in tars:
-        match = re.match(r"([a-zA-Z]\w*)-", tar.name)
-        found[match[1] if match else ""].append(tar)
-    none = found.pop("", [])
-    named = "train-*.tar and val-*.tar are splits"
-    if not found:
+def splits(tars: Sequence[Path], dataset: Dataset | None) -> Iterator[Finding]:
+    """Which there are, and whether anything is held out."""
+    folder = tars[0].parent
+    shares = {tar.stem: dataset.share(tar.stem) if dataset else 0.0 for tar in tars}
+    named = sorted({split_of(name) for name in shares} - {None, TRAIN, HELD_OUT})
+    found, said = {}, []
+    for split in (TRAIN, HELD_OUT, *named):
+        names, part = chosen(shares, split)
+        if not names:
+            continue
+        found[split], many = names, some(len(names), "tar")
+        share = f"{max(shares.values()):.2%} of the pictures of " if part == HELD_OUT else ""
+        said.append(f"{split} ({share}{many})")
+    if said:
+        yield note(f"splits: {', '.join(said)}")
+    if TRAIN not in found:
+        error = told(lacking(folder, list(shares), TRAIN))
+        yield warning(error.what, error.remedy)
+    if HELD_OUT not in found:
         yield warning(
-            "nothing is held out: names of tars tell no splits, so all are trained on and measured",
-            f"rename some, or pack them anew: {named}",
+            "nothing is held out: nothing can be measured but with --split all, and sample grids "
+            "show captions of the training",
+            f"run `cascade data index {folder} --val 1%`, or name some tars val-*.tar",
         )
-        return
-    yield note(
-        "splits: " + ", ".join(f"{name} ({some(len(of), 'tar')})" for name, of in found.items())
-    )
-    if none:
+    if over := [name for name in shares if not any(name in names for names in found.values())]:
         yield warning(
-            f"{none[0].name} is of no split, and never read ({some(len(none), 'such tar')})",
-            f"rename it: {named}",
-        )
-    if "train" not in found:
-        yield warning("there is no train-*.tar", "train with data.split=NAME, or rename: " + named)
-    elif found.keys() == {"train"}:
-        yield warning(
-            "no split is held out: nothing can be measured, and sample grids have no captions",
-            f"rename or pack some as val-*.tar, and train with grids=0 until then: {named}",
+            f"{over[0]}.tar is of no split, and never read ({some(len(over), 'such tar')})",
+            f"name it {TRAIN}-*.tar or {HELD_OUT}-*.tar, or choose its split with data.split",
         )
 
 
 def _read(
-    tars: Sequence[Path], listed: Mapping[str, Summary], full: bool, budget: Budget
+    tars: Sequence[Path], dataset: Dataset | None, full: bool, budget: Budget
 ) -> tuple[list[Index], list[Finding]]:
     """The indexes of some tars, and what is wrong with them."""
     read, bad = [], []
     for tar in tars:
-        look = partial(load if tar.name in listed and not full else scan, tar)
         try:
-            found = budget.within(look)
-            if tar.name in listed and found.summary != listed[tar.name]:
-                raise UserError(
-                    f"{tar.name} is not what its index says: run `cascade data index {tar.parent}`"
-                )
-            read.append(found)
+            read.append(budget.within(partial(_index_of, tar, dataset, full)))
         except TimeoutError:
             break
         except UserError as error:
@@ -151,24 +197,39 @@ def _read(
     return read, bad
 
 
+def _index_of(tar: Path, dataset: Dataset | None, full: bool) -> Index:
+    """Raises UserError if it is not what the index of the folder says."""
+    if dataset is None or tar.name not in dataset.tars:
+        return scan(tar)
+    noted = dataset.tars[tar.name]
+    again = full and noted.digest
+    found = read_through(scan(tar, dataset.keys)) if again else load(tar)
+    now = replace(found.divided(dataset.share(tar.stem)), mtime_ns=noted.mtime_ns)
+    if now != noted:
+        raise UserError(f"{tar.name} is not what the index says: {remedy(tar.parent)}")
+    return found
+
+
 def samples(summaries: Mapping[str, Summary], tars: int, read: int) -> Iterator[Finding]:
     """How many there are, and what was left out or has no caption."""
     sums = total(summaries.values())
     more = "" if read == tars else f"; {read} of {some(tars, 'tar')} opened, --full reads all"
     yield note(f"{some(sums.samples, 'sample')} in {some(len(summaries), 'tar')}{more}")
+    lost = {reason: n for reason, n in sums.left_out.items() if reason != CUT}
     if not sums.samples:
         yield problem(
-            f"no sample can be used ({counted(sums.left_out)})",
-            "a sample is a picture (jpg, jpeg, png, webp) and a caption (txt, json) side by side",
+            f"no sample can be used ({counted(sums.left_out, sums.such_as)})",
+            f"a sample is a picture ({', '.join(PICTURES)}) and a caption ({', '.join(CAPTIONS)}) "
+            "side by side",
         )
         return
     for name in (name for name, one in summaries.items() if one.left_out.get(CUT)):
         yield problem(f"{name} is {CUT} after {summaries[name].samples:,} samples", MEND)
-    if lost := {reason: n for reason, n in sums.left_out.items() if reason != CUT}:
+    if lost:
         share = sum(lost.values()) / (sums.samples + sum(lost.values()))
         yield warning(
-            f"{share:.1%} of all samples are left out ({counted(lost)})",
-            "mend them, or train without them",
+            f"{share:.1%} of all samples are left out ({counted(lost, sums.such_as)})",
+            REMEDY if DOTTED in lost else "mend them, or train without them",
         )
     if without := sums.samples - sums.txt:
         yield warning(
@@ -177,54 +238,56 @@ def samples(summaries: Mapping[str, Summary], tars: int, read: int) -> Iterator[
         )
 
 
-def pictures(read: Sequence[Index]) -> Iterator[Finding]:
-    """What is odd about some of the pictures."""
+def looks(read: Sequence[Index]) -> Iterator[Finding]:
+    """What is odd about some of the samples, or makes training leave them out."""
     odd: Counter[str] = Counter()
+    bad: Counter[str] = Counter()
     such: dict[str, str] = {}
     tars = [tar for tar in (OpenTar(found, {*CAPTIONS}) for found in read) if len(tar)]
-    places = [(tar, i) for tar in tars for i in _spread(range(len(tar)), -(-LOOKS // len(tars)))]
-    for tar, place in places:
-        for what in _oddities(tar, place):
-            odd[what] += 1
-            such.setdefault(what, f"{tar.shard}/{tar.key(place)}")
+    count = -(-LOOKS // max(1, len(tars)))
+    places = [Placed(tar, i) for tar in tars for i in _spread(range(len(tar)), count)]
+    for sample in places:
+        found = set()
+        try:
+            found.update(_oddities(sample))
+        except BadSample as reason:
+            bad[str(reason)] += 1
+            found = {str(reason)}
+        else:
+            odd.update(found)
+        for what in found:
+            such.setdefault(what, f"{sample.shard}/{sample.key}")
     if places:
-        yield note(f"{len(places)} pictures were looked at")
-    for what, count in odd.items():
-        said = f"{count} of {len(places)} are {what}, such as {such[what]}"
+        yield note(f"{some(len(places), 'sample')} looked at")
+    level = problem if too_many(bad.total(), len(places)) else warning
+    for what, number in (*bad.items(), *odd.items()):
+        words, _, own = what.partition(": ")
+        said = f"{words}: {number} of {len(places)}, such as {such[what]}"
         if what in _PLAIN:
             yield note(said)
-        elif what.startswith("nearly"):
-            yield warning(said, "look at them: 16-bit pictures may have been written as 8-bit ones")
-        elif what == "tiny":
-            yield warning(said, f"leave out what is under {TINY} px: it teaches a stage to blur")
+        elif what in bad:
+            yield level(said, own or "fetch or write them again, or train without them")
         else:
-            many = 4 * count > len(places)
-            yield (problem if many else warning)(said, "fetch or write them again")
+            yield warning(said, _ODD.get(what, CHOOSE))
 
 
-def _oddities(tar: OpenTar, place: int) -> Iterator[str]:
-    try:
-        data = tar.read(place, "picture")
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            side, mode = min(image.size), image.mode
-            turns = image.getexif().get(ExifTags.Base.Orientation, 1)
-        square = decode(data, min(side, 256))
-    except BadSample as reason:
-        yield str(reason)
-        return
-    except Exception:  # on hostile bytes the decoders raise nearly anything
-        yield "broken picture"
-        return
-    if mode != "RGB":
-        yield "not RGB"
-    if turns != 1:
-        yield "turned"
-    if side < TINY:
-        yield "tiny"
-    if np.mean((square >= 254).all(2)) > FLAT:
-        yield "nearly all white"
-    if np.mean((square <= 1).all(2)) > FLAT:
-        yield "nearly all black"
+def _oddities(sample: Placed) -> Iterator[str]:
+    """Raises BadSample if it cannot be used."""
+    image = opened(sample.read("picture"))
+    side = min(image.size)
+    square = picture_of(sample, min(side, _SEEN_AS))
+    if sample.read("txt"):
+        captions_of(sample, ["txt"])
+        yield from several(sample, {}, _READS)
+    turns = orientation(image, stated_orientation(sample.read("json")))
+    if sample.read("json"):
+        fields_of(sample)
+    there = (image.mode != "RGB", turns != 1, side < TINY, suspicious(square))
+    for what, is_so in zip((*_PLAIN, _SMALL, _WHITE), there):
+        if is_so:
+            yield what
+    if suspicious(255 - square):
+        yield _BLACK
 
 
 def embeddings(folder: Path, shards: Sequence[str]) -> Iterator[Finding]:

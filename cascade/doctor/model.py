@@ -18,8 +18,9 @@ from omegaconf import DictConfig
 from safetensors import safe_open
 
 from cascade.doctor.finding import Budget, Finding, note, problem, told, warning
+from cascade.done import STATUS
 from cascade.errors import UserError
-from cascade.slurm.state import CONFIG, seen, state
+from cascade.slurm.state import CONFIG, state
 from cascade.stage import WEIGHTS, Stage
 from cascade.training.checkpoint import FOLDER, STATE, Checkpoint, newest_checkpoint
 from cascade.verbs.configuration import loaded
@@ -94,7 +95,7 @@ def run(folder: Path, budget: Budget) -> Iterator[Finding]:
 
 def status(folder: Path) -> Iterator[Finding]:
     """Whether `status.json`, if it is there, can be read."""
-    path = folder / "status.json"
+    path = folder / STATUS
     try:
         if path.exists() and not {"images", "total"} <= json.loads(path.read_text()).keys():
             raise ValueError
@@ -157,7 +158,7 @@ def weights(folder: Path, checkpoint: Checkpoint | None, budget: Budget) -> Iter
 def _average(folder: Path, checkpoint: Checkpoint) -> Iterator[Finding]:
     """Whether the exported weights are finite, and equal the checkpoint's average."""
     saved = torch.load(checkpoint.path / STATE, map_location="cpu", weights_only=True, mmap=True)
-    if saved["position"]["images"] != seen(folder):
+    if saved["position"]["images"] != json.loads((folder / STATUS).read_text())["images"]:
         return  # killed behind the weights, and before the checkpoint
     expected = {**saved["state_dict"], **saved["callbacks"]["EMA"]["average"]}
     with safe_open(folder / WEIGHTS, framework="pt") as file:

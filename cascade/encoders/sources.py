@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cascade.errors import UserError
+from cascade.texts import read
 
 CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _CLIP_FILES = (CLIP_WEIGHTS, "open_clip_pytorch_model.bin")  # in this order
@@ -115,7 +116,7 @@ def clip_model(path_or_name: str) -> dict[str, Any] | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises UserError if it is damaged."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: fetch it again") from error
     if not isinstance(found, dict):

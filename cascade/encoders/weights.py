@@ -17,6 +17,9 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from cascade.errors import UserError
+from cascade.kinds import CUT_ZIP, PICKLE, SAFETENSORS, TORCH, kind_of
+
+_PICKLES = (CUT_ZIP, PICKLE, TORCH)
 
 
 def weights_hash(files: Iterable[Path]) -> str:
@@ -52,29 +55,22 @@ def reading(weights: Sequence[Path], whose: str) -> Iterator[None]:
 def fault(path: Path) -> str | None:
     """What is wrong with a file of weights by itself, and what to do; None if it looks sound."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(512)
+        kind = kind_of(path)
     except OSError as error:
         return f"{error.strerror}: give a file that can be read"
-    start = head.lstrip().lower()
-    if not head:
-        return "the file is empty: fetch it again"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS, not the file itself: run `git lfs pull` beside it"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page, not weights: fetch the file itself"
-    pickled = head[8:9] != b"{" and (head[:1] == b"\x80" or head[:2] == b"PK")
-    if path.suffix == ".safetensors":
-        found = _fault_of_safetensors(path, size)
-        other = "it is a pickle or an archive of torch, not safetensors: convert it"
-        return other if found and pickled else found
-    if head[8:9] == b"{" and _fault_of_safetensors(path, size) is None:
+    if path.suffix == ".safetensors" and kind in (SAFETENSORS, None):
+        return _fault_of_safetensors(path)
+    if kind == SAFETENSORS and path.suffix != ".safetensors":
         return "it is a safetensors file: give it the ending .safetensors"
-    return _fault_of_pickle(path, head) if pickled else "it is no file of weights: fetch it again"
+    if kind not in _PICKLES:
+        return f"it is {kind or 'no file of weights'}: fetch the file itself"
+    if path.suffix == ".safetensors":
+        return "it is a pickle or an archive of torch, not safetensors: convert it"
+    return _fault_of_pickle(path, kind)
 
 
-def _fault_of_safetensors(path: Path, size: int) -> str | None:
+def _fault_of_safetensors(path: Path) -> str | None:
+    size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
@@ -90,10 +86,10 @@ def _fault_of_safetensors(path: Path, size: int) -> str | None:
     return None
 
 
-def _fault_of_pickle(path: Path, head: bytes) -> str | None:
-    if head[:2] == b"PK" and not zipfile.is_zipfile(path):
+def _fault_of_pickle(path: Path, kind: str) -> str | None:
+    if kind == CUT_ZIP:
         return "it is cut short: fetch it again"
-    if head[:2] == b"PK":
+    if kind == TORCH:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return (
@@ -102,7 +98,7 @@ def _fault_of_pickle(path: Path, head: bytes) -> str | None:
                 )
     if code := _code(path):
         return f"it would run {', '.join(code[:3])}: give the weights as safetensors"
-    if head[:2] != b"PK":
+    if kind == PICKLE:
         return "it is a pickle that cannot be read safely: give the weights as safetensors"
     return None
 

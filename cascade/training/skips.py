@@ -134,5 +134,5 @@ def _written(path: Path) -> dict[str, str]:
     whole = whole[: whole.rfind(b"\n") + 1]
     with path.open("r+b") as file:
         file.truncate(len(whole))
-    lines = map(json.loads, whole.splitlines())
+    lines = map(json.loads, filter(None, whole.split(b"\n")))
     return {line["key"]: line["reason"] for line in lines}

@@ -32,6 +32,7 @@ from cascade.files import check_writable, write_atomically
 from cascade.grids import grid, to_uint8
 from cascade.pipeline import Cascade
 from cascade.stage import Stage
+from cascade.texts import lines
 from cascade.training.cost import Account
 from cascade.verbs.configuration import loaded
 from cascade.verbs.data import EMBEDDINGS
@@ -160,7 +161,7 @@ def _painters(file: Path, sets: Sequence[str], hash_of: Callable[[Path], str]) -
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The cells of a point that are measured."""
     path = folder / CELLS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in lines(path.read_text())] if path.exists() else []
 
 
 def _cell(

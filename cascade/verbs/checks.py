@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cascade.data.dataset import read_dataset
-from cascade.data.splits import chosen, is_divided, lacking
+from cascade.data.splits import chosen, lacking
 from cascade.data.tar import tars_of
 from cascade.errors import UserError
 from cascade.verbs.configuration import differences, loaded
@@ -116,8 +116,7 @@ def check_split(data: Path, split: str) -> None:
     """Raises UserError if shards that are there have no such split."""
     tars = tars_of(data) if data.is_dir() else []
     dataset = read_dataset(data) if tars else None
-    held_out = dataset.held_out if dataset else 0.0
-    shares = {tar.stem: held_out * is_divided(tar.stem) for tar in tars}
+    shares = {tar.stem: dataset.share(tar.stem) if dataset else 0.0 for tar in tars}
     if tars and not chosen(shares, split)[0]:
         raise lacking(data, list(shares), split)
 

@@ -42,8 +42,7 @@ def one_line_errors() -> Iterator[None]:
         where = str(error).strip().rsplit("full_key: ", 1)[-1]
         raise UserError(f"configuration {where}: {cause or error}") from error
     except (HydraException, OmegaConfBaseException) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError("configuration: " + " ".join(lines)) from error
+        raise UserError("configuration: " + " ".join(str(error).split())) from error
 
 
 def composed(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -68,7 +67,7 @@ def composed(name: str, overrides: Sequence[str]) -> DictConfig:
             missing = sorted(OmegaConf.missing_keys(config))
             OmegaConf.resolve(config)
         except InterpolationToMissingValueError as error:
-            missing = [str(error).splitlines()[0].rsplit(": ", 1)[-1]]
+            missing = [str(error).split("\n")[0].rsplit(": ", 1)[-1]]
         if missing:
             raise UserError(f"{missing[0]} is not given: add {missing[0]}=...")
         conform(config, keys)

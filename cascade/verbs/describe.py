@@ -103,7 +103,7 @@ def rehearsed(overrides: list[str]) -> tuple[DictConfig, Rehearsal]:
     try:
         _ = rehearsal.forward
     except Exception as error:  # shapes that do not fit are found by any of torch's functions
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().split("\n")[0]
         raise UserError(f"net does not fit stage {config.name}: {reason}") from error
     return config, rehearsal
 

@@ -220,10 +220,11 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = verb(
         "doctor",
-        "Say what is wrong with the installation, with shards, or with a model, and what to do.",
+        "Say what is wrong with the installation, with shards, runs, models or encoders, and what "
+        "to do.",
         "exit code 0: nothing will fail; 2: something will, or gives wrong numbers",
     )
-    doctor.add_argument("paths", nargs="*", metavar="PATH", help="shards, runs, or models")
+    doctor.add_argument("paths", nargs="*", metavar="PATH", help="folders of such things")
     doctor.add_argument("--full", action="store_true", help="read all of it, however long it takes")
     doctor.add_argument(
         "--json", action="store_true", help="print JSON, without names of users and machines"

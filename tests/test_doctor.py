@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 import threading
 from collections import namedtuple
+from dataclasses import asdict
 from importlib import metadata
 
 import pytest
@@ -18,14 +19,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cascade.cli import main
+from cascade.data.claims import ClaimFiles, Holder
 from cascade.data.dataset import index_folder
 from cascade.data.scenes import write_scenes
 from cascade.doctor import installation, machine, probe
 from cascade.doctor.finding import Budget, guarded
-from cascade.encoders.clip import save_clip
+from cascade.encoders.clip import FrozenCLIP, save_clip
+from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
 from cascade.verbs import doctor, train
 from cascade.verbs.configuration import built, composed
+from tests.test_text import write_t5
 
 SMALL = ["stage=decoder_text", "text=clip_tiny", "size=16", "batch=4", "warmup=8", "grids=0"]
 SMALL += ["net.channels=8", "net.embed=16", "net.blocks=1", "net.width=32", "net.head_channels=8"]
@@ -91,7 +95,7 @@ def test_nothing_is_wrong_with_what_is_sound(place, ask, capsys):
     assert "splits: train (2 tars), val (1 tar)" in said
     assert "finished, 8 of 8 images" in said
     assert "weights.safetensors is the average of step-00000002" in said
-    assert "as recorded" in said  # the encoder's hash
+    assert "it was trained with the encoder" in said  # its hash is the recorded one
     assert main(["doctor", str(place / "model"), str(place / "shards")]) == 0
     assert capsys.readouterr().out.endswith("\n0 problems, 0 warnings\n")
     after = {path: path.stat() for path in place.rglob("*") if path.is_file()}
@@ -148,6 +152,22 @@ def embeddings_missing(shards):
     (shards / "embeddings").mkdir()
 
 
+def index_of_an_older_version(shards):
+    """As it was written before tars were read as a whole; the indexes of tars are not looked at."""
+    path = shards / "dataset.json"
+    about = json.loads(path.read_text())
+    about = {"totals": about["totals"], "tars": about["tars"]}
+    for tar in about["tars"].values():
+        for name in ("digest", "held_out", "such_as"):
+            del tar[name]
+    path.write_text(json.dumps(about))
+
+
+def gzipped(shards):
+    for path in shards.glob("*.tar"):
+        path.rename(path.with_suffix(".tar.gz"))
+
+
 def nothing_held_out(shards):
     for path in [*shards.glob("val*"), shards / "dataset.json"]:
         path.unlink()
@@ -162,6 +182,35 @@ def no_split(shards):
 def half_a_split(shards):
     (shards / "val-00000.tar").rename(shards / "00007.tar")
     (shards / "dataset.json").unlink()
+
+
+def captioned(shards, **members):
+    """Five samples with these members beside the picture, all in one tar."""
+    picture = io.BytesIO()
+    Image.new("RGB", (99, 99)).save(picture, "PNG")
+    with tarfile.open(shards / "train-00000.tar", "w") as archive:
+        for i in range(5):
+            for name, data in {"png": picture.getvalue(), **members}.items():
+                member = tarfile.TarInfo(f"step_{i:02}.{name.replace('_', '.')}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    index_folder(shards, lambda done, total: None)
+
+
+def western(shards):
+    captioned(shards, txt="ein grüner Würfel".encode("cp1252"))
+
+
+def several_lines(shards):
+    captioned(shards, txt=b"a cube\na green cube\n")
+
+
+def json_alone(shards):
+    captioned(shards, json=b'{"caption": "a cube"}')
+
+
+def dots_in_keys(shards):
+    captioned(shards, txt=b"a cube", **{"5_png": b"x", "5_txt": b"x"})
 
 
 def white(shards):
@@ -187,6 +236,12 @@ def tiny_and_black(shards):
         (nothing_held_out, "warning", "nothing is held out"),
         (no_split, "warning", "nothing is held out"),
         (half_a_split, "warning", "00007.tar is of no split"),
+        (index_of_an_older_version, "warning", "the index of 3 tars is of an older version"),
+        (gzipped, "problem", "train-00000.tar.gz is compressed (3 such tars)"),
+        (western, "problem", "caption is not UTF-8, perhaps CP1252: 5 of 19, such as train-00000/"),
+        (several_lines, "warning", "several lines in their txt"),
+        (json_alone, "warning", "26.3% of the samples have no .txt, but a .json"),
+        (dots_in_keys, "warning", "of all samples are left out (5 dot in the key"),
         (white, "warning", "nearly all white: 6 of 20, such as train-00000/0000"),
         (white, "note", "not in RGB, and converted: 6 of 20"),
         (white, "note", "turned upright, as their EXIF says: 3 of 20, such as train-00000/0001"),
@@ -200,6 +255,20 @@ def test_what_is_wrong_with_shards_is_found(place, ask, damage, level, says):
     assert any(of == level and says in what for of, what in found), found
     assert code == (2 if "problem" in dict(found) else 0)
     assert level != "problem" or code == 2
+
+
+def test_what_an_index_holds_out_is_a_split(place, ask):
+    """And a copy with other times is still the same."""
+    shards = place / "shards"
+    no_split(shards)
+    index_folder(shards, lambda done, total: None, val="25%")
+    for tar in shards.glob("*.tar"):
+        os.utime(tar, (1e9, 1e9))
+    code, found = ask(shards, "--full")
+    assert code == 0
+    assert not [what for level, what in found if level != "note"]
+    said = "splits: train (3 tars), val (25.00% of the pictures of 3 tars)"
+    assert said in [what for _, what in found]
 
 
 def test_of_many_tars_some_are_read_and_full_reads_all(place, ask):
@@ -286,6 +355,12 @@ def stopped(model):
     (model / "decoder" / "metrics.csv").unlink()
 
 
+def output_changed(model):
+    folder = model / "decoder"
+    about = {"attempt": None, "images": 8, "outputs": {"weights.safetensors": {"bytes": 1}}}
+    (folder / "done").write_text(json.dumps(about))
+
+
 def silent(model):
     beats = model / "decoder" / "heartbeats"
     beats.mkdir(exist_ok=True)
@@ -313,6 +388,7 @@ def silent(model):
         (failed, "problem", "loss is nan"),
         (status_damaged, "problem", "status.json is damaged"),
         (stopped, "warning", "it is stopped"),
+        (output_changed, "problem", "what it made is changed or gone"),
     ],
 )
 def test_what_is_wrong_with_a_model_is_found(place, ask, damage, level, says):
@@ -323,10 +399,77 @@ def test_what_is_wrong_with_a_model_is_found(place, ask, damage, level, says):
     assert level != "problem" or code == 2
 
 
+def test_who_holds_the_lease_is_told(place, ask):
+    folder = place / "model" / "decoder"
+    other = Holder("node7", "elsewhere", 17, "1", "2026-01-01 00:00:00", 3)
+    ClaimFiles(folder, "lease").path(9).write_text(json.dumps(asdict(other)))
+    code, found = ask(folder)
+    assert code == 0
+    (said,) = [what for level, what in found if level == "note" and "its lease" in what]
+    assert "process 17 on node7 (attempt 3), since 2026-01-01 00:00:00" in said
+    ClaimFiles(folder, "lease").path(9).write_text("released\n")
+    assert not any("its lease" in what for _, what in ask(folder)[1])
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    return write_t5(tmp_path_factory.mktemp("t5"))
+
+
+def changed(file, **values):
+    about = json.loads(file.read_text())
+    for name, value in values.items():
+        part = about["model_cfg"]["text_cfg"] if name == "width" else about
+        part[name] = value
+    file.write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda clip, t5: None, ""),
+        (lambda clip, t5: (clip / "open_clip_model.safetensors").unlink(), "is not a CLIP"),
+        (
+            lambda clip, t5: changed(clip / "open_clip_config.json", width=32),
+            "does not hold the weights",
+        ),
+        (lambda clip, t5: (t5 / "model.safetensors").write_bytes(b"PK"), "cannot be read as"),
+        (lambda clip, t5: changed(t5 / "config.json", model_type="umt5"), "has model_type umt5"),
+        (
+            lambda clip, t5: changed(t5 / "config.json", num_layers=3),
+            "does not hold the weights",
+        ),
+        (lambda clip, t5: (t5 / "spiece.model").unlink(), "is not a whole T5"),
+    ],
+)
+def test_an_encoder_is_asked_whether_it_would_load(place, ask, t5, damage, says):
+    clip, own = place / "model" / "clip", shutil.copytree(t5, place / "t5")
+    whole = FrozenCLIP(str(clip)).hash, FrozenT5(str(own)).hash
+    damage(clip, own)
+    code, found = ask(clip, own)
+    wrong = [what for level, what in found if level == "problem"]
+    if says:
+        assert code == 2
+        assert len(wrong) == 1
+        assert says in wrong[0], wrong
+    else:
+        assert not wrong
+        assert {f"hash {one}" for one in whole} < {what for _, what in found}
+
+
 def test_what_is_nothing_or_is_not_there_is_a_problem(place, ask):
-    assert ask(place / "shards" / "none")[0] == 2
     (place / "empty").mkdir()
-    assert ask(place / "empty")[0] == 2
+    Image.new("RGB", (9, 9)).save(place / "page.tar", "PNG")
+    for name, says in (
+        ("none", "cannot be read: No such file"),
+        ("none.tar", "cannot be read: No such file"),
+        ("empty", "nothing here that can be checked"),
+        ("page.tar", "this is a single picture"),
+        ("model/decoder/weights.safetensors", "this is a file of safetensors"),
+    ):
+        code, found = ask(place / name)
+        assert code == 2
+        assert any(level == "problem" and says in what for level, what in found), found
 
 
 def versions(monkeypatch, **other):

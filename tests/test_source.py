@@ -170,7 +170,7 @@ OWN = {
     "csv.reader": "slurm/state",
     "decode": "cascade/data/index cascade/stage eval/bench_data eval/report slurm/state",
     "from_pretrained": "cascade/nets/ar",
-    "glob": "cascade/verbs/doctor cascade/verbs/launch cascade/verbs/report",
+    "glob": "cascade/verbs/launch cascade/verbs/report",
     "json.load": "cascade/data/scenes",
     "json.loads": (
         "cascade/data/claims cascade/data/dataset cascade/data/embeddings cascade/data/index "

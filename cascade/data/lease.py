@@ -52,6 +52,15 @@ def lease(folder: Path) -> Iterator["Lease"]:
             _remove_empty(folder)
 
 
+def holders(folder: Path) -> list[Holder]:
+    """Who holds the lease of a folder, as far as one look can tell: the dead of other machines too.
+
+    Nothing is written.
+    """
+    seen = ClaimFiles(folder, NAME).look().values()
+    return [one.holder for one in seen if one.holder and not one.over]
+
+
 def _remove_empty(folder: Path) -> None:
     first = ClaimFiles(folder, NAME).path(0)
     with suppress(OSError):  # another has come

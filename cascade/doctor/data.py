@@ -3,13 +3,12 @@
 Of many tars some are read, evenly over all, and the findings say so.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cascade.data.corpus import MEND, OpenTar, Placed
+from cascade.data.corpus import MEND
 from cascade.data.dataset import Dataset, read_dataset, remedy, total
 from cascade.data.embeddings import MANIFEST, Embeddings
 from cascade.data.index import (
@@ -22,33 +21,16 @@ from cascade.data.index import (
     read_through,
     scan,
 )
-from cascade.data.items import CHOOSE, Items, captions_of, fields_of, picture_of, stated_orientation
 from cascade.data.keys import CAPTIONS, DOTTED, PICTURES, REMEDY
-from cascade.data.preflight import several, too_many
-from cascade.data.rgb import BadSample, opened, orientation, suspicious
 from cascade.data.splits import HELD_OUT, TRAIN, chosen, lacking, split_of
 from cascade.data.tar import tars_of
-from cascade.data.transforms import Pictures
-from cascade.doctor.finding import Budget, Finding, note, problem, some, told, warning
+from cascade.doctor.finding import Budget, Finding, note, problem, some, spread, told, warning
+from cascade.doctor.looks import looks
 from cascade.errors import UserError
 
 TARS = 8  # that are read, without --full
-LOOKS = 64  # samples whose pictures are decoded
-TINY = 64  # pixels of the shorter side
 
 _EMBEDDINGS = "embeddings"  # the folder of what was precomputed, if nobody chose another
-_SEEN_AS = 256  # pixels: the picture of which the colours are looked at
-
-# What is read rightly, and worth knowing,
-_PLAIN = ("not in RGB, and converted", "turned upright, as their EXIF says")
-# and what may be wrong, with what to do.
-_SMALL, _WHITE, _BLACK = f"under {TINY} px", "nearly all white", "nearly all black"
-_ODD = {
-    _SMALL: "leave them out: they teach a stage to blur",
-    _WHITE: "look at them: 16-bit pictures may have been written as 8-bit ones",
-    _BLACK: "look at them",
-}
-_READS = Items(Pictures(()), None, None, (), seed=0)  # the txt, as whoever chooses nothing
 
 
 def data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
@@ -69,7 +51,7 @@ def data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
         yield from index(tars, dataset, path.is_dir(), budget)
     if path.is_dir():
         yield from splits(tars, dataset)
-    asked = [*tars] if full else _spread(tars, TARS)
+    asked = [*tars] if full else spread(tars, TARS)
     read, bad = _read(asked, dataset, full, budget)
     yield from bad
     if len(read) + len(bad) < len(asked):
@@ -82,12 +64,6 @@ def data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
     for place in sorted({folder / _EMBEDDINGS, *(p.parent for p in folder.glob(f"*/{MANIFEST}"))}):
         if place.is_dir():
             yield from embeddings(place, [tar.stem for tar in tars])
-
-
-def _spread(things: Sequence, most: int) -> list:
-    """At most so many of them, evenly."""
-    count = min(most, len(things))
-    return [things[i * len(things) // count] for i in range(count)]
 
 
 def index(
@@ -118,8 +94,8 @@ def index(
         )
     if old := [name for name in sorted(listed) if not listed[name].digest]:
         yield warning(
-            f"the index is of an older version ({some(len(old), 'such tar')}): a copy of these "
-            "shards counts as other data, and no share of them can be held out",
+            f"the index of {some(len(old), 'tar')} is of an older version: a copy of these shards "
+            "counts as other data, and is refused by the runs that were trained on them",
             remedy(folder),
         )
     yield from _changed([tar for tar in tars if tar.name in listed], listed, budget)
@@ -238,58 +214,6 @@ def samples(summaries: Mapping[str, Summary], tars: int, read: int) -> Iterator[
         )
 
 
-def looks(read: Sequence[Index]) -> Iterator[Finding]:
-    """What is odd about some of the samples, or makes training leave them out."""
-    odd: Counter[str] = Counter()
-    bad: Counter[str] = Counter()
-    such: dict[str, str] = {}
-    tars = [tar for tar in (OpenTar(found, {*CAPTIONS}) for found in read) if len(tar)]
-    count = -(-LOOKS // max(1, len(tars)))
-    places = [Placed(tar, i) for tar in tars for i in _spread(range(len(tar)), count)]
-    for sample in places:
-        found = set()
-        try:
-            found.update(_oddities(sample))
-        except BadSample as reason:
-            bad[str(reason)] += 1
-            found = {str(reason)}
-        else:
-            odd.update(found)
-        for what in found:
-            such.setdefault(what, f"{sample.shard}/{sample.key}")
-    if places:
-        yield note(f"{some(len(places), 'sample')} looked at")
-    level = problem if too_many(bad.total(), len(places)) else warning
-    for what, number in (*bad.items(), *odd.items()):
-        words, _, own = what.partition(": ")
-        said = f"{words}: {number} of {len(places)}, such as {such[what]}"
-        if what in _PLAIN:
-            yield note(said)
-        elif what in bad:
-            yield level(said, own or "fetch or write them again, or train without them")
-        else:
-            yield warning(said, _ODD.get(what, CHOOSE))
-
-
-def _oddities(sample: Placed) -> Iterator[str]:
-    """Raises BadSample if it cannot be used."""
-    image = opened(sample.read("picture"))
-    side = min(image.size)
-    square = picture_of(sample, min(side, _SEEN_AS))
-    if sample.read("txt"):
-        captions_of(sample, ["txt"])
-        yield from several(sample, {}, _READS)
-    turns = orientation(image, stated_orientation(sample.read("json")))
-    if sample.read("json"):
-        fields_of(sample)
-    there = (image.mode != "RGB", turns != 1, side < TINY, suspicious(square))
-    for what, is_so in zip((*_PLAIN, _SMALL, _WHITE), there):
-        if is_so:
-            yield what
-    if suspicious(255 - square):
-        yield _BLACK
-
-
 def embeddings(folder: Path, shards: Sequence[str]) -> Iterator[Finding]:
     """Whether what was precomputed is there for every tar."""
     try:
@@ -300,4 +224,4 @@ def embeddings(folder: Path, shards: Sequence[str]) -> Iterator[Finding]:
         yield told(error)
         return
     of = f" of {Path(about.encoder).name} ({about.hash})" if about else ", by an old version"
-    yield note(f"{folder.name}{of}: for all tars")
+    yield note(f"{folder.name}{of}: there for all tars")

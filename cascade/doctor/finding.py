@@ -2,12 +2,12 @@
 
 A check is a function that yields findings. A problem will fail or give wrong numbers, a warning may
 surprise, a note is a fact. No module of this package imports at its top what an installation may
-lack, but `data` and `model`, which look at what only a sound installation can read.
+lack, but those that look at what only a sound installation can read.
 """
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
@@ -34,7 +34,13 @@ def some(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def told(error: UserError, remedy: str = "") -> Finding:
+def spread(things: Sequence[T], most: int) -> list[T]:
+    """At most so many of them, evenly."""
+    count = min(most, len(things))
+    return [things[i * len(things) // count] for i in range(count)]
+
+
+def told(error: Exception, remedy: str = "") -> Finding:
     """The problem that an error describes.
 
     Args:

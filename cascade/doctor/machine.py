@@ -147,8 +147,8 @@ def caches(environment: Mapping[str, str]) -> Iterator[Finding]:
         yield warning(f"{cache} cannot be read: no model is found by its name", "change its rights")
     offline = [n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if environment.get(n)]
     said = f" ({', '.join(offline)} set)" if offline else ""
-    where = str(cache) if cache.is_dir() else "none are cached"
-    yield note(f"models by name: {where}{said}; none is fetched")
+    where = f"looked for in {cache}" if cache.is_dir() else f"not found, as there is no {cache}"
+    yield note(f"models given by name are {where}{said}; none is ever fetched")
     if environment.get("WDS_SECURE"):
         yield warning("WDS_SECURE is set: webdataset refuses pipes and URLs", "unset WDS_SECURE")
 

@@ -9,17 +9,20 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from omegaconf import DictConfig
 from safetensors import safe_open
 
+from cascade.data.lease import holders
 from cascade.doctor.finding import Budget, Finding, note, problem, told, warning
 from cascade.done import STATUS
 from cascade.errors import UserError
+from cascade.files import matching
 from cascade.slurm.state import CONFIG, state
 from cascade.stage import WEIGHTS, Stage
 from cascade.training.checkpoint import FOLDER, STATE, Checkpoint, newest_checkpoint
@@ -30,6 +33,8 @@ from cascade.verbs.whole import stage_choices, stage_runs
 
 # What `restore` compares is of use here, and not what it copies.
 warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+
+T = TypeVar("T")
 
 SILENT = 600.0  # seconds: as long as the watchdog lets a step last
 
@@ -63,15 +68,24 @@ def run(folder: Path, budget: Budget) -> Iterator[Finding]:
     Args:
         budget: of what has to read all of a file.
     """
-    config = loaded(folder / CONFIG)
     now = state(folder.absolute(), None)
     far = "" if now.images is None else f", {now.images:,} of {now.total or 0:,} images"
+    by = f" {now.note}" if now.note else ""
     if now.word == "failed":
         yield problem(f"it failed{far}: {now.note}", "mend that, and give the same command again")
+    elif now.word == "stopped" and now.total and now.images >= now.total:
+        yield problem(
+            f"it has seen all its images{far}, but what it made is changed or gone", _GONE
+        )
     elif now.word in ("stopped", "not started"):
-        yield warning(f"it is {now.word} {now.note}{far}", "the same command again goes on")
+        yield warning(f"it is {now.word}{by}{far}", "the same command again goes on")
     else:
-        yield note(f"{now.word}{far}")
+        yield note(f"{now.word}{by}{far}")
+    for holder in holders(folder):
+        yield note(f"written to by {holder}, who holds its lease")
+    if not (folder / CONFIG).exists():
+        return
+    config = loaded(folder / CONFIG)
     yield from status(folder)
     beats = [path.stat().st_mtime for path in folder.glob("heartbeats/rank*.json")]
     if now.word == "running" and beats and (silent := time.time() - max(beats)) > SILENT:
@@ -81,7 +95,7 @@ def run(folder: Path, budget: Budget) -> Iterator[Finding]:
         )
     checkpoint = None
     try:
-        checkpoint, damaged = _newest(folder, budget)
+        checkpoint, damaged = _quietly(lambda: newest_checkpoint(folder), budget)
         for line in damaged:
             yield warning(line, "nothing, or remove it: the one before it counts")
     except UserError as error:
@@ -105,11 +119,11 @@ def status(folder: Path) -> Iterator[Finding]:
         )
 
 
-def _newest(folder: Path, budget: Budget) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, and what is said of damaged ones."""
+def _quietly(call: Callable[[], T], budget: Budget) -> tuple[T, list[str]]:
+    """What a call returns, and the lines that it prints."""
     said = io.StringIO()
     with redirect_stdout(said):
-        found = budget.within(lambda: newest_checkpoint(folder))
+        found = budget.within(call)
     return found, [line for line in said.getvalue().split("\n") if line]
 
 
@@ -123,7 +137,7 @@ def going_on(folder: Path, config: DictConfig) -> Iterator[Finding]:
         need = f"{max(sizes) / 2**20:,.0f} MiB"
         yield problem(f"a checkpoint has {need}, and {free / 2**20:,.0f} MiB are free", "make room")
     data = config.data.get("path")
-    if isinstance(data, str) and not any(c in data for c in "*?[") and not Path(data).exists():
+    if isinstance(data, str) and not matching(data):
         yield problem(f"its data, {data}, is not there", "put it back, or ask elsewhere")
     pictures = (config.data.get("pictures") or {}).get("sizes") or []
     batches = 2 * config.get("workers", 0)  # that wait in shared memory
@@ -143,10 +157,11 @@ def weights(folder: Path, checkpoint: Checkpoint | None, budget: Budget) -> Iter
         yield note("it has no weights yet")
         return
     try:
-        budget.within(lambda: module.restore(folder))
+        for line in _quietly(lambda: module.restore(folder), budget)[1]:
+            yield note(line.removeprefix(f"{folder}: "))
         for encoder in getattr(module, "encoders", ()):
             if encoder.hash:
-                yield note(f"encoder {encoder.name}: {encoder.hash}, as recorded")
+                yield note(f"it was trained with the encoder {encoder.name} ({encoder.hash})")
         if checkpoint and isinstance(module, Stage):
             yield from budget.within(lambda: list(_average(folder, checkpoint)))
     except UserError as error:

@@ -33,7 +33,7 @@ from cascade.encoders.sources import (
     clip_source,
 )
 from cascade.encoders.text import token_mask, tokenize, trimmed
-from cascade.encoders.weights import check_tensors, reading, weights_hash
+from cascade.encoders.weights import check_tensors, reading, tensors_of, weights_hash
 from cascade.errors import UserError
 from cascade.files import write_atomically
 
@@ -54,6 +54,31 @@ def save_clip(architecture: Architecture, clip: open_clip.CLIP, folder: Path) ->
 
 def _text_width(model: dict[str, Any]) -> int:
     return model["text_cfg"].get("width", open_clip.CLIPTextCfg.width)
+
+
+def _fitting(
+    model: open_clip.CLIP, state: dict[str, Tensor], weights: Path, name: str
+) -> dict[str, Tensor]:
+    """Weights under open_clip's names. UserError if they are not those of the model."""
+    state = open_clip.factory.convert_state_dict(model, state)
+    state = {k: v for k, v in state.items() if k not in _OF_ARCHIVES}
+    if "logit_scale" in state:  # some write [1]
+        state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
+    check_tensors(model.state_dict(), state, str(weights), name)
+    return state
+
+
+def check_clip(source: CLIPSource, name: str) -> None:
+    """Raises UserError if the weights do not fit; of safetensors only the header is read."""
+    weights = source.weights
+    with reading([weights], name):
+        with torch.device("meta"):
+            model = open_clip.CLIP(**source.model)
+        if weights.suffix == ".safetensors":
+            state = tensors_of([weights])
+        else:
+            state = open_clip.factory.load_state_dict(str(weights), weights_only=True)
+        _fitting(model, state, weights, name)
 
 
 class FrozenCLIP:
@@ -179,12 +204,7 @@ class FrozenCLIP:
             model = open_clip.CLIP(**self._source.model)
             # Not open_clip.load_checkpoint, which interpolates positions of another size.
             state = open_clip.factory.load_state_dict(str(weights), weights_only=True)
-            state = open_clip.factory.convert_state_dict(model, state)
-            state = {k: v for k, v in state.items() if k not in _OF_ARCHIVES}
-            if "logit_scale" in state:  # some write [1]
-                state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
-            check_tensors(model.state_dict(), state, str(weights), self.name)
-            model.load_state_dict(state)
+            model.load_state_dict(_fitting(model, state, weights, self.name))
         return model.eval().requires_grad_(False).to(self.device)
 
 

@@ -98,11 +98,11 @@ def _config(folder: Path) -> Any:
         raise UserError(f"{folder / 'config.json'} is no T5's ({said}): fetch it again") from error
 
 
-def t5_network(source: T5Source, name: str, dtype: torch.dtype) -> nn.Module:
-    """The encoder, with every one of its weights from the files.
+def check_t5(source: T5Source, name: str) -> None:
+    """Asks whether all weights are there and fit; of safetensors only the headers are read.
 
     Raises:
-        UserError: weights are missing, left over, or of another shape.
+        UserError: some are missing, left over, or of another shape, or cannot be read.
     """
     from transformers import T5EncoderModel
 
@@ -117,6 +117,15 @@ def t5_network(source: T5Source, name: str, dtype: torch.dtype) -> nn.Module:
             if one in theirs:
                 theirs.setdefault(other, theirs[one])
         check_tensors(own, theirs, ", ".join(map(str, weights)), name)
+
+
+def t5_network(source: T5Source, name: str, dtype: torch.dtype) -> nn.Module:
+    """The encoder, with every one of its weights from the files. Raises UserError as `check_t5`."""
+    from transformers import T5EncoderModel
+
+    check_t5(source, name)
+    folder, weights = source
+    with reading(weights, name):
         return T5EncoderModel.from_pretrained(
             folder,
             local_files_only=True,

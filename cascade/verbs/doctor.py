@@ -1,4 +1,4 @@
-"""`cascade doctor`: what is wrong with the installation, with shards, or with a model.
+"""`cascade doctor`: what is wrong with the installation, with shards, runs, models or encoders.
 
 It has to run where the installation is broken: at its top it imports the standard library, and what
 imports no more.
@@ -11,20 +11,27 @@ import os
 import platform
 import re
 import shutil
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
+from cascade.data.tar import tars_of
 from cascade.doctor import installation, machine, probe
-from cascade.doctor.finding import Budget, Finding, guarded, problem, some
+from cascade.doctor.finding import Budget, Finding, guarded, problem, some, told
 from cascade.errors import UserError
+from cascade.kinds import kind_of
 
 READING, IMPORTING = 8.0, 15.0  # seconds, without --full
 ANY = 600.0  # seconds of imports, with it
 
-_CASCADE, _CONFIG = "cascade.yaml", "config.yaml"
+_CASCADE = "cascade.yaml"
+_ENCODERS = ("open_clip_config.json", "config.json")  # a CLIP's or a T5's
+_ENDINGS = (".tar", ".yaml")  # of files that may be given by themselves
+_GIVE = "give a folder of shards, a run, a model, or an encoder"
 _SHOWN = {"note": "ok", "warning": "warning", "problem": "PROBLEM"}
 
 Subject = tuple[str, Callable[[], Iterable[Finding]]]
@@ -34,11 +41,12 @@ def main(args: argparse.Namespace) -> None:
     """Prints the findings. Raises UserError if one of them is a problem."""
     process = probe.started(probe.MODULES if args.full else probe.MODULES[:1])
     answer = partial(probe.answer, process, ANY if args.full else IMPORTING)
-    found = []
-    for name, check in subjects([Path(p) for p in args.paths], args.full, answer):
-        found.append((name, list(guarded(check))))
-        if not args.json:
-            print(text(*found[-1]), flush=True)
+    found, out = [], sys.stdout
+    with redirect_stdout(sys.stderr):  # where a check that took too long may still print
+        for name, check in subjects([Path(p) for p in args.paths], args.full, answer):
+            found.append((name, list(guarded(check))))
+            if not args.json:
+                print(text(*found[-1]), flush=True, file=out)
     counts = Counter(finding.level for _, of in found for finding in of)
     if args.json:
         print(as_json(found, counts), flush=True)
@@ -67,28 +75,45 @@ def subjects(
 
 def _subjects_of(path: Path, full: bool, budget: Budget) -> Iterator[Subject]:
     """Of one path: all that it is."""
-    if not path.exists():
-        yield str(path), lambda: [problem("there is no such file or folder", "give one that is")]
+    if not path.is_dir() and (wrong := list(_file(path))):
+        yield str(path), lambda: wrong
         return
-    found: list[Subject] = []
-    file = path if path.suffix == ".yaml" else path / _CASCADE
-    if path.suffix == ".tar" or any(path.glob("*.tar")):
-        found += [(f"data {path}", partial(_data, path, full, budget))]
-    else:
-        found += [(f"model {file}", partial(_model, file))] if file.is_file() else []
-        found += [(f"run {run}", partial(_run, run, budget)) for run in _runs(file.parent)]
-    if not found:
-        nothing = problem("this is neither shards, nor a run, nor a model", "give one of these")
-        found = [(str(path), lambda: [nothing])]
     if path.is_dir():
         yield f"disk of {path}", partial(machine.locks, path)
-    yield from found
+    found = list(_parts(path, full, budget))
+    nothing = problem("there is nothing here that can be checked", _GIVE)
+    yield from found or [(str(path), lambda: [nothing])]
 
 
-def _runs(path: Path) -> Iterator[Path]:
-    """Runs in a folder, itself included, as `cascade demo`, `launch` and `sweep` lay them out."""
-    patterns = (_CONFIG, f"*/{_CONFIG}", f"*/*/{_CONFIG}")
-    yield from sorted(file.parent for pattern in patterns for file in path.glob(pattern))
+def _file(path: Path) -> Iterator[Finding]:
+    """What is wrong with giving a file; nothing if it may be given."""
+    try:
+        kind = kind_of(path)
+    except OSError as error:
+        yield problem(f"cannot be read: {error.strerror}", _GIVE)
+        return
+    if kind or path.suffix not in _ENDINGS:
+        yield problem(f"this is {kind or 'a single file'}", _GIVE)
+
+
+def _parts(path: Path, full: bool, budget: Budget) -> Iterator[Subject]:
+    try:
+        tars = tars_of(path) if path.is_dir() else [path] if path.suffix == ".tar" else []
+        from cascade.slurm.state import runs
+    except (UserError, ImportError) as error:
+        wrong = told(error)
+        yield str(path), lambda: [wrong]
+        return
+    if tars:
+        yield f"data {path}", partial(_data, path, full, budget)
+        return
+    file = path / _CASCADE if path.is_dir() else path
+    if file.is_file():
+        yield f"model {file}", partial(_model, file)
+    if any((path / name).is_file() for name in _ENCODERS):
+        yield f"encoder {path}", partial(_encoder, path, budget)
+    for run in runs(file.parent):
+        yield f"run {run}", partial(_run, run, budget)
 
 
 def _data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
@@ -101,6 +126,12 @@ def _model(file: Path) -> Iterator[Finding]:
     from cascade.doctor.model import model
 
     return model(file)
+
+
+def _encoder(folder: Path, budget: Budget) -> Iterator[Finding]:
+    from cascade.doctor.encoder import encoder
+
+    return encoder(folder, budget)
 
 
 def _run(folder: Path, budget: Budget) -> Iterator[Finding]:

@@ -1,0 +1,55 @@
+"""A CLIP or a T5 in a folder: whether it would load, and by what it is known.
+
+Of safetensors only the headers are read, until the hash is taken.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from cascade.doctor.finding import Budget, Finding, note
+from cascade.encoders.clip import FrozenCLIP, check_clip
+from cascade.encoders.sources import CLIP_CONFIG, clip_source
+from cascade.encoders.t5 import check_t5, t5_source, t5_tokenizer
+from cascade.encoders.text import FrozenT5
+
+
+def encoder(folder: Path, budget: Budget) -> Iterator[Finding]:
+    """A folder in open_clip's format, or else in that of transformers.
+
+    Args:
+        budget: of what has to read all of a file.
+
+    Raises:
+        UserError: it would not load.
+    """
+    is_clip = (folder / CLIP_CONFIG).exists()
+    yield from clip(folder, budget) if is_clip else t5(folder, budget)
+
+
+def clip(folder: Path, budget: Budget) -> Iterator[Finding]:
+    """Of open_clip's format."""
+    source = clip_source(str(folder))
+    try:
+        budget.within(lambda: check_clip(source, folder.name))
+        about, activation = source.model, "QuickGELU" if source.choices["quick_gelu"] else "GELU"
+        side = about["vision_cfg"]["image_size"]
+        yield note(
+            f"a CLIP with {activation}, pictures of {side} px and embeddings of "
+            f"{about['embed_dim']} numbers; its weights fit"
+        )
+        yield note(f"hash {budget.within(lambda: FrozenCLIP(str(folder)).hash)}")
+    except TimeoutError:
+        yield note("not all of its weights were read, as they are large: ask again with --full")
+
+
+def t5(folder: Path, budget: Budget) -> Iterator[Finding]:
+    """Of transformers' format."""
+    source = t5_source(str(folder))
+    try:
+        budget.within(lambda: check_t5(source, folder.name))
+        budget.within(lambda: t5_tokenizer(folder))
+        encoder = FrozenT5(str(folder))
+        yield note(f"a T5 with states of {encoder.width} numbers; its weights and tokenizer fit")
+        yield note(f"hash {budget.within(lambda: encoder.hash)}")
+    except TimeoutError:
+        yield note("not all of its files were read, as they are large: ask again with --full")

@@ -1,0 +1,80 @@
+"""A look at some samples: what is odd about them, or makes training leave them out."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from cascade.data.corpus import OpenTar, Placed
+from cascade.data.index import Index
+from cascade.data.items import CHOOSE, Items, captions_of, fields_of, picture_of, stated_orientation
+from cascade.data.keys import CAPTIONS
+from cascade.data.preflight import several, too_many
+from cascade.data.rgb import BadSample, opened, orientation, suspicious
+from cascade.data.transforms import Pictures
+from cascade.doctor.finding import Finding, note, problem, some, spread, warning
+
+LOOKS = 64  # samples whose pictures are decoded
+TINY = 64  # pixels of the shorter side
+_SEEN_AS = 256  # pixels: the picture of which the colours are looked at
+
+# What is read rightly, and worth knowing,
+_PLAIN = ("not in RGB, and converted", "turned upright, as their EXIF says")
+# and what may be wrong, with what to do.
+_SMALL, _WHITE, _BLACK = f"under {TINY} px", "nearly all white", "nearly all black"
+_ODD = {
+    _SMALL: "leave them out: they teach a stage to blur",
+    _WHITE: "look at them: 16-bit pictures may have been written as 8-bit ones",
+    _BLACK: "look at them",
+}
+_READS = Items(Pictures(()), None, None, (), seed=0)  # the txt, as whoever chooses nothing
+
+
+def looks(read: Sequence[Index]) -> Iterator[Finding]:
+    """What is odd about some of the samples, or makes training leave them out."""
+    odd: Counter[str] = Counter()
+    bad: Counter[str] = Counter()
+    such: dict[str, str] = {}
+    tars = [tar for tar in (OpenTar(found, {*CAPTIONS}) for found in read) if len(tar)]
+    count = -(-LOOKS // max(1, len(tars)))
+    places = [Placed(tar, i) for tar in tars for i in spread(range(len(tar)), count)]
+    for sample in places:
+        found = set()
+        try:
+            found.update(_oddities(sample))
+        except BadSample as reason:
+            bad[str(reason)] += 1
+            found = {str(reason)}
+        else:
+            odd.update(found)
+        for what in found:
+            such.setdefault(what, f"{sample.shard}/{sample.key}")
+    if places:
+        yield note(f"{some(len(places), 'sample')} read as training reads them")
+    level = problem if too_many(bad.total(), len(places)) else warning
+    for what, number in (*bad.items(), *odd.items()):
+        words, _, own = what.partition(": ")
+        said = f"{words}: {number} of {len(places)}, such as {such[what]}"
+        if what in _PLAIN:
+            yield note(said)
+        elif what in bad:
+            yield level(said, own or "fetch or write them again, or train without them")
+        else:
+            yield warning(said, _ODD.get(what, CHOOSE))
+
+
+def _oddities(sample: Placed) -> Iterator[str]:
+    """Raises BadSample if it cannot be used."""
+    image = opened(sample.read("picture"))
+    side = min(image.size)
+    square = picture_of(sample, min(side, _SEEN_AS))
+    if sample.read("txt"):
+        captions_of(sample, ["txt"])
+        yield from several(sample, {}, _READS)
+    turns = orientation(image, stated_orientation(sample.read("json")))
+    if sample.read("json"):
+        fields_of(sample)
+    there = (image.mode != "RGB", turns != 1, side < TINY, suspicious(square))
+    for what, is_so in zip((*_PLAIN, _SMALL, _WHITE), there):
+        if is_so:
+            yield what
+    if suspicious(255 - square):
+        yield _BLACK

@@ -50,8 +50,8 @@ def _zipped(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
-        return "a zip archive that is cut short"
+    except Exception:  # zipfile raises nearly anything on damage
+        return "a zip archive that is cut short or damaged"
     if any(name.endswith("/data.pkl") for name in names):
         return "a file of PyTorch, whose pickle is not opened because it could run code"
     return NPZ if any(name.endswith(".npy") for name in names) else "a zip archive"

@@ -91,15 +91,17 @@ def _fault_of_safetensors(path: Path, size: int) -> str | None:
 
 
 def _fault_of_pickle(path: Path, head: bytes) -> str | None:
-    if head[:2] == b"PK" and not zipfile.is_zipfile(path):
-        return "it is cut short: fetch it again"
     if head[:2] == b"PK":
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return (
-                    "it is a TorchScript archive, as OpenAI publishes its CLIPs, which is a "
-                    "program and is not run: give the same weights as safetensors"
-                )
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except Exception:  # zipfile raises nearly anything on damage
+            return "it is cut short or damaged: fetch it again"
+        if any(name.endswith("/constants.pkl") for name in names):
+            return (
+                "it is a TorchScript archive, as OpenAI publishes its CLIPs, which is a "
+                "program and is not run: give the same weights as safetensors"
+            )
     if code := _code(path):
         return f"it would run {', '.join(code[:3])}: give the weights as safetensors"
     if head[:2] != b"PK":

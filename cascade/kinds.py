@@ -60,7 +60,7 @@ def _zipped(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
+    except Exception:  # zipfile raises nearly anything on damage
         return CUT_ZIP
     if any(name.endswith("/data.pkl") for name in names):
         return TORCH

@@ -22,6 +22,7 @@ from cascade.eval.features import Features
 from cascade.eval.metrics import frechet
 from cascade.files import write_atomically
 from cascade.kinds import NPZ, kind_of
+from cascade.texts import brief
 
 
 def warnings_for(count: int, dim: int) -> list[str]:
@@ -166,7 +167,7 @@ class Moments:
         sound = np.isfinite(mean).all() and np.isfinite(scale) and (cov.diagonal() >= 0).all()
         if not sound or np.abs(cov - cov.T).max(initial=0) > 1e-5 * scale:
             raise UserError(f"{path} is damaged: sigma is no covariance; make it again")
-        n = int(found["n"]) if "n" in found else None
+        n = _count(path, found["n"]) if "n" in found else None
         return cls(torch.from_numpy(mean), torch.from_numpy((cov + cov.T) / 2), n, Origin(**names))
 
 
@@ -182,15 +183,25 @@ def _arrays(path: Path, keys: Collection[str]) -> dict[str, np.ndarray]:
             return {key: file[key] for key in file.files if key in keys}
     except FileNotFoundError:
         raise UserError(f"no statistics at {path}: give an .npz file") from None
-    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # on damaged archives zipfile and numpy raise nearly anything
         raise UserError(f"{path} is not a sound .npz file: make it again") from error
+
+
+def _count(path: Path, n: np.ndarray) -> int:
+    """How many pictures there were, which other writers give as an array or a float as well."""
+    value = float(n.item()) if n.size == 1 and n.dtype.kind in "iuf" else 0.0
+    if value < 1 or not value.is_integer():
+        raise UserError(f"{path}: n={brief(n)} is no number of pictures: make it again")
+    return int(value)
 
 
 def _instead(path: Path) -> str:
     """What a file holds in the place of statistics, and what to do, as the end of a sentence."""
     with zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-    held = f"{', '.join(sorted(names)[:5])}"
+    held = brief(", ".join(sorted(names)[:5]), 200)
     if "arr_0" in names:
         return f" but {held}: if these are pictures, as of ADM's samples, save each as a PNG file"
     return f" but {held}: give statistics of pytorch-fid's format"

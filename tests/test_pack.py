@@ -313,6 +313,8 @@ def test_csv_tsv_and_jsonl_are_one_table(folder):
     lines = [json.dumps(row) for row in rows]
     (folder / "list.jsonl").write_text("\ufeff" + "\n\n".join(lines) + "\n", encoding="utf-8")
     assert table(folder / "list.tsv") == table(folder / "list.jsonl") == rows
+    (folder / "empty.tsv").write_text('file\n""\n')  # so a CSV writer has an empty value
+    assert table(folder / "empty.tsv") == [{"file": ""}]
     (folder / "odd.jsonl").write_text('{"file": "a", "text": "half \\ud800"}\n{"file": 3}\n')
     odd = list(rows_of_table(table(folder / "odd.jsonl"), "file", ["text"]))
     assert odd == [("a", {"text": "half ?"}), ("3", {})]
@@ -513,6 +515,7 @@ def test_columns_are_found_by_common_names_or_given():
         ("list.jsonl", b'["a"]\n', "line 1 is not an object"),
         ("list.csv", b"file,caption\ngone.jpg,a\n", "no picture to pack: 1 were left out"),
         ("list.csv", b"file,text,text\n0.png,a,b\n", "two columns are called text"),
+        ("list.tsv", b'file\ttext\n0.png\t"red\ngreen\tblue"\n', "quotes has a line break"),
         ("list.tsv", b"file\ttext\ttext\n0.png\ta\tb\n", "two columns are called text"),
         (
             "list.jsonl",

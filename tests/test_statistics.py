@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cascade.encoders.weights import fault
 from cascade.errors import UserError
 from cascade.eval import interval
 from cascade.eval.kernels import cubic, kid
@@ -157,6 +158,37 @@ def test_a_damaged_npz_is_refused(tmp_path):
     (tmp_path / "stats.npz").write_bytes(data)
     with pytest.raises(UserError, match="not a sound"):
         Moments.load(tmp_path / "stats.npz")
+
+
+def test_an_archive_that_zipfile_cannot_read_is_refused(tmp_path):
+    Moments.of(rows(9, 4, 0), ORIGIN).save(tmp_path / "stats.npz")
+    torch.save({"w": torch.zeros(2)}, tmp_path / "w.pt")
+    for name in ("stats.npz", "w.pt"):
+        data = bytearray((tmp_path / name).read_bytes())
+        data[data.index(b"PK\1\2") + 6] = 99  # the version that is needed to unpack it
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match="cut short or damaged"):
+        Moments.load(tmp_path / "stats.npz")
+    assert "cut short or damaged" in fault(tmp_path / "w.pt")
+    np.savez_compressed(tmp_path / "deflated.npz", mu=np.zeros(9), sigma=np.eye(9))
+    data = bytearray((tmp_path / "deflated.npz").read_bytes())
+    data[60:64] = b"\xff" * 4  # in the compressed bytes of mu
+    (tmp_path / "deflated.npz").write_bytes(data)
+    with pytest.raises(UserError, match="not a sound"):
+        Moments.load(tmp_path / "deflated.npz")
+
+
+@pytest.mark.parametrize("n", [[9], 9.0, np.int32(9)])
+def test_a_number_of_pictures_is_read_in_any_form(tmp_path, n):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.eye(2), n=n)
+    assert Moments.load(tmp_path / "a.npz").n == 9
+
+
+@pytest.mark.parametrize("n", [[1, 2], "nine", np.nan, np.inf, 0, -9, 2.5, []])
+def test_what_is_no_number_of_pictures_is_refused(tmp_path, n):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.eye(2), n=n)
+    with pytest.raises(UserError, match="is no number of pictures"):
+        Moments.load(tmp_path / "a.npz")
 
 
 def test_few_pictures_are_warned_of():

@@ -110,21 +110,32 @@ def _tabs(path: Path) -> Iterator[dict[str, str]]:
     """In most, a quote is a letter; a CSV writer's are known by their header or what they hide."""
     rows = [line.split("\t") for line in lines(read(path)) if line]
     even = all(len(row) == len(rows[0]) for row in rows)
-    if not even or (rows[:1] and (rows[0][0].startswith('"') or any(map(_doubled, chain(*rows))))):
+    fields = list(chain(*rows))
+    known = bool(fields) and (fields[0].startswith('"') or any(map(_doubled, fields)))
+    if not even or any(field.startswith('"') for field in fields):
         try:
-            yield from list(_separated(path, "\t"))
-            return
+            quoted = list(_separated(path, "\t"))
         except (ValueError, csv.Error):
             if not even:
                 raise
+        else:
+            if known or not even:
+                yield from quoted
+                return
+            if len(quoted) < len(rows) - 1:
+                raise ValueError(
+                    "a value in quotes has a line break, or some rows have single quotation marks: "
+                    "save it as CSV or JSONL"
+                )
     header = _distinct(rows[0]) if rows else []
     yield from (dict(zip(header, row)) for row in rows[1:])
 
 
 def _doubled(field: str) -> bool:
-    """Whether a field is in quotes for what it holds, as only a CSV writer does it."""
+    """Whether a field is in quotes for what it holds, or lacks, as only a CSV writer does it."""
     inside = field[1:-1] if field[:1] == field[-1:] == '"' else ""
-    return ('""' in inside or "\r" in inside) and '"' not in inside.replace('""', "")
+    within = '""' in inside or "\r" in inside
+    return field == '""' or (within and '"' not in inside.replace('""', ""))
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -88,7 +88,7 @@ def _fault_of_safetensors(path: Path) -> str | None:
 
 def _fault_of_pickle(path: Path, kind: str) -> str | None:
     if kind == CUT_ZIP:
-        return "it is cut short: fetch it again"
+        return "it is cut short or damaged: fetch it again"
     if kind == TORCH:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):

@@ -109,7 +109,7 @@ def test_sample_refuses(argv, says, capsys):
     [
         ["sample", "a red circle", "--model", "nowhere", "--out", "PLACE/out.png"],
         ["generate", "--model", "nowhere", "--prompts", "PROMPTS", "--out", "PLACE"],
-        ["evaluate", "--model", "no", "--data", "no", "--judge", "no", "--out", "PLACE"],
+        ["evaluate", "--model", "no", "--data", "no", "--judge", "FOLDER", "--out", "PLACE"],
         ["evaluate", "--pictures", "nowhere", "--out", "PLACE"],
         ["train", "data.path=nowhere", "run=PLACE"],
         ["train", "data.path=nowhere", "run=PLACE", "launcher=local"],

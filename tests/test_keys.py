@@ -63,7 +63,7 @@ def test_an_index_keeps_its_rule_and_every_command_has_it(folder):
     indexed(folder)
     assert load(folder / "train-0.tar").keys == "last_dot"
     assert len(Shards(folder, SMALL)) == len(Shards(folder, SMALL, keys="last_dot")) == 18
-    assert len(_Samples(folder / "train-0.tar", ["txt"], None)) == 18
+    assert len(_Samples(folder / "train-0.tar", ["txt"], None, None)) == 18
     refused(lambda: Shards(folder, SMALL, keys="first_dot"), "--keys first_dot")
 
 

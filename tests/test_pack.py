@@ -382,9 +382,10 @@ def test_of_two_columns_of_pictures_one_is_named(tmp_path, capsys):
     columns = {"photo": [picture(0)], "sketch": [picture(1)], "caption": ["one"]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "list.parquet")
     (tmp_path / "pictures").mkdir()
-    assert packed(tmp_path, "--val", "0", captions="list.parquet") == 2
+    assert packed(tmp_path, "--val", "0", captions="list.parquet", columns=()) == 2
     assert "pictures in photo, sketch: name one with --file-column" in capsys.readouterr().err
-    assert packed(tmp_path, "--val", "0", "--file-column", "sketch", captions="list.parquet") == 0
+    own = ["--val", "0", "--file-column", "sketch"]
+    assert packed(tmp_path, *own, captions="list.parquet", columns=()) == 0
     ((_, caption, fields, own),) = samples(tmp_path)
     assert (caption, own, fields["file"]) == ("one", {"jpg": picture(1)}, "list.parquet: row 1")
 

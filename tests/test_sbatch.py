@@ -15,7 +15,7 @@ from cascade.slurm import limits, queue
 from cascade.slurm.code import copied, digest_of
 from cascade.slurm.local import Local
 from cascade.slurm.plan import Link, Task, launch
-from tests.launching import in_queue, launcher, program, tasks
+from tests.launching import FINISHES, in_queue, launcher, program, tasks
 
 
 def slurm(*overrides):
@@ -71,7 +71,7 @@ def test_a_job_that_sends_another_does_not_describe_itself(sent, tmp_path, monke
     assert not outer.keys() & sent(0)[1].keys()
     assert sent(0)[1]["SLURM_CONF"] == "/etc/slurm.conf"
     assert "of job 7" in capsys.readouterr().out
-    python = program(tmp_path, "python", f"env > {tmp_path}/env-here")
+    python = program(tmp_path, "python", f"{FINISHES}\nenv > {tmp_path}/env-here")
     launch(Local(1, 0, str(python)), tmp_path / "here", [Link("train", tasks(tmp_path, "b"))])
     here = (tmp_path / "env-here").read_text()
     assert not any(f"{key}=" in here for key in outer)

@@ -416,7 +416,7 @@ def test_nothing_is_written_into_what_is_measured(sets, clip, tmp_path, monkeypa
     shutil.copytree(sets[0], tmp_path / "set")
     before = sorted((tmp_path / "set").iterdir())
     monkeypatch.chdir(tmp_path / "set")
-    argv = ["evaluate", "--pictures", ".", "--clip", str(clip), "--bootstrap", "0"]
+    argv = ["evaluate", "--pictures", ".", "--clip", str(clip)]
     assert main(argv) == 0
     assert sorted((tmp_path / "set").iterdir()) == before
     assert (tmp_path / "set.evaluation" / "numbers.json").exists()

@@ -497,7 +497,7 @@ def test_a_picture_is_turned_as_its_json_says_and_never_twice(tmp_path):
             found = (shards[n]["image_8"].permute(1, 2, 0).numpy() + 1) * 127.5
             assert np.abs(found - picture).max() < 0.5, (n, words[n : n + 1])
     streamed = list(Stream(str(tar), SMALL, False, shuffle=False).items(range(len(right))))
-    seen = _Samples(tar, ["txt"], 8)
+    seen = _Samples(tar, ["txt"], None, 8)
     for n, item in enumerate(streamed):
         assert torch.equal(item["image_8"], shards[n]["image_8"])
         assert torch.equal(seen[n][2], shards[n]["image_8"])

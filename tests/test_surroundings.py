@@ -153,7 +153,7 @@ def test_what_lies_elsewhere_or_is_named_in_another_way_is_the_same(go, tmp_path
 def test_what_lies_elsewhere_and_is_another_is_refused(go, tmp_path):
     place = moved(tmp_path)
     write_clip(place / "clip", 1)
-    with pytest.raises(UserError, match="clip has other weights than when this run began"):
+    with pytest.raises(UserError, match="clip is another encoder than when this run began"):
         go(16, place)
     write_clip(place / "clip", 0)
     write_clip(place / "other", 1)

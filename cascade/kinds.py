@@ -7,7 +7,7 @@ NPZ = "a file of NumPy arrays (.npz)"
 SAFETENSORS = "a file of safetensors"
 PICKLE = "a pickle, which is not opened because it could run code"
 TORCH = "a file of PyTorch, whose pickle is not opened because it could run code"
-CUT_ZIP = "a zip archive that is cut short"
+CUT_ZIP = "a zip archive that is cut short or damaged"
 
 _PICTURE = "a single picture"
 _PAGE = "a web page"

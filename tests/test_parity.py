@@ -190,6 +190,7 @@ def test_torch_fidelity_finds_the_same_numbers(weights, sets):
     assert_same(mine, others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resize", [CLEAN, PYTORCH_FID], ids=lambda resize: resize.name)
 def test_clean_fid_finds_the_same_numbers(weights, network, sets, resize, monkeypatch):
     """Its path from files to features but for the network, and its and torch-fidelity's numbers."""

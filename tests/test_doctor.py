@@ -554,7 +554,7 @@ def test_a_process_that_hangs_or_dies_holds_nobody_up():
 
 @pytest.mark.slow  # it imports torch once more
 def test_the_process_that_looks_at_torch_answers():
-    saw = probe.answer(probe.started(["torch", "no_such_module"]), 120)
+    saw = probe.answer(probe.started(["torch", "no_such_module"]), 120.0)
     assert list(saw["broken"]) == ["no_such_module"]
     assert saw["built"] == torch.version.cuda
     assert saw["devices"] == []

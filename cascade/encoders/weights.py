@@ -18,6 +18,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from cascade.errors import UserError
 from cascade.kinds import CUT_ZIP, PICKLE, SAFETENSORS, TORCH, kind_of
+from cascade.texts import brief
 
 _PICKLES = (CUT_ZIP, PICKLE, TORCH)
 
@@ -97,7 +98,8 @@ def _fault_of_pickle(path: Path, kind: str) -> str | None:
                     "program and is not run: give the same weights as safetensors"
                 )
     if code := _code(path):
-        return f"it would run {', '.join(code[:3])}: give the weights as safetensors"
+        names = ", ".join(map(brief, code[:3]))
+        return f"it would run {names}: give the weights as safetensors"
     if kind == PICKLE:
         return "it is a pickle that cannot be read safely: give the weights as safetensors"
     return None

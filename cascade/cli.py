@@ -19,10 +19,10 @@ from cascade.slurm.code import check
 
 _EXIT_CODES = {UserError: 2, Failed: 1, TryAgain: 75, Superseded: 75}
 
-# By a disk or its owner, of whatever place a command was given.
+# What a file system refuses; the user can mend each of these.
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC}
 
-# Which options make use of others: without one of these an option would be ignored.
+# Each option here takes effect only together with one of those listed for it.
 _NEEDS = {
     "evaluate": {
         **dict.fromkeys(("data", "judge", "split", "count", "guidance"), ("model",)),
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="cascade", description="Train, sample and measure text-to-image cascades."
     )
-    top.add_argument("--code", help=argparse.SUPPRESS)  # that a launcher froze
+    top.add_argument("--code", help=argparse.SUPPRESS)  # digest of the code a launcher froze
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
 
     sample = verb("sample", "Paint captions.")
     sample.add_argument("captions", nargs="*", metavar="caption")
-    sample.add_argument("--file", help="of captions, one a line or as of generate --prompts")
+    sample.add_argument("--file", help="captions, in any form that generate --prompts reads")
     sample.add_argument("--model", required=True, help="directory of a cascade (runs/demo)")
     sample.add_argument("--n", type=int, default=1, help="pictures per caption (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of all noise (default 0)")
@@ -164,13 +164,14 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument(
         "--val",
         metavar="SHARE",
-        help="hold out so many pictures, as 1%% or 500, where tars are not called val-* (0: none; "
-        "default: as before)",
+        help="hold out this many pictures, such as 1%% or 500, if no tar is named val-* (0: none; "
+        "default: keep what the index says)",
     )
     index.add_argument(
         "--keys",
         choices=["first_dot", "last_dot"],
-        help="where a sample's key ends in its members' names (default: as before, first_dot)",
+        help="where the key ends in a member's name (default: keep what the index says, or "
+        "first_dot)",
     )
     pack = kinds.add_parser("pack", help="write shards of a folder of pictures with captions")
     pack.add_argument("out", help="folder to write to")
@@ -181,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
         "NAME.txt files)",
     )
     pack.add_argument(
-        "--lines", action="store_true", help="each line of a NAME.txt is a caption of its own"
+        "--lines", action="store_true", help="treat each line of NAME.txt as a separate caption"
     )
     pack.add_argument("--file-column", help="of names or pictures (default: by common names)")
     pack.add_argument("--caption-columns", help="the first is the sample's .txt")
@@ -220,12 +221,15 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = verb(
         "doctor",
-        "Say what is wrong with the installation, with shards, runs, models or encoders, and what "
-        "to do.",
-        "exit code 0: nothing will fail; 2: something will, or gives wrong numbers",
+        "Check the installation, shards, runs, models and encoders; say how to fix each problem.",
+        "exit code 0: no problems; 2: something will fail or give wrong numbers",
     )
-    doctor.add_argument("paths", nargs="*", metavar="PATH", help="folders of such things")
-    doctor.add_argument("--full", action="store_true", help="read all of it, however long it takes")
+    doctor.add_argument(
+        "paths", nargs="*", metavar="PATH", help="folder of shards, run, model or encoder"
+    )
+    doctor.add_argument(
+        "--full", action="store_true", help="check everything, however long it takes"
+    )
     doctor.add_argument(
         "--json", action="store_true", help="print JSON, without names of users and machines"
     )
@@ -291,7 +295,7 @@ def _picture_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _check_needs(args: argparse.Namespace) -> None:
-    """Raises UserError if an option was given that nothing would make use of."""
+    """Raises UserError if a given option would have no effect."""
 
     def given(name: str) -> bool:
         return getattr(args, name) not in (None, [])

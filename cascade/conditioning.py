@@ -34,7 +34,7 @@ class Cond:
     mask: Bool[Tensor, "b n"] | None = None  # true where `tokens` may be attended to
     image: Float[Tensor, "b c height width"] | None = None  # concatenated to x_t
     sketch: Float[Tensor, "b p height width"] | None = None  # of x0; the first part of `image`
-    behind: int = 0  # how many of the last tokens follow the text, whose length is the batch's
+    after_text: int = 0  # how many tokens follow the text (whose length varies by batch)
 
     def cat(self, other: "Cond") -> "Cond":
         """Both conditions in one batch: this one's samples, then the other's."""
@@ -96,7 +96,7 @@ class Vector(nn.Module):
         tokens = self.to_tokens(z).unflatten(1, (self.tokens, -1))
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=z.device)
         vector = self.to_vector(z) if self.to_vector else None
-        return Cond(vector, tokens, mask, behind=self.tokens)
+        return Cond(vector, tokens, mask, after_text=self.tokens)
 
 
 def last(states: Float[Tensor, "b n s"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b s"]:
@@ -267,15 +267,15 @@ class Conditioner(nn.Module):
         tokens = [p.tokens for p in parts if p.tokens is not None]
         masks = [p.mask for p in parts if p.mask is not None]
         images = [p.image for p in parts if p.image is not None]
-        behind = 0  # of the last parts, those that are not the text
+        after_text = 0
         for part in (p for p in parts if p.tokens is not None):
-            behind = behind + part.behind if part.behind else 0
+            after_text = after_text + part.after_text if part.after_text else 0
         cond = Cond(
             vector=sum(vectors) if vectors else None,
             tokens=torch.cat(tokens, 1) if tokens else None,
             mask=torch.cat(masks, 1) if masks else None,
             image=torch.cat(images, 1) if images else None,
-            behind=behind,
+            after_text=after_text,
         )
         return cond if self.sketch is None else self._sketched(cond)
 

@@ -14,4 +14,7 @@ class TryAgain(Exception):
 
 
 class Superseded(TryAgain, OSError):
-    """Another process has taken over the folder: this one ends, and writes nothing more there."""
+    """Another process has taken over the folder: exit code 75, and nothing more is written there.
+
+    An OSError as well: a save that the lease refuses ends as one that the disk refuses.
+    """

@@ -72,7 +72,7 @@ def main() -> None:
             args.components, args.buckets, args.width, args.layers, args.heads, args.context
         ).eval()
         prefix = torch.randn(args.batch, args.context + 1, args.width)
-        cond = Cond(None, prefix, torch.ones(prefix.shape[:2], dtype=torch.bool), behind=1)
+        cond = Cond(None, prefix, torch.ones(prefix.shape[:2], dtype=torch.bool), after_text=1)
         tokens = torch.randint(args.buckets, (args.batch, 1 + args.components))
     seconds = torch.stack([cached(net, cond, tokens) for _ in range(args.rounds)]).amin(0)
     without = min(uncached(net, cond, tokens) for _ in range(args.rounds))

@@ -36,7 +36,7 @@ def net(components=5, buckets=7):
 def condition(b=3, n=6):
     g = torch.Generator().manual_seed(2)
     mask = torch.arange(n) < torch.tensor([[2], [5], [6]])[:b]
-    return Cond(tokens=torch.randn(b, n, 16, generator=g).double(), mask=mask, behind=1)
+    return Cond(tokens=torch.randn(b, n, 16, generator=g).double(), mask=mask, after_text=1)
 
 
 def some_tokens(b=3, t=6, v=7):

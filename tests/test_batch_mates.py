@@ -98,7 +98,7 @@ def test_what_follows_the_text_stands_behind_the_full_context():
     net = PriorTransformer(size=8, width=16, layers=1, heads=2, context=7)
     net.positions.data = torch.arange(11.0)[:, None].expand(11, 16).clone()
     for n in (1, 4, 7):
-        cond = Cond(tokens=torch.zeros(2, n + 1, 16), behind=1)
+        cond = Cond(tokens=torch.zeros(2, n + 1, 16), after_text=1)
         assert net.places(net.positions, cond)[:, 0].tolist() == [*range(n), 7]
     bare = Cond(tokens=torch.zeros(2, 4, 16))
     assert net.places(net.positions, bare)[:, 0].tolist() == [0, 1, 2, 3]

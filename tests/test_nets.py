@@ -40,7 +40,7 @@ def prior():
 def prior_cond(b=3, n=6):
     g = torch.Generator().manual_seed(2)
     mask = torch.arange(n) < torch.tensor([[2], [5], [6]])[:b]
-    return Cond(tokens=torch.randn(b, n, 16, generator=g).double(), mask=mask, behind=1)
+    return Cond(tokens=torch.randn(b, n, 16, generator=g).double(), mask=mask, after_text=1)
 
 
 def test_prior_depends_on_x_with_and_without_text():

@@ -37,13 +37,13 @@ def lease(folder: Path) -> Iterator["Lease"]:
     """
     one, made = Lease(folder), not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        one.take()
-    except OSError as error:
-        if isinstance(error, Superseded):
-            raise
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            one.take()
+        except OSError as error:
+            if isinstance(error, Superseded):
+                raise
+            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
         with fenced(folder, one.check):
             yield one
     finally:
@@ -84,27 +84,28 @@ class Lease:
         self._lost_at = 0.0
 
     def take(self) -> None:
+        """Waits until it is held. Where this raises, `release` has to follow.
+
+        Raises:
+            UserError, Superseded: as `lease` does.
+        """
         told, asked = False, 0.0
-        try:
-            while True:
-                seen = self._files.look()
-                others = {n: one for n, one in seen.items() if n != self._number and not one.over}
-                if self._number is None:
-                    if self._may_take(others):
-                        self._ask(max(seen, default=-1) + 1)
-                        asked = time.monotonic()
-                        continue
-                elif max(seen, default=-1) > self._number:
-                    raise self._superseded()
-                elif not others or time.monotonic() - asked >= BOUND:
-                    break
-                if others and not told:
-                    self._tell(others)
-                    told = True
-                time.sleep(LOOK)
-        except BaseException:
-            self.release()
-            raise
+        while True:
+            seen = self._files.look()
+            others = {n: one for n, one in seen.items() if n != self._number and not one.over}
+            if self._number is None:
+                if self._may_take(others):
+                    self._ask(max(seen, default=-1) + 1)
+                    asked = time.monotonic()
+                    continue
+            elif max(seen, default=-1) > self._number:
+                raise self._superseded()
+            elif not others or time.monotonic() - asked >= BOUND:
+                break
+            if others and not told:
+                self._tell(others)
+                told = True
+            time.sleep(LOOK)
         for number in seen.keys() - {self._number}:
             self._files.path(number).unlink(missing_ok=True)
 

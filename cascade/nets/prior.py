@@ -2,8 +2,8 @@
 
 The sequence is: the condition's tokens (encoded text, CLIP text embedding), the noise level, the
 noised CLIP image embedding, and a learned query, at which the answer is read. Dropping the text
-leaves the noised embedding in the sequence, so the unconditional branch sees x_t. What follows the
-text stands behind the full context, however long the texts of a batch are.
+leaves the noised embedding in the sequence, so the unconditional branch sees x_t. Tokens
+after the text take the positions after the full context, whatever the lengths in a batch.
 """
 
 import torch
@@ -27,10 +27,10 @@ def causal_mask(mask: Bool[Tensor, "b n"]) -> Bool[Tensor, "b 1 n n"]:
 class Places(nn.Module):
     """Which row of a table of positions each of a condition's tokens takes.
 
-    The text takes the rows from 0 on, and what follows it the rows behind the full context, as in
-    Karlo's and Kandinsky's priors: no sample depends on the longest text of its batch. A state dict
-    says so by `KEY`. Those of older runs do not: they were trained with the rows behind the longest
-    text of the batch, and keep to them (`fixed` is false, and the key stays absent).
+    The text takes rows 0, 1, ...; tokens after it take the rows after the full context, as in
+    Karlo's and Kandinsky's priors, so no sample depends on the longest text of its batch. A state
+    dict with `KEY` says so. Older runs lack the key: they were trained with the rows after the
+    longest text of the batch and keep them (`fixed` is false).
 
     Args:
         context: the greatest length of the text.
@@ -45,7 +45,7 @@ class Places(nn.Module):
     def forward(self, table: Float[Tensor, "m w"], cond: Cond) -> Float[Tensor, "n w"]:
         """The row of each token. UserError if the text is longer than the context."""
         n = cond.tokens.shape[1]
-        if (text := n - cond.behind) > self.context:
+        if (text := n - cond.after_text) > self.context:
             raise UserError(
                 f"a caption has {text} tokens, and the prior takes {self.context}: set net.context "
                 "to the length of the text encoder"
@@ -53,7 +53,7 @@ class Places(nn.Module):
         if not self.fixed:
             return table[:n]
         end = self.context + 1
-        return torch.cat([table[:text], table[end - cond.behind : end]])
+        return torch.cat([table[:text], table[end - cond.after_text : end]])
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

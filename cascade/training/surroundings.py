@@ -30,7 +30,8 @@ class Surroundings(L.Callback):
     """
 
     def __init__(self, module: L.LightningModule, shards: Shards | Stream):
-        self.encoders = list(getattr(module, "encoders", ()))
+        named = {encoder.name: encoder for encoder in getattr(module, "encoders", ())}
+        self.encoders = list(named.values())  # one of each name, as they are written down
         self.hashes = {encoder.name: encoder.hash for encoder in self.encoders}
         self.shards = _of(shards)
         self.embeddings = [about.hash for s in shards.embeddings if (about := s.about)]

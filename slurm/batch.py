@@ -165,10 +165,12 @@ class Slurm:
             before, pairs = _dependencies(link, sent, arrays)
             arrays[link.name] = jobs = []
             for i, part in enumerate(sent.parts(link, most)):
-                pair, last = pairs[i] if pairs else None, jobs[-1] if jobs and own.at_once else None
+                waits = [f"afterok:{':'.join(before)}"] if before else []
+                waits += [f"aftercorr:{pairs[i]}"] if pairs else []
+                waits += [f"afterany:{jobs[-1]}"] if jobs and own.at_once else []
+                options = own.options_of(link, part, waits)
                 script = part.record(link).with_name("script.sh")
-                script.write_text(own.script(link, part, before, pair, last))
-                options = own._options(link, part, before, pair, last)
+                script.write_text(own.script(link, part, options))
                 ignored.update(sbatch.overruled(options))
                 jobs.append(sbatch.sent(script, options))
                 print(f"{link.name}: job {jobs[-1]}, {len(part.left[link.name])} to run")
@@ -184,7 +186,7 @@ class Slurm:
         for letter in str(sent.record(link)):
             if letter == "\\" or ord(letter) < 32:
                 raise UserError(f"{sent.root}: Slurm loses {letter!r} in names: choose another run")
-        options = self._options(link, sent, [])
+        options = self.options_of(link, sent)
         if limit := sbatch.value(options, "time", "SBATCH_TIMELIMIT"):
             self._check_limit(limit, f"{link.name}: the time limit {limit}")
             return
@@ -206,28 +208,12 @@ class Slurm:
             raise UserError(f"resources: {min(unknown)} is none of {', '.join(known)}")
         return replace(self, **resources)
 
-    def script(
-        self,
-        link: Link,
-        sent: Sent,
-        before: Sequence[str],
-        one_by_one: str | None = None,
-        behind: str | None = None,
-    ) -> str:
-        """The batch script of what is left of a link.
-
-        Args:
-            before: jobs that must have ended well.
-            one_by_one: an array, of which each element waits for the one of its own number.
-            behind: a job that must have ended, in whatever way.
-        """
+    def script(self, link: Link, sent: Sent, options: Sequence[str]) -> str:
+        """The batch script of what is left of a link, with sbatch's options written at its top."""
         tasks = sent.left[link.name]
         cpus = f"--cpus-per-task={self.cpus}" if self.cpus else ""  # srun does not ask sbatch
         return _SCRIPT.format(
-            directives="\n".join(
-                f"#SBATCH {shlex.quote(option)}"
-                for option in self._options(link, sent, before, one_by_one, behind)
-            ),
+            directives="\n".join(f"#SBATCH {shlex.quote(option)}" for option in options),
             tasks="\n".join(_case(i, task) for i, task in enumerate(tasks)),
             log=LOG,
             done=DONE,
@@ -241,18 +227,9 @@ class Slurm:
             max_restarts=self.max_restarts,
         )
 
-    def _options(
-        self,
-        link: Link,
-        sent: Sent,
-        before: Sequence[str],
-        one_by_one: str | None = None,
-        behind: str | None = None,
-    ) -> list[str]:
+    def options_of(self, link: Link, sent: Sent, waits: Sequence[str] = ()) -> list[str]:
+        """sbatch's options for what is left of a link; `waits` are dependencies, all to be met."""
         record = sent.record(link)
-        dependencies = [f"afterok:{':'.join(before)}"] if before else []
-        dependencies += [f"aftercorr:{one_by_one}"] if one_by_one else []
-        dependencies += [f"afterany:{behind}"] if behind else []
         throttle = f"%{self.at_once}" if self.at_once else ""
         given = {
             "job-name": f"{sent.root.name}/{link.name}",
@@ -270,8 +247,8 @@ class Slurm:
             "partition": self.partition,
             "account": self.account,
             "constraint": self.constraint,
-            "dependency": ",".join(dependencies) or None,
-            "kill-on-invalid-dep": "yes" if dependencies else None,
+            "dependency": ",".join(waits) or None,
+            "kill-on-invalid-dep": "yes" if waits else None,
         }
         stated = [f"--{name}={value}" for name, value in given.items() if value is not None]
         return ["--requeue", *stated, *self.options]

@@ -54,7 +54,8 @@ def test_the_script_asks_for_a_process_on_each_gpu_and_for_a_signal(tmp_path):
     asked += ["launcher.preamble='module load cuda'", "launcher.options=['--qos=high']"]
     link = Link("sweep", tasks(tmp_path, "a", "b", "c"), after=["clip"])
     one = launcher("launcher=slurm", "launcher.at_once=2", *asked)
-    text = one.script(link, sent(tmp_path, link), ["7", "9_1"])
+    record = sent(tmp_path, link)
+    text = one.script(link, record, one.options_of(link, record, ["afterok:7:9_1"]))
     directives = [line[8:] for line in text.splitlines() if line.startswith("#SBATCH ")]
     expected = """
         --requeue --open-mode=append --signal=USR1@300 --nodes=4 --ntasks-per-node=8
@@ -76,7 +77,8 @@ def test_the_script_asks_for_a_process_on_each_gpu_and_for_a_signal(tmp_path):
 
 def test_what_is_not_asked_for_is_left_to_the_cluster(tmp_path):
     link = Link("train", tasks(tmp_path, "a"))
-    text = launcher("launcher=slurm", "launcher.gpus=0").script(link, sent(tmp_path, link), [])
+    one, record = launcher("launcher=slurm", "launcher.gpus=0"), sent(tmp_path, link)
+    text = one.script(link, record, one.options_of(link, record))
     for word in ("partition", "account", "time=", "constraint", "gpus", "cpus", "dependency"):
         assert word not in text
     assert "--ntasks-per-node=1" in text
@@ -94,7 +96,7 @@ def attempt(
     told = f'echo {failure} > "$CASCADE_FAILURE"' if failure else ":"
     text = f'{FINISHES if finishes else ""}\necho "srun $*"\n{told}\n{srun}\nexit {code}'
     program(root / "bin", "srun", text)
-    script = program(root, "script.sh", one.script(link, record, []))
+    script = program(root, "script.sh", one.script(link, record, one.options_of(link, record)))
     env = {**os.environ, "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": str(index)}
     env |= {"SLURM_JOB_NODELIST": "n1"}
     if restarts is not None:

@@ -9,6 +9,13 @@ PICKLE = "a pickle, which is not opened because it could run code"
 TORCH = "a file of PyTorch, whose pickle is not opened because it could run code"
 CUT_ZIP = "a zip archive that is cut short or damaged"
 
+COMPRESSED = {  # the first bytes, the program that packed and the one that unpacks
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
+
 _PICTURE = "a single picture"
 _PAGE = "a web page"
 _BEGINNINGS = {
@@ -17,10 +24,7 @@ _BEGINNINGS = {
     b"\x80\x03": PICKLE,
     b"\x80\x04": PICKLE,
     b"\x80\x05": PICKLE,
-    b"\x1f\x8b": "compressed with gzip",
-    b"BZh": "compressed with bzip2",
-    b"\xfd7zXZ\0": "compressed with xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    **{start: f"compressed with {writer}" for start, (writer, _) in COMPRESSED.items()},
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"PAR1": "a Parquet table",
     b"\xff\xd8\xff": _PICTURE,

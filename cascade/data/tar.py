@@ -15,6 +15,7 @@ from typing import IO, NamedTuple, Protocol, runtime_checkable
 
 from cascade.errors import UserError
 from cascade.files import matching
+from cascade.kinds import COMPRESSED
 
 MAX_HEADER = 2**20  # bytes of an extended header, all of which tarfile keeps in memory
 BROKEN = (OSError, tarfile.TarError, ValueError, RecursionError)  # how a damaged tar is found out
@@ -24,12 +25,6 @@ STREAMED_LINK = "link, which a stream cannot follow"
 SPARSE = "sparse file"
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")  # endings
-_COMPRESSIONS = {
-    b"\x1f\x8b": "it is gzipped: unpack it (gunzip)",
-    b"BZh": "it is compressed with bzip2: unpack it (bunzip2)",
-    b"\xfd7zXZ": "it is compressed with xz: unpack it (unxz)",
-    b"\x28\xb5\x2f\xfd": "it is compressed with zstd: unpack it (unzstd)",
-}
 _PADDING = 2**20  # zeros behind the end of a tar: more than any usual record
 
 
@@ -146,9 +141,9 @@ def contents(tar: Path) -> Contents:
 
 
 def _check_plain(start: bytes) -> None:
-    for magic, what in _COMPRESSIONS.items():
+    for magic, (writer, unpacker) in COMPRESSED.items():
         if start.startswith(magic):
-            raise Compressed(what)
+            raise Compressed(f"it is compressed with {writer}: unpack it ({unpacker})")
 
 
 def _headers(file: IO[bytes], size: int, found: list[tarfile.TarInfo]) -> bool:

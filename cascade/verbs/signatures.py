@@ -7,8 +7,9 @@ annotation says beyond plain values (modules, callables, tensors) is left to who
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from importlib.util import find_spec
+from operator import or_
 from pathlib import Path
 
 _PLAIN = {"bool", "int", "float", "str", "None"}
@@ -113,7 +114,7 @@ def _subscripted(module: str, name: str, inner: list[ast.expr]) -> Type:
     if name in ("Union", "Optional"):
         types = [_type(module, part) for part in inner]
         types += [Type(frozenset({"None"}))] if name == "Optional" else []
-        return _union(types)
+        return reduce(or_, types, Type())
     if name == "Literal":
         return Type(frozenset(type(ast.literal_eval(part)).__name__ for part in inner))
     if name in _LISTS:
@@ -122,13 +123,6 @@ def _subscripted(module: str, name: str, inner: list[ast.expr]) -> Type:
     if name in _MAPPINGS:
         return Type(values=_type(module, inner[-1]))
     return Type()
-
-
-def _union(types: list[Type]) -> Type:
-    whole = Type()
-    for one in types:
-        whole |= one
-    return whole
 
 
 def _is_rest(node: ast.expr) -> bool:

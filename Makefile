@@ -3,6 +3,8 @@ PYTHON ?= python3
 BUDGET ?= default
 UV = 0.13.8
 BIN = .venv/bin
+# Up to four processes, each with whole files: those share what a file's fixtures train.
+PYTEST = $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 .PHONY: demo test test-slow lint setup lock clean help
 
@@ -10,14 +12,18 @@ demo: setup  ## train a whole cascade from nothing, paint, measure, report (BUDG
 	$(BIN)/cascade demo budget=$(BUDGET)
 
 test: setup  ## the tests that take minutes
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: setup  ## real trainings
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: setup  ## what CI asks of the source
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check --quiet
+	rm -rf build/layers && mkdir -p build/layers
+	cp -r cascade build/layers && cp -r eval slurm conf build/layers/cascade  # as it is installed
+	cd build/layers && ../../$(BIN)/lint-imports --no-cache ../../pyproject.toml
 
 setup: .venv/installed  ## install the locked versions into .venv
 

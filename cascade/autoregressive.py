@@ -1,6 +1,6 @@
-"""The other process: tokens, each of them predicted from those before it (unCLIP, section 2.2).
+"""The autoregressive process: each token is predicted from those before it (unCLIP, section 2.2).
 
-Tokens are int64 [b, t], each a number of one of v buckets; logits [b, v] are those of the next one.
+Tokens are int64 [b, t], each the number of one of v buckets; logits [b, v] are of the next token.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from cascade.diffusion.noise import Noise, uniform
 from cascade.diffusion.sampling import Joinable
 from cascade.errors import UserError
 
-# Logits [b, v] of the next token, given the last one [b]; None: of the first.
+# Returns the logits [b, v] of the next token, given the last one [b], or None for the first.
 Ask = Callable[[Int64[Tensor, " b"] | None], Float[Tensor, "b v"]]
 
 
 @runtime_checkable
 class TokenNet(Protocol):
-    """A causal network: all logits at once, or one after the other from what it has cached."""
+    """A causal network: computes all logits at once, or one after another with a cache."""
 
     def __call__(self, tokens: Int64[Tensor, "b t"], cond: Any) -> Float[Tensor, "b t v"]: ...
 
@@ -32,35 +32,36 @@ class TokenNet(Protocol):
 
 
 class Autoregressive:
-    """Cross entropy of each token, given the condition and the tokens before it: an `Objective`."""
+    """Cross-entropy of each token given the condition and the tokens before it: an `Objective`."""
 
     def loss(
         self, net: TokenNet, x0: Int64[Tensor, "b t"], cond: Any, noise: Noise
     ) -> Float[Tensor, " b"]:
-        """The loss of each sample in nats per token. Nothing is drawn."""
+        """The loss of each sample, in nats per token. It draws no noise."""
         logits = net(x0, cond)
         return F.cross_entropy(logits.transpose(1, 2), x0, reduction="none").mean(1)
 
 
 @dataclass(frozen=True)
 class TokenSampler:
-    """Draws tokens from a trained network, one after the other.
+    """Draws tokens from a trained network, one after another.
 
-    The first one, the dot product of text and image embedding, is drawn from the top half of its
-    distribution (unCLIP, section 2.2). Read here as: from the upper half, by mass, of what the
-    network predicts for this caption. The half of all training samples would ask for what many a
-    caption never had: where captions differ, so do their dot products.
+    The first token, the dot product of text and image embedding, is drawn from the top half of its
+    distribution (unCLIP, section 2.2). We take this to be the upper half, by mass, of the network's
+    prediction for the caption at hand. The top half over all training samples would demand values
+    that many captions never have, since dot products differ between captions.
 
     Args:
-        scale: of guidance, on logits, of all tokens; 1 is none, and costs one branch.
+        scale: guidance scale, applied to the logits of all tokens; 1 is no guidance and costs one
+            branch.
         temperature: divides the guided logits.
-        percentile: the part of the dot product's distribution that is never drawn. unCLIP tried
-            0.5, 0.7, 0.85 and 0.95, and found 0.5 best.
-        steps: tokens to draw, at most; the components behind them are left at their mean, which is
-            in the middle bucket. None: all.
+        percentile: the lower part of the dot product's distribution, which is never drawn. unCLIP
+            tried 0.5, 0.7, 0.85 and 0.95, and found 0.5 best.
+        steps: greatest number of tokens to draw. Later components keep their mean, which lies in
+            the middle bucket. None: all.
 
     Raises:
-        UserError: a number out of its range.
+        UserError: a number out of range.
     """
 
     scale: float = 1.0
@@ -87,12 +88,12 @@ class TokenSampler:
         noise: Noise,
         progress: Callable[[int, int], None] | None = None,
     ) -> Int64[Tensor, "b t"]:
-        """Tokens of this shape [b, t].
+        """Draws tokens of this shape [b, t].
 
         Args:
-            weaker: the branch that guidance leads away from; None: no guidance.
-            noise: drawn from once, a number for each token.
-            progress: called with (tokens done, tokens in all).
+            weaker: the branch that guidance extrapolates away from; None: no guidance.
+            noise: called once, for one number per token.
+            progress: called with (tokens done, total tokens).
         """
         steps = min(self.steps or shape[1], shape[1])
         u = uniform(noise, shape)
@@ -100,7 +101,7 @@ class TokenSampler:
         ask = following(net, cond)
         if weaker is not None and self.scale != 1:
             ask = guided(net, cond, weaker, self.scale)
-        # Half precision would make a choice between neighbours depend on the size of the batch.
+        # Half precision rounds differently at each batch size, which would change drawn tokens.
         with torch.autocast(u.device.type, enabled=False):
             tokens = torch.zeros(shape, dtype=torch.int64, device=u.device)
             for i in range(steps):
@@ -113,7 +114,7 @@ class TokenSampler:
 
 
 def following(net: TokenNet, cond: Joinable) -> Ask:
-    """Asks the network for one token after the other; it keeps its cache."""
+    """The next-token logits of one network, with its cache."""
     cache = None
 
     def ask(last: Int64[Tensor, " b"] | None) -> Float[Tensor, "b v"]:
@@ -127,10 +128,10 @@ def following(net: TokenNet, cond: Joinable) -> Ask:
 
 
 def guided(net: TokenNet, cond: Joinable, weaker: tuple[TokenNet, Joinable], scale: float) -> Ask:
-    """Logits weaker + scale (own - weaker): of one network in one doubled batch, or of two."""
-    other, told = weaker
+    """Guided logits, weaker + scale (own - weaker), from one doubled batch or from two networks."""
+    other, other_cond = weaker
     same = other is net
-    own, less = following(net, cond.cat(told) if same else cond), following(other, told)
+    own, less = following(net, cond.cat(other_cond) if same else cond), following(other, other_cond)
 
     def ask(last: Int64[Tensor, " b"] | None) -> Float[Tensor, "b v"]:
         if same:
@@ -143,10 +144,10 @@ def guided(net: TokenNet, cond: Joinable, weaker: tuple[TokenNet, Joinable], sca
 
 
 def drawn(logits: Float[Tensor, "b v"], u: Float64[Tensor, " b"]) -> Int64[Tensor, " b"]:
-    """The bucket of each row at which the distribution's CDF passes u, in (0, 1).
+    """Inverts the CDF: the bucket of each row in which it passes u, in (0, 1).
 
-    With u above p, the part 1 - p of the distribution that lies highest is drawn from: the bucket
-    that p divides keeps what lies above it.
+    With u uniform in (p, 1), this draws from the highest 1 - p of the distribution's mass; a bucket
+    that p divides counts with its part above p.
     """
     cdf = logits.double().softmax(1).cumsum(1)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]

@@ -1,7 +1,8 @@
-"""What x is: how a stage's target is read from a batch and written back into one.
+"""Codecs: how a stage's x0 is read from a batch, and written back into one.
 
-A codec names the key that its stage writes, encodes that key to x0 (about unit variance), decodes
-x0 to the key, and gives the shape to sample. `fit` sees training batches before the first step.
+A codec names the key that its stage writes (`writes`), encodes that key to x0 of about unit
+variance, decodes x0 to the key, and tells the shape to sample. `fit` takes statistics of training
+batches before the first step.
 """
 
 from collections.abc import Iterable
@@ -11,26 +12,26 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from cascade.conditioning import Batch
+from cascade.batch import Batch, image_key
 from cascade.errors import UserError
 
 
 class Pixels(nn.Module):
-    """Pictures in [-1, 1], as they are.
+    """Pictures in [-1, 1], unchanged.
 
     Args:
         size: side in pixels; written as `image_{size}`.
-        low: side of the low-resolution picture of a super-resolution stage; the sampled shape
+        low: side of the low-resolution picture of a super-resolution stage. The shape to sample
             follows from that of `image_{low}`, which may be larger than in training.
     """
 
     def __init__(self, size: int, low: int | None = None):
         super().__init__()
         self.size, self.low = size, low
-        self.writes = f"image_{size}"
+        self.writes = image_key(size)
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        """Pixels need no statistics."""
+        """Does nothing: pixels need no statistics."""
 
     def encode(self, batch: Batch) -> Float[Tensor, "b 3 h w"]:
         return batch[self.writes]
@@ -41,23 +42,24 @@ class Pixels(nn.Module):
     def shape(self, batch: Batch) -> tuple[int, ...]:
         if self.low is None:
             return 3, self.size, self.size
-        sides = batch[f"image_{self.low}"].shape[2:]
+        sides = batch[image_key(self.low)].shape[2:]
         return 3, *(side * self.size // self.low for side in sides)
 
 
 class Embedding(nn.Module):
-    """CLIP embeddings of unit norm, scaled for diffusion. Decoding normalises.
+    """CLIP embeddings of unit norm, scaled for diffusion. Decoding normalises them again.
 
-    By default each dimension gets zero mean and unit variance: the mean and deviation are those
-    of the training embeddings (Karlo does the same) and belong to the checkpoint. With a given
-    `deviation` all of x0 is multiplied by the one number that gives an embedding of unit norm
-    that deviation.
+    By default each dimension gets zero mean and unit variance, by the mean and standard deviation
+    of the training embeddings (as in Karlo), which are buffers and so part of the checkpoint. With
+    `deviation`, the embedding is multiplied by one number instead, which gives its entries that
+    root mean square.
 
     Args:
         size: d, the size of the embedding.
         key: the batch key that is read in training and written in sampling.
-        deviation: of each of the d numbers. unCLIP's is 0.5375, that of pictures in [-1, 1]: times
-            17.2 at d = 1024 (appendix C), 14.9 at 768. 1 is DALLE2-pytorch's: times root d.
+        deviation: of each of the d numbers. unCLIP's is 0.5375, that of pictures in [-1, 1]: a
+            factor of 17.2 at d = 1024 (appendix C), 14.9 at 768. DALLE2-pytorch's is 1: a factor of
+            the root of d.
     """
 
     def __init__(self, size: int, key: str = "clip_image", deviation: float | None = None):
@@ -67,10 +69,10 @@ class Embedding(nn.Module):
         self.register_buffer("std", torch.full((size,), size**-0.5 / (deviation or 1.0)))
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        """Takes mean and deviation of each dimension, unless a deviation is given.
+        """Takes the mean and standard deviation of each dimension, unless `deviation` was given.
 
         Raises:
-            UserError: the embeddings are of another size.
+            UserError: the embeddings have another size.
         """
         z = torch.cat([batch[self.writes] for batch in batches]).double()
         if z.shape[1] != self.size:
@@ -94,20 +96,21 @@ class Embedding(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A CLIP image embedding as 1 + k tokens: its dot product with the text's, then its principal
-    components, by decreasing variance (unCLIP, section 2.2: 319 of 1024, 1024 buckets each).
+    """CLIP image embeddings as 1 + k tokens (unCLIP, section 2.2: k = 319 of 1024, 1024 buckets).
 
-    The buckets of each token are equally wide and cover `REACH` standard deviations on either side
-    of the mean; what lies beyond falls into the last. A bucket decodes to its centre, so that a
-    component within reach is off by at most REACH / buckets standard deviations. The dot product
-    is there to be asked for: it is not decoded. Axes and buckets belong to the checkpoint.
+    The first token is the dot product with the text embedding; the others are principal components,
+    by decreasing variance. The buckets of a token are equally wide and cover `REACH` standard
+    deviations on either side of the mean; values beyond fall into the outermost. A bucket decodes
+    to its centre, so a component within reach is off by at most REACH / buckets standard
+    deviations. The dot product conditions the other tokens and is not decoded. Axes and buckets are
+    part of the checkpoint.
 
     Args:
         size: d, the size of the embedding.
         components: k.
-        buckets: of each token.
-        share: of the variance, that the components must keep. The paper's reconstructions lose
-            less than 1 %.
+        buckets: number of values of each token.
+        share: fraction of the variance that the components must retain. The paper's lose less than
+            1 %.
 
     Raises:
         UserError: more components than dimensions.
@@ -130,13 +133,13 @@ class Tokens(nn.Module):
         self.register_buffer("width", torch.full((1 + components,), 2 / buckets))
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        """One pass, which keeps nothing but sums in float64.
+        """Takes axes and buckets in one pass, which keeps only sums, in float64.
 
         Args:
             batches: with `clip_image` and `clip_text`.
 
         Raises:
-            UserError: embeddings of another size, or the components keep less than `share`.
+            UserError: embeddings of another size, or the components retain less than `share`.
         """
         count, total, second = 0, 0, 0
         for batch in batches:
@@ -154,7 +157,7 @@ class Tokens(nn.Module):
         kept = variance.cumsum(0) / variance.sum()
         if kept[components - 1] < self.share:
             raise UserError(
-                f"{components} of {self.size} components keep {kept[components - 1]:.2%} of the "
+                f"{components} of {self.size} components retain {kept[components - 1]:.2%} of the "
                 f"variance, not {self.share:.2%}: set net.components="
                 f"{int((kept < self.share).sum()) + 1}, or lower stage.codec.share"
             )
@@ -166,7 +169,7 @@ class Tokens(nn.Module):
         self.width.copy_(2 * reach / self.buckets)
 
     def encode(self, batch: Batch) -> Int64[Tensor, "b t"]:
-        """Reads `clip_image` and `clip_text`."""
+        """Returns bucket numbers; reads `clip_image` and `clip_text`."""
         z = batch[self.writes]
         with torch.autocast(z.device.type, enabled=False):  # bfloat16 is coarser than the buckets
             components = (z.to(self.mean) - self.mean) @ self.axes.T
@@ -188,9 +191,9 @@ class Tokens(nn.Module):
 def principal(
     covariance: Float64[Tensor, "d d"],
 ) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "d d"]]:
-    """Variances in decreasing order, and their axes [axis, d].
+    """Principal components: variances in decreasing order, and their axes [axis, d].
 
-    Of the two directions of an axis, that in which its largest entry is positive.
+    The sign of an axis is free; it is chosen so that the entry of largest magnitude is positive.
     """
     variance, axes = torch.linalg.eigh(covariance)
     variance, axes = variance.flip(0).clamp(min=0), axes.T.flip(0)

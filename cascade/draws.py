@@ -1,7 +1,7 @@
-"""Every random draw is a function of (seed, purpose, sample number) and of nothing else.
+"""Random draws that depend on (seed, purpose, sample number) alone.
 
-So neither the batch size nor the rank nor a resumption changes what a sample sees: not its crop in
-training, not its noise in sampling. The streams are PCG64, seeded through NumPy's `SeedSequence`.
+Batch size, rank and resumption therefore change nothing of a sample: neither its crop in training
+nor its noise in sampling. The streams are PCG64, seeded through NumPy's `SeedSequence`.
 """
 
 import zlib
@@ -14,15 +14,15 @@ from torch import Tensor
 
 
 def generator(seed: int, purpose: str, sample: int) -> np.random.Generator:
-    """The stream of one sample for one purpose ("crop", "noise", ...)."""
+    """The random stream of one sample for one purpose ("crop", "noise", ...)."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), sample])
 
 
 class Draws:
-    """Standard normal draws for a batch: a `Noise`, one stream per sample.
+    """Standard normal draws for a batch, from one stream per sample: a `Noise`.
 
-    `Draws(seed, purpose, samples)((b, ...))` gives float32 of that shape; row i comes from the
-    stream of `samples[i]` and moves it on, so that successive calls differ.
+    `Draws(seed, purpose, samples)((b, ...))` returns float32 of that shape. Row i comes from the
+    stream of `samples[i]`, which advances, so that successive calls differ.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Moving about in embeddings and in noise (unCLIP, section 3): on great circles.
+"""Interpolate CLIP embeddings and noise along great circles (unCLIP, section 3).
 
-Both lie on spheres, or near them: a straight line would lead through points that are too short.
+Both lie on or near a sphere, so points on a straight line between two of them would be too short.
 """
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 def slerp(
     a: Float[Tensor, "b *d"], b: Float[Tensor, "b *d"], share: float
 ) -> Float[Tensor, "b *d"]:
-    """From a at share 0 to b at share 1; a straight line where they point the same or opposite way.
+    """Spherical interpolation from a (share 0) to b (share 1).
 
-    For CLIP embeddings [b, d], and for the noise [b, c, h, w] that DDIM inversion gives.
+    It is linear where a and b are parallel. For CLIP embeddings [b, d] and for the noise
+    [b, c, h, w] that DDIM inversion returns.
     """
     flat = [F.normalize(x.flatten(1), dim=1) for x in (a, b)]
     angle = (flat[0] * flat[1]).sum(1).clamp(-1, 1).arccos().view(-1, *[1] * (a.ndim - 1))
@@ -32,12 +33,12 @@ def text_difference(
     before: Float[Tensor, "b d"],
     share: float,
 ) -> Float[Tensor, "b d"]:
-    """An image embedding, turned by what one caption says and another does not (section 3.3).
+    """Rotate an image embedding towards the difference of two captions (section 3.3).
 
     Args:
         image: unit-norm CLIP embedding of the picture to change.
-        text: of a caption of what it is to become.
-        before: of a caption of what it is, or of one that says nothing ("a photo").
-        share: of the way towards text - before; the paper ends at 0.25 to 0.5.
+        text: embedding of a caption of the desired picture.
+        before: embedding of a caption of the present picture, or of an empty one ("a photo").
+        share: of the rotation towards text - before; the paper uses up to 0.25 or 0.5.
     """
     return slerp(image, F.normalize(text - before, dim=1), share)

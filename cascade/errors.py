@@ -1,20 +1,21 @@
-"""How a command ends, when not well: each kind is one line on the terminal and an exit code."""
+"""The ways a command can fail. Each prints one line on the terminal and has its own exit code."""
 
 
 class UserError(Exception):
-    """Bad configuration or input: exit code 2. The message is one line and names the remedy."""
+    """Invalid configuration or input: exit code 2. The message is one line and names the remedy."""
 
 
 class Failed(Exception):
-    """The training itself went wrong: exit code 1. What was good of it is kept, and named."""
+    """The training itself failed: exit code 1. The message names the last good checkpoint."""
 
 
 class TryAgain(Exception):
-    """Stopped in good order behind a checkpoint: exit code 75. The same command goes on."""
+    """Stopped cleanly after a checkpoint: exit code 75. The same command resumes."""
 
 
 class Superseded(TryAgain, OSError):
     """Another process has taken over the folder: exit code 75, and nothing more is written there.
 
-    An OSError as well: a save that the lease refuses ends as one that the disk refuses.
+    It is an OSError too, so that a write refused by the lease is handled like one refused by the
+    disk.
     """

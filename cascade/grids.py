@@ -12,7 +12,7 @@ _GAP, _LINE = 8, 15  # pixels between cells, and from one line of text to the ne
 
 
 def to_uint8(pictures: Float[Tensor, "n 3 h w"]) -> UInt8[np.ndarray, "n h w 3"]:
-    """Pictures in [-1, 1] as bytes, channels last."""
+    """Convert pictures in [-1, 1] to bytes, channels last."""
     scaled = (pictures.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return scaled.round().byte().permute(0, 2, 3, 1).numpy()
 
@@ -23,10 +23,14 @@ def grid(
     captions: Sequence[str] | None = None,
     scale: int = 1,
 ) -> Image.Image:
-    """Pictures in rows of `columns`, each enlarged `scale` times, its caption wrapped under it.
+    """Draw pictures in rows of `columns`, with their captions wrapped beneath them.
 
-    Cells are `scale * w` wide with a gutter of 8 pixels all around; enlargement repeats pixels.
-    ValueError where there are not as many captions as pictures.
+    Args:
+        scale: factor of enlargement, by repeating pixels. Cells are `scale * w` pixels wide, with
+            8 pixels between them and around them.
+
+    Raises:
+        ValueError: there are not as many captions as pictures.
     """
     n, h, w, _ = pictures.shape
     if captions is not None and len(captions) != n:
@@ -50,7 +54,7 @@ def grid(
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a word that is wider is broken."""
+    """Break a text into lines of at most `width` pixels; wider words are split."""
     lines = [""]
     for word in re.findall(r"\S+", text):
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,8 @@
-"""The cascade: a left fold of a batch over its stages."""
+"""The cascade: a left fold of a batch over its stages.
+
+The classes around a stage (`BestOf`, `Without`, `TextEmbedding`) sample it in another way and take
+its place in the fold.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,22 +10,22 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from cascade.conditioning import Batch
+from cascade.batch import Batch, image_size
 
-Progress = Callable[[str, int, int], None]  # (what is written, steps done, steps in all)
+Progress = Callable[[str, int, int], None]  # (key being sampled, steps done, steps in total)
 
 
 @runtime_checkable
 class Link(Protocol):
-    """What a cascade is made of: it has `reads` and `writes`, and samples the key it writes."""
+    """One step of a cascade: it samples the batch key `writes`, given the keys `reads`."""
 
-    def completed(self, batch: Batch) -> Batch: ...
+    def encoded(self, batch: Batch) -> Batch: ...
 
     def sample(self, batch: Batch, seed: int, **choices: Any) -> torch.Tensor: ...
 
 
 class Around(Link, Protocol):
-    """A link that samples another one in its own way."""
+    """A link that samples the one inside it in its own way."""
 
     stage: Link
 
@@ -33,16 +37,19 @@ class Around(Link, Protocol):
     def writes(self) -> str:
         return self.stage.writes
 
-    def completed(self, batch: Batch) -> Batch:
-        return self.stage.completed(batch)
+    def encoded(self, batch: Batch) -> Batch:
+        return self.stage.encoded(batch)
 
 
 @dataclass(frozen=True)
 class BestOf(Around):
     """Samples a stage n times and keeps the result closest to the caption.
 
-    unCLIP (section 2.2) draws two image embeddings and keeps the one with the larger dot product
-    with the text embedding.
+    unCLIP (section 2.2) draws two image embeddings and keeps the one that has the larger dot
+    product with the text embedding.
+
+    Args:
+        by: batch key of the embedding to compare with.
     """
 
     stage: Link
@@ -50,21 +57,21 @@ class BestOf(Around):
     by: str = "clip_text"
 
     def sample(self, batch: Batch, seed: int, progress=None) -> torch.Tensor:
-        """The best of `n` samples, for each sample of the batch."""
+        """For each row of the batch, the best of `n` draws."""
         drawn = torch.stack(
             [self.stage.sample(batch, seed, str(k), progress) for k in range(self.n)], 1
         )
-        target = self.completed(batch)[self.by]
+        target = self.encoded(batch)[self.by]
         best = torch.einsum("bnd,bd->bn", drawn, target).argmax(1)
         return drawn[torch.arange(len(drawn)), best]
 
 
 @dataclass(frozen=True)
-class Untold(Around):
-    """A stage that is sampled without some of its conditions, to see what they contribute.
+class Without(Around):
+    """Samples a stage without some of its conditions, to measure what they contribute.
 
     Args:
-        without: sources, such as "caption".
+        without: the sources to drop: "caption", "clip_image".
     """
 
     stage: Link
@@ -76,33 +83,36 @@ class Untold(Around):
 
 @dataclass(frozen=True)
 class TextEmbedding(Around):
-    """The caption's CLIP embedding in place of a picture's that a prior would draw.
+    """Replaces a prior by the caption's CLIP text embedding: nothing is sampled.
 
-    unCLIP (section 5.1) asks with it what a prior is worth.
+    unCLIP (section 5.1) measures the benefit of a prior this way.
     """
 
     stage: Link
     by: str = "clip_text"
 
     def sample(self, batch: Batch, seed: int, progress=None) -> torch.Tensor:
-        return self.completed(batch)[self.by]
+        return self.encoded(batch)[self.by]
 
 
 @dataclass(frozen=True)
 class Cascade:
-    """Stages in order; every key that one reads is given, or written by an earlier one."""
+    """Stages in the order of sampling. A stage reads keys of the batch and of earlier stages."""
 
     stages: Sequence[Link]
 
     def __call__(self, batch: Batch, seed: int, progress: Progress | None = None) -> Batch:
-        """The batch with the key that each stage writes.
+        """Sample every stage in turn; returns the batch with the keys they write.
 
-        A stage whose key is in the batch already is passed over: give `image_16` to start with
-        super-resolution, `clip_image` to paint variations.
+        Stages whose key the batch already holds are skipped: pass `image_16` to start with
+        super-resolution, `clip_image` to sample variations.
 
         Args:
-            batch: `caption` and `sample`, of the same length.
-            seed: of every draw.
+            batch: at least `caption` and `sample`, of the same length.
+            seed: of all draws; row i also depends on its number `sample[i]`, and on no other row.
+
+        Raises:
+            KeyError: a stage reads a key that is neither given nor written.
         """
         for stage in self.stages:
             if stage.writes in batch:
@@ -112,3 +122,17 @@ class Cascade:
             report = progress and (lambda i, n, key=stage.writes: progress(key, i, n))
             batch = {**batch, stage.writes: stage.sample(batch, seed, progress=report)}
         return batch
+
+    def upto(self, key: str) -> "Cascade":
+        """The stages up to the one that writes `key`; all of them if none does."""
+        keys = [stage.writes for stage in self.stages]
+        return Cascade(self.stages[: keys.index(key) + 1] if key in keys else self.stages)
+
+    def replace(self, stage: Link) -> "Cascade":
+        """The same cascade with `stage` in place of the one that writes the same key."""
+        return Cascade([stage if one.writes == stage.writes else one for one in self.stages])
+
+    @property
+    def painter(self) -> Link:
+        """The first stage that samples pictures."""
+        return next(stage for stage in self.stages if image_size(stage.writes))

@@ -1,6 +1,6 @@
-"""A stage: a conditional generative model of x, given what earlier stages wrote.
+"""A stage: a conditional generative model of x, given the keys that earlier stages wrote.
 
-All stages are this one class; they differ in the objects that they are made of.
+Every stage is this one class; stages differ in the objects that they are composed of.
 """
 
 import json
@@ -19,49 +19,36 @@ from torch import Tensor, nn
 from cascade.conditioning import Batch, Cond, Conditioner
 from cascade.data.degradations import Corruption
 from cascade.draws import Draws
-from cascade.encoders.identity import differs
+from cascade.encoders.identity import Encoder, differs
 from cascade.encoders.weights import check_tensors, reading
 from cascade.errors import UserError
-from cascade.files import write_atomically
+from cascade.files.atomic import write_atomically
+from cascade.nets.dtensors import whole
 from cascade.nets.prior import Places
-from cascade.shares import whole
 
 WEIGHTS = "weights.safetensors"
 
 
 def warmup_cosine(images: int, warmup: int, total: int) -> float:
-    """Learning-rate factor after `images`: linear warm-up, then half a cosine to zero."""
+    """Learning-rate factor after `images` images: linear warm-up times half a cosine to zero."""
     return warmup_constant(images, warmup) * 0.5 * (1 + math.cos(math.pi * min(1, images / total)))
 
 
 def warmup_constant(images: int, warmup: int) -> float:
-    """Learning-rate factor after `images`: linear warm-up, then 1 (Imagen's stages)."""
+    """Learning-rate factor after `images` images: linear warm-up, then 1 (Imagen)."""
     return min(1.0, (images + 1) / max(1, warmup))
 
 
 @runtime_checkable
-class Encoder(Protocol):
-    """Adds keys to a batch: a frozen text encoder, a tokenizer. Not a module of its stage.
-
-    It has a `name`, a `hash` of its weights and architecture, what versions noted that hashed the
-    weights alone (`former`), and the batch keys that it `reads` and `writes`.
-    """
-
-    def to(self, device: torch.device) -> "Encoder": ...
-
-    def __call__(self, batch: Batch) -> Batch: ...
-
-
-@runtime_checkable
 class Objective(Protocol):
-    """What a stage trains with: a diffusion's `Process`, or the next of some tokens."""
+    """A stage's loss: that of a diffusion (`Process`), or of predicting the next token."""
 
     def loss(self, net: Any, x0: Tensor, cond: Cond, noise: Draws) -> Float[Tensor, " b"]: ...
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Draws x0; guidance of any scale but 1 leads away from a weaker (network, condition)."""
+    """Draws x0; with a scale other than 1, guided away from a weaker (network, condition)."""
 
     scale: float
 
@@ -81,22 +68,22 @@ class Stage(L.LightningModule):
     """One generative stage of a cascade.
 
     Args:
-        codec: what x is, and the batch key that it is written to.
-        conditioner: what is read.
+        codec: converts between x0 and the batch key that the stage writes.
+        conditioner: embeds the keys that the stage reads.
         net: F(x, logsnr, cond).
-        process: its loss and its denoiser.
+        process: the loss and the denoiser.
         sampler: every decision of sampling.
-        optimizer: makes an optimizer of the parameters.
-        learning_rate: factor of the learning rate after so many images (None: constant).
-        batch: global batch size, for counting images.
-        corruption: of the low-resolution input, if there is one.
-        encoders: frozen, or tokenizers: what they make of the caption, the stage reads.
-        seed: of all draws of training.
+        optimizer: creates an optimizer for the parameters.
+        learning_rate: factor of the learning rate after a number of images; None: constant.
+        batch: global batch size, to count images.
+        corruption: corrupts the low-resolution input, if there is one.
+        encoders: frozen encoders and tokenizers, which add the keys that the conditioner reads.
+        seed: seed of all draws in training.
 
     Attributes:
-        weaker: set for sampling only: a stage trained on the same data and with the same process,
-            which guidance leads away from (autoguidance, 2406.02507). None: from this stage's own
-            network, told nothing.
+        weaker: for sampling only: a stage trained on the same data and with the same process, which
+            guidance extrapolates away from (autoguidance, 2406.02507). None: guidance uses this
+            stage's own network without its conditions.
     """
 
     def __init__(
@@ -114,10 +101,13 @@ class Stage(L.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.codec, self.conditioner, self.net = codec, conditioner, net
-        self.process, self.sampler, self.corruption = process, sampler, corruption
+        self.codec: Any = codec
+        self.process: Any = process
+        self.encoders: tuple[Any, ...] = tuple(encoders)
+        self.conditioner, self.net = conditioner, net
+        self.sampler, self.corruption = sampler, corruption
         self.optimizer, self.learning_rate = optimizer, learning_rate
-        self.batch, self.seed, self.encoders = batch, seed, tuple(encoders)
+        self.batch, self.seed = batch, seed
         self.weaker: Stage | None = None
 
     @property
@@ -132,20 +122,20 @@ class Stage(L.LightningModule):
         """The batch key that sampling gives."""
         return self.codec.writes
 
-    def completed(self, batch: Batch) -> Batch:
-        """The batch with what the encoders make of it; what was precomputed is taken as theirs."""
+    def encoded(self, batch: Batch) -> Batch:
+        """Adds the keys that the encoders write, unless they were precomputed."""
         for encoder in self.encoders:
             if not encoder.writes <= batch.keys():
                 batch = encoder.to(self.device)(batch)
         return batch
 
-    def on_after_batch_transfer(self, batch: Batch, _: int) -> Batch:
-        return self.completed(batch)
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return self.encoded(batch)
 
     def loss(self, batch: Batch) -> Float[Tensor, " b"]:
-        """The loss of each sample; its draws depend on (seed, sample number) alone.
+        """The loss of each sample, whose draws depend only on (seed, sample number).
 
-        A sketch of x0 in the condition adds its own mean squared error.
+        If the condition holds a sketch of x0, its mean squared error is added.
         """
         x0, batch = self._task(batch)
         cond = self.conditioner(batch, self._draws("drop", batch))
@@ -159,15 +149,15 @@ class Stage(L.LightningModule):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> None:
-        """Lets a process that has a `measure` look at the trained network (Analytic-DPM).
+        """Lets the process measure the trained network, if it does so (Analytic-DPM).
 
         Args:
-            batches: as training sees them; as many are taken as the process wants.
+            batches: training batches; the process takes as many as it needs.
         """
 
         def examples() -> Iterator[tuple[Tensor, Cond, Draws]]:
             for batch in batches:
-                batch = self.completed(self.transfer_batch_to_device(batch, self.device, 0))
+                batch = self.encoded(self.transfer_batch_to_device(batch, self.device, 0))
                 x0, batch = self._task(batch)
                 yield x0, self.conditioner(batch), self._draws("measure", batch)
 
@@ -182,29 +172,27 @@ class Stage(L.LightningModule):
         progress: Callable[[int, int], None] | None = None,
         without: Collection[str] = (),
     ) -> Tensor:
-        """What this stage writes, for each sample of the batch.
+        """Samples the key that this stage writes.
 
-        A sample's draws depend on (seed, stage, purpose, `sample`) alone.
+        A sample's draws depend only on (seed, stage, purpose, `sample`), so neither the batch size
+        nor the other samples change it.
 
         Args:
-            batch: holds `sample` and all that the stage reads.
-            purpose: tells several draws of one sample apart (`BestOf`).
-            progress: called with (steps done, steps in all).
-            without: sources ("caption", "clip_image") that the stage is not told.
+            batch: holds `sample` and all keys that the stage reads.
+            purpose: distinguishes several draws for one sample (`BestOf`).
+            progress: called with (steps done, total steps).
+            without: sources ("caption", "clip_image") to drop.
         """
         name, given = f"{self.writes}/{purpose}", batch
         if self.corruption:
             noise = Draws(seed, f"{name}/corruption", given["sample"], self.device)
             given = self.corruption(given, noise, training=False)
-        batch = self.completed(given)
+        batch = self.encoded(given)
         noise = Draws(seed, f"{name}/noise", batch["sample"], self.device)
         shape = (len(batch["sample"]), *self.codec.shape(batch))
-        guided, other = self.sampler.scale != 1, self.weaker
         weaker = None
-        if guided and other is None:
-            weaker = self.net, self.conditioner.null(batch)
-        elif guided:
-            weaker = other.net, other.conditioner(other.completed(given), without=without)
+        if self.sampler.scale != 1:
+            weaker = self._weaker(given, batch, without)
         x0 = self.sampler(
             self.process,
             self.net,
@@ -217,7 +205,7 @@ class Stage(L.LightningModule):
         return self.codec.decode(x0)
 
     def export(self, run: Path) -> None:
-        """Writes the weights as they are now to `weights.safetensors`; all ranks must call it."""
+        """Writes the current weights to `weights.safetensors`. All ranks must call it."""
         state = whole(self.state_dict())
         if self.global_rank > 0:
             return
@@ -229,7 +217,7 @@ class Stage(L.LightningModule):
         """Loads what `export` wrote.
 
         Raises:
-            UserError: there are no weights, or they are those of another configuration.
+            UserError: there are no weights, or they belong to another configuration or encoder.
         """
         path = run / WEIGHTS
         if not path.exists():
@@ -239,7 +227,7 @@ class Stage(L.LightningModule):
             about = file.metadata() or {}
         if "encoders" not in about:
             raise UserError(f"{path} does not name the encoders of its stage: train it here")
-        # Older runs have no version of their positions.
+        # Older weights have no version of their table of positions: `Places` falls back.
         own = self.state_dict()
         own = {k: v for k, v in own.items() if k in theirs or not k.endswith(Places.KEY)}
         check_tensors(own, theirs, str(path), f"{run}/config.yaml")
@@ -255,12 +243,12 @@ class Stage(L.LightningModule):
 
     @property
     def note(self) -> str:
-        """What is to be said of the weights; empty if nothing is."""
+        """A warning about weights of an older version; empty for others."""
         if all(m.fixed for m in self.modules() if isinstance(m, Places)):
             return ""
         return (
-            "weights of an older version, used as they were trained: a sample depends a little on "
-            "the longest caption in its batch; one trained anew does not"
+            "weights of an older version, used as they were trained: a sample depends slightly on "
+            "the longest caption in its batch; newly trained weights do not"
         )
 
     def on_fit_start(self) -> None:
@@ -268,21 +256,29 @@ class Stage(L.LightningModule):
             self.print(note)
 
     def configure_model(self) -> None:
-        """Lets a strategy that divides parameters among ranks do so."""
+        """Shards the parameters, if the strategy does so."""
         if divide := getattr(self.trainer.strategy, "divide", None):
             divide(self)
 
     def configure_optimizers(self):
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.learning_rate is None:
+        if (factor := self.learning_rate) is None:
             return optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.learning_rate(step * self.batch)
+            optimizer, lambda step: factor(step * self.batch)
         )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
+    def _weaker(
+        self, given: Batch, encoded: Batch, without: Collection[str]
+    ) -> tuple[nn.Module, Cond]:
+        """The network and condition that guidance extrapolates away from."""
+        if (other := self.weaker) is None:
+            return self.net, self.conditioner.null(encoded)
+        return other.net, other.conditioner(other.encoded(given), without=without)
+
     def _task(self, batch: Batch) -> tuple[Tensor, Batch]:
-        """x0, and the batch with its low-resolution picture corrupted as in training."""
+        """x0, and the batch with its low-resolution picture corrupted for training."""
         x0 = self.codec.encode(batch)
         if self.corruption:
             batch = self.corruption(batch, self._draws("corruption", batch), training=True)

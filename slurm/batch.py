@@ -1,13 +1,14 @@
-"""Tasks as jobs of Slurm: each link of a plan is one array, each task of it one element.
+"""The Slurm launcher: each group of a plan becomes one job array, each task one array element.
 
-The batch script runs `srun` with one process for each GPU, and decides from the exit code of the
-first that ended badly: 75 is a checkpoint, 134, 137 and 138 are a death by a signal that another
-attempt may outlive, and all of these requeue that one element. So does a task that did not write
-down that it is finished: srun ends with 0 when a node is lost. `max_restarts` restarts in a row may
-end without a newer checkpoint. Whatever says why it failed is never requeued.
+The batch script runs `srun` with one process per GPU and acts on the exit code of the first process
+that failed. 75 means that a checkpoint was written; 134, 137 and 138 mean death by a signal that
+another attempt may survive. All of these requeue the one element. So does a task that exits without
+recording that it finished, because srun returns 0 when a node is lost. At most `max_restarts`
+restarts in a row may end without a newer checkpoint. A task that stated why it failed is never
+requeued.
 
-Attempts are numbered in the task's folder, and a script that outlives the connection to its node
-touches nothing of a newer attempt.
+Attempts are numbered in the task's folder, so that a script that outlives the connection to its
+node leaves the files of a newer attempt alone.
 """
 
 import shlex
@@ -17,15 +18,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cascade.done import ATTEMPT, DONE, FAILURE
 from cascade.errors import UserError
+from cascade.runs.done import ATTEMPT, DONE, FAILURE
+from cascade.runs.run import CHECKPOINTS, EVENTS
 from cascade.slurm import sbatch
-from cascade.slurm.code import digest_of
+from cascade.slurm.code import digest_of, trusting
 from cascade.slurm.limits import largest_array, partition_limits, seconds
-from cascade.slurm.plan import LOG, Link, Sent, Task
+from cascade.slurm.plan import LOG, Submission, Task, TaskGroup
 from cascade.slurm.queue import COMMENT, Job, jobs
 
-# Slurm may send a signal a minute before its time; and it is caught once the imports are over.
+# Slurm may signal up to a minute early, and a process handles signals only after its imports.
 _EARLY, _IMPORTS = 60, 60
 
 _SCRIPT = """\
@@ -39,17 +41,17 @@ exec >>"$folder/{log}" 2>&1
 restarts=${{SLURM_RESTART_COUNT:-0}}
 job=${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}
 echo "cascade: job $job on $SLURM_JOB_NODELIST, restart $restarts, $(date --iso-8601=seconds)"
-newest() {{ ls -d "$folder"/checkpoints/step-* 2>/dev/null | sed -n '$s:.*/::p'; }}
+newest() {{ ls -d "$folder"/{checkpoints}/step-* 2>/dev/null | sed -n '$s:.*/::p'; }}
 note() {{
     echo "$attempt $vain $begun" >"$folder/.{attempt}-$attempt" &&
         mv "$folder/.{attempt}-$attempt" "$folder/{attempt}"
 }}
-# This attempt's number, how many in a row before it made no newer checkpoint, and the newest.
+# This attempt's number, the attempts in a row without a newer checkpoint, the newest checkpoint.
 attempt=0 vain=0 before='' begun=$(newest)
 [ ! -e "$folder/{attempt}" ] || read -r attempt vain before <"$folder/{attempt}"
 vain=$((vain + 1)) attempt=$((attempt + 1))
 [ "$restarts" != 0 ] && [[ ! $begun > $before ]] || vain=0
-note || exit 1 # the disk is full, as the log says if it can
+note || exit 1 # the disk is full
 export CASCADE_FOLDER=$folder CASCADE_ATTEMPT=$attempt
 export CASCADE_FAILURE=$folder/.failure-$attempt CASCADE_FIRST=$folder/.first-$attempt
 rm -f "$folder/{failure}" "$folder/{done}" "$folder"/.failure-* "$folder"/.first-*
@@ -60,12 +62,12 @@ if [ "$vain" -gt {max_restarts} ]; then
 fi
 {preamble}
 export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1
-# Where sbatch was told what to export, srun would export that and none of the above.
+# If sbatch was given --export, srun would inherit it and drop the variables above.
 export SLURM_EXPORT_ENV=ALL
-# The greatest exit code, which is srun's, is often that of a process that was ended for another.
+# srun returns the greatest exit code, often that of a process killed because another failed.
 srun --export=ALL --kill-on-bad-exit=1 {each} sh -c 'trap : TERM USR1 USR2; "$@"; code=$?; set -C
 [ $code = 0 ] || {{ echo $code >"$CASCADE_FIRST"; }} 2>/dev/null; exit $code' sh \\
-    {python} -m cascade --code {digest} "${{command[@]}}"
+    {python} -m cascade --code {digest}{trusting} "${{command[@]}}"
 code=$?
 [ $code = 0 ] || read -r code 2>/dev/null <"$CASCADE_FIRST"
 read -r latest _ <"$folder/{attempt}"
@@ -75,7 +77,7 @@ if [ "$latest" != "$attempt" ]; then
 elif [ $code != 0 ]; then
     rm -f "$folder/{done}"
 elif ! grep -qs "\\"attempt\\": $attempt," "$folder/{done}"; then
-    echo "cascade: exit code 0 of a task that is not finished, as when its node is lost"
+    echo "cascade: exit code 0, but the task did not finish, as when its node is lost"
     code=137
 fi
 case $code in
@@ -83,7 +85,7 @@ case $code in
 75 | 134 | 137 | 138)
     if [[ $(newest) > $begun ]]; then
         vain=-1
-    elif [ $code = 138 ] || {{ [ $code = 75 ] && tail -n 1 "$folder/events.jsonl" 2>/dev/null |
+    elif [ $code = 138 ] || {{ [ $code = 75 ] && tail -n 1 "$folder/{events}" 2>/dev/null |
         grep -q SIGUSR1; }}; then # a time limit too short for one step counts twice
         vain=$((vain + 1))
         note
@@ -107,23 +109,23 @@ exit $code
 
 @dataclass(frozen=True)
 class Slurm:
-    """Sends tasks to Slurm, and does not wait for them.
+    """Submits tasks to Slurm, and does not wait for them.
 
     Args:
-        partition, account, constraint: as sbatch has them.
-        time: limit of one attempt, as sbatch has it ("08:00:00", or minutes).
-        nodes: of each training.
-        gpus: of each node, a process for each; 0: one process on CPUs.
-        cpus: of each process.
-        container: what stands between srun and python: pyxis' options (`--container-image=IMG`),
-            or a command (`apptainer exec --nv IMG.sif`).
-        preamble: lines of shell before srun (`module load ...`).
-        options: further options of sbatch (`--qos=high`).
-        max_restarts: how many restarts in a row may end without a newer checkpoint, whatever ended
-            them; a time limit that was too short for one step counts twice.
-        signal_seconds: how long before the limit a training is told to write its checkpoint.
-        at_once: how many elements of an array run at a time; None: as many as Slurm lets.
-        python: the interpreter, if it is not this one.
+        partition, account, constraint: as for sbatch.
+        time: limit of one attempt, as for sbatch ("08:00:00", or minutes).
+        nodes: nodes per training.
+        gpus: GPUs per node, with one process each; 0: one process, on CPUs.
+        cpus: CPUs per process.
+        container: inserted between srun and python: options of pyxis (`--container-image=IMG`), or
+            a command (`apptainer exec --nv IMG.sif`).
+        preamble: lines of shell to run before srun (`module load ...`).
+        options: further options for sbatch (`--qos=high`).
+        max_restarts: restarts in a row that may end without a newer checkpoint, for whatever
+            reason; a time limit that was too short for one step counts twice.
+        signal_seconds: how long before the time limit a training is signalled to checkpoint.
+        at_once: array elements that may run concurrently; None: no limit.
+        python: the interpreter; None: the current one.
     """
 
     partition: str | None
@@ -153,52 +155,54 @@ class Slurm:
         found = jobs()
         return {folder: found[folder] for folder in folders if folder in found}
 
-    def start(self, sent: Sent) -> None:
-        """One job array for each link that has something left; several, where that is too much."""
+    def start(self, submission: Submission) -> None:
+        """Submit one job array per group with remaining tasks, or several if one is too large."""
         arrays: dict[str, list[str]] = {}
-        links = [(link, self._for(link)) for link in sent.links if sent.left[link.name]]
-        for link, own in links:  # before the first is sent
-            own._check(link, sent)
-        most = largest_array() if any(len(sent.left[link.name]) > 1 for link, _ in links) else None
+        left = submission.left
+        groups = [(group, self._for(group)) for group in submission.groups if left[group.name]]
+        for group, own in groups:  # before anything is submitted
+            own._check(group, submission)
+        most = largest_array() if any(len(left[group.name]) > 1 for group, _ in groups) else None
         ignored: set[str] = set()
-        for link, own in links:
-            before, pairs = _dependencies(link, sent, arrays)
-            arrays[link.name] = jobs = []
-            for i, part in enumerate(sent.parts(link, most)):
+        for group, own in groups:
+            before, pairs = _dependencies(group, submission, arrays)
+            arrays[group.name] = jobs = []
+            for i, part in enumerate(submission.parts(group, most)):
                 waits = [f"afterok:{':'.join(before)}"] if before else []
                 waits += [f"aftercorr:{pairs[i]}"] if pairs else []
                 waits += [f"afterany:{jobs[-1]}"] if jobs and own.at_once else []
-                options = own.options_of(link, part, waits)
-                script = part.record(link).with_name("script.sh")
-                script.write_text(own.script(link, part, options))
+                options = own.options_of(group, part, waits)
+                script = part.record(group).with_name("script.sh")
+                script.write_text(own.script(group, part, options))
                 ignored.update(sbatch.overruled(options))
-                jobs.append(sbatch.sent(script, options))
-                print(f"{link.name}: job {jobs[-1]}, {len(part.left[link.name])} to run")
+                jobs.append(sbatch.submit(script, options))
+                print(f"{group.name}: job {jobs[-1]}, {len(part.left[group.name])} to run")
         for line in sbatch.note(ignored):
             print(line)
 
-    def _for(self, link: Link) -> "Slurm":
-        alone = {"nodes": 1, "gpus": min(self.gpus, 1)} if link.alone else {}
-        return self._with({**alone, **link.resources})
+    def _for(self, group: TaskGroup) -> "Slurm":
+        alone = {"nodes": 1, "gpus": min(self.gpus, 1)} if group.alone else {}
+        return self._with({**alone, **group.resources})
 
-    def _check(self, link: Link, sent: Sent) -> None:
-        """Raises UserError for what Slurm would accept and could not do."""
-        for letter in str(sent.record(link)):
+    def _check(self, group: TaskGroup, submission: Submission) -> None:
+        """Raise UserError for what Slurm would accept but cannot carry out."""
+        for letter in str(submission.record(group)):
             if letter == "\\" or ord(letter) < 32:
-                raise UserError(f"{sent.root}: Slurm loses {letter!r} in names: choose another run")
-        options = self.options_of(link, sent)
+                root = submission.root
+                raise UserError(f"{root}: Slurm drops {letter!r} in names: choose another run=...")
+        options = self.options_of(group, submission)
         if limit := sbatch.value(options, "time", "SBATCH_TIMELIMIT"):
-            self._check_limit(limit, f"{link.name}: the time limit {limit}")
+            self._check_limit(limit, f"{group.name}: the time limit {limit}")
             return
         for name, limit in partition_limits(sbatch.value(options, "partition", "SBATCH_PARTITION")):
-            self._check_limit(limit, f"{link.name}: the default limit {limit} of partition {name}")
+            self._check_limit(limit, f"{group.name}: the default limit {limit} of partition {name}")
 
     def _check_limit(self, limit: str | int, what: str) -> None:
         least = self.signal_seconds + _EARLY + _IMPORTS
         if (given := seconds(limit)) is not None and given < least:
             raise UserError(
-                f"{what} is too short: a training is told to stop {self.signal_seconds} s before "
-                f"it; give launcher.time={-(-least // 60)} (minutes) at least, or a smaller "
+                f"{what} is too short: a training is signalled {self.signal_seconds} s before it; "
+                f"give at least launcher.time={-(-least // 60)} (minutes), or a smaller "
                 "launcher.signal_seconds"
             )
 
@@ -208,33 +212,38 @@ class Slurm:
             raise UserError(f"resources: {min(unknown)} is none of {', '.join(known)}")
         return replace(self, **resources)
 
-    def script(self, link: Link, sent: Sent, options: Sequence[str]) -> str:
-        """The batch script of what is left of a link, with sbatch's options written at its top."""
-        tasks = sent.left[link.name]
-        cpus = f"--cpus-per-task={self.cpus}" if self.cpus else ""  # srun does not ask sbatch
+    def script(self, group: TaskGroup, submission: Submission, options: Sequence[str]) -> str:
+        """Return the batch script for a group's remaining tasks, with the options as directives."""
+        tasks = submission.left[group.name]
+        cpus = f"--cpus-per-task={self.cpus}" if self.cpus else ""  # srun does not inherit it
         return _SCRIPT.format(
             directives="\n".join(f"#SBATCH {shlex.quote(option)}" for option in options),
             tasks="\n".join(_case(i, task) for i, task in enumerate(tasks)),
             log=LOG,
+            checkpoints=CHECKPOINTS,
+            events=EVENTS,
             done=DONE,
             attempt=ATTEMPT,
             preamble=self.preamble or "",
             failure=FAILURE,
-            code=shlex.quote(str(sent.code)),
-            digest=digest_of(sent.code),
+            code=shlex.quote(str(submission.code)),
+            digest=digest_of(submission.code),
+            trusting="".join(f" {shlex.quote(word)}" for word in trusting()),
             each=" ".join(filter(None, [cpus, self.container])),
             python=shlex.quote(self.python or sys.executable),
             max_restarts=self.max_restarts,
         )
 
-    def options_of(self, link: Link, sent: Sent, waits: Sequence[str] = ()) -> list[str]:
-        """sbatch's options for what is left of a link; `waits` are dependencies, all to be met."""
-        record = sent.record(link)
+    def options_of(
+        self, group: TaskGroup, submission: Submission, waits: Sequence[str] = ()
+    ) -> list[str]:
+        """Return sbatch's options for a group's remaining tasks; `waits` are its dependencies."""
+        record = submission.record(group)
         throttle = f"%{self.at_once}" if self.at_once else ""
         given = {
-            "job-name": f"{sent.root.name}/{link.name}",
+            "job-name": f"{submission.root.name}/{group.name}",
             "comment": f"{COMMENT}{record}",
-            "array": f"0-{len(sent.left[link.name]) - 1}{throttle}",
+            "array": f"0-{len(submission.left[group.name]) - 1}{throttle}",
             "chdir": Path.cwd(),
             "output": f"{str(record.parent).replace('%', '%%')}/%a.txt",
             "open-mode": "append",
@@ -255,31 +264,31 @@ class Slurm:
 
 
 def _dependencies(
-    link: Link, sent: Sent, arrays: Mapping[str, Sequence[str]]
+    group: TaskGroup, submission: Submission, arrays: Mapping[str, Sequence[str]]
 ) -> tuple[list[str], Sequence[str]]:
-    """The jobs that must have ended well, and the arrays that a link's arrays are paired with.
+    """Return the jobs that must succeed first, and the arrays to pair with element by element.
 
-    Slurm counts a job that it has forgotten as one that ended well. So there are none but those
-    that were just sent or are in the queue; what ended before is read from the folders.
+    Slurm treats a job that it has forgotten as successful. The dependencies are therefore limited
+    to jobs that were just submitted or are in the queue; earlier results are read from the folders.
     """
-    after, pairs = list(link.after), ()
-    if link.each_after and (earlier := sent.left[link.each_after]):
-        if earlier == [sent.awaited(link, task) for task in sent.left[link.name]]:
-            pairs = arrays[link.each_after]
-        else:  # Slurm pairs elements by their numbers, which differ
-            after.append(link.each_after)
+    after, pairs = list(group.after), ()
+    if group.each_after and (earlier := submission.left[group.each_after]):
+        if earlier == [submission.awaited(group, task) for task in submission.left[group.name]]:
+            pairs = arrays[group.each_after]
+        else:  # Slurm pairs elements by index, and the indices differ
+            after.append(group.each_after)
     before = [job for name in after for job in arrays.get(name, ())]
     before += [
-        str(sent.held[task.folder].id)
-        for earlier in sent.links
-        if earlier.name in (*link.after, link.each_after)
+        str(submission.held[task.folder].id)
+        for earlier in submission.groups
+        if earlier.name in (*group.after, group.each_after)
         for task in earlier.tasks
-        if task.folder in sent.held
+        if task.folder in submission.held
     ]
     return before, pairs
 
 
 def _case(index: int, task: Task) -> str:
-    """The line of the script that says which task an element of the array is."""
+    """Return the line of the script that maps an array index to its task."""
     folder = shlex.quote(str(task.folder))
     return f"{index}) folder={folder} command=({shlex.join(task.command)}) ;;"

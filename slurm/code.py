@@ -1,7 +1,7 @@
-"""The code that a job runs: a copy, made when the job is sent.
+"""Frozen copies of the package, so that a queued job runs the code that was submitted.
 
-The copy has the layout of an installed package (`cascade/eval`, `cascade/conf`, ...), whatever that
-of the source is, and is named by what is in it: equal code is copied once.
+A copy has the layout of an installed package (`cascade/eval`, `cascade/conf`, ...), whatever the
+source's layout. Its name contains a digest of its content, so equal code is copied only once.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from cascade.config.allowlist import trusted
 from cascade.errors import UserError
 
 _COPY = "code-"
@@ -20,35 +21,40 @@ _PACKAGES = ("cascade", "cascade.eval", "cascade.conf", "cascade.slurm")
 
 
 def copied(folder: Path) -> Path:
-    """Copies the package `cascade` as it is now; returns what `PYTHONPATH` should be."""
+    """Copy the package `cascade` as it is now; return the `PYTHONPATH` that selects the copy."""
     files = dict(_files())
     copy = folder.absolute() / f"{_COPY}{_digest(files)}"
     if not copy.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=".code-", dir=folder))
+        temporary = Path(tempfile.mkdtemp(prefix=".code-", dir=folder))
         for name, path in files.items():
-            (beside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, beside / name)
-        beside.chmod(0o755)
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, temporary / name)
+        temporary.chmod(0o755)
         try:
-            os.replace(beside, copy)
-        except OSError:  # another was faster
-            shutil.rmtree(beside)
+            os.replace(temporary, copy)
+        except OSError:  # another process made the same copy first
+            shutil.rmtree(temporary)
     return copy
 
 
 def digest_of(copy: Path) -> str:
-    """What a task is told of the code that it is to run."""
+    """Return the digest in a copy's name, which a task compares with the code that it runs."""
     return copy.name.removeprefix(_COPY)
 
 
+def trusting() -> list[str]:
+    """The options that make a task trust the modules that the command line trusts here."""
+    return [word for module in trusted() for word in ("--trust", module)]
+
+
 def check(digest: str) -> None:
-    """Raises UserError if the code that runs is not what was copied: PYTHONPATH was lost."""
+    """Raise UserError if the running code is not the frozen copy, because PYTHONPATH was lost."""
     if _digest(dict(_files())) != digest:
         found = next(iter(find_spec("cascade").submodule_search_locations))
         raise UserError(
-            f"this runs the code in {found}, not what was frozen when it was sent ({digest}): see "
-            "what takes PYTHONPATH away (a container, the preamble, the interpreter), or send again"
+            f"this job runs the code in {found}, not what was frozen on submission ({digest}): "
+            "find what drops PYTHONPATH (container, preamble, interpreter), or submit again"
         )
 
 
@@ -69,7 +75,7 @@ def _files() -> Iterator[tuple[str, Path]]:
 
 
 def commit() -> dict[str, str | bool]:
-    """The commit that the code is of, and whether it was changed since; empty without git."""
+    """Return the commit of the code and whether files differ from it; empty without git."""
     source = Path(next(iter(find_spec("cascade").submodule_search_locations)))
 
     def git(*arguments: str) -> str:
@@ -77,7 +83,7 @@ def commit() -> dict[str, str | bool]:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # not merely inside of some repository
+        git("ls-files", "--error-unmatch", "__init__.py")  # not some enclosing repository
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return {}

@@ -1,27 +1,29 @@
-"""What a cluster allows, in its own words: time limits, and how long an array may be."""
+"""Limits that a cluster sets, as Slurm reports them: time limits and the size of job arrays."""
 
 import re
 from collections.abc import Iterator, Mapping
 
 from cascade.errors import UserError
+from cascade.formats.texts import lines
 from cascade.slurm.queue import slurm
-from cascade.texts import lines
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _NO_LIMIT = {"UNLIMITED", "INFINITE", "-1", "0"}
 
 
 def seconds(limit: str | int) -> int | None:
-    """A time limit as sbatch writes it; None: there is no limit.
+    """Convert a time limit in sbatch's notation to seconds; None if unlimited.
 
     Raises:
-        UserError: it is none of minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM and D-HH:MM:SS.
+        UserError: it is not one of minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
     """
     text = str(limit).strip()
     if text.upper() in _NO_LIMIT:
         return None
     if not (found := _TIME.fullmatch(text)):
-        raise UserError(f"{text!r} is no time limit of Slurm's: write minutes, HH:MM:SS or D-HH")
+        raise UserError(
+            f"{text!r} is not a time limit: write minutes, HH:MM:SS or D-HH, as for sbatch"
+        )
     parts = [int(part) for part in found["parts"].split(":")]
     if found["days"] is not None:
         hours, minutes, rest = [*parts, 0, 0][:3]
@@ -31,10 +33,10 @@ def seconds(limit: str | int) -> int | None:
 
 
 def partition_limits(names: str | None) -> Iterator[tuple[str, str]]:
-    """Name and limit of each partition in a list, where its jobs have one without asking.
+    """Yield the name and default time limit of each named partition that has one.
 
     Args:
-        names: as sbatch takes them, with commas; None: the default partition.
+        names: comma-separated, as for sbatch; None: the default partition.
     """
     for line in lines(slurm("scontrol", "show", "partition", "--oneliner")):
         has = _fields(line)
@@ -45,7 +47,7 @@ def partition_limits(names: str | None) -> Iterator[tuple[str, str]]:
 
 
 def largest_array() -> int | None:
-    """Tasks in one array at most; None: Slurm does not say.
+    """Return the largest number of tasks in one array; None if Slurm does not report it.
 
     Raises:
         UserError: the cluster has no job arrays.

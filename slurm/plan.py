@@ -1,7 +1,7 @@
-"""What is to be run, before it is known where: tasks, and links of a chain of them.
+"""A plan of what to run, independent of where it runs: tasks, and groups of tasks in a chain.
 
-A task's folder is its identity. What is finished is passed over and what is queued or running is
-left alone, so that sending the same plan again goes on with what is missing.
+A task's folder is its identity. Finished tasks are skipped, and queued or running tasks are left
+alone, so submitting the same plan again runs only the tasks that are missing.
 """
 
 import json
@@ -12,22 +12,21 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from cascade.errors import UserError
-from cascade.files import write_atomically
+from cascade.files.atomic import write_atomically
+from cascade.runs.done import FROZEN
 from cascade.slurm.code import commit, copied
 from cascade.slurm.queue import Job
 
-FROZEN = "frozen.yaml"  # the configuration that a task's command reads
-LOG = "log.txt"  # what a task prints, attempt after attempt
+LOG = "log.txt"  # a task's output; every attempt appends to it
 
 
 @dataclass(frozen=True)
 class Task:
-    """`python -m cascade {command}`, which keeps what it makes in `folder` (an absolute path).
+    """One run of `python -m cascade {command}`, which writes to `folder` (an absolute path).
 
     Args:
-        config: written to `folder/frozen.yaml` when the task is sent; what is edited after that
-            changes nothing.
-        done: whether nothing is left to do.
+        config: written to `folder/frozen.yaml` on submission, so later edits have no effect.
+        done: whether the task is already finished.
     """
 
     folder: Path
@@ -37,13 +36,14 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Link:
-    """Tasks that run side by side once all of the links named in `after` have ended well.
+class TaskGroup:
+    """Tasks that may run concurrently once all groups named in `after` have succeeded.
 
     Args:
-        alone: each task is one process, not one for each GPU of each node.
-        resources: values of the launcher's configuration that differ for this link.
-        each_after: a link with as many tasks, of which each of these waits for its own alone.
+        alone: run each task as a single process instead of one per GPU of each node.
+        resources: values that override the launcher's configuration for this group.
+        each_after: the name of a group with equally many tasks; task i of this group waits only
+            for task i of that one.
     """
 
     name: str
@@ -55,113 +55,115 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Sent:
-    """A plan that was written down: the tasks that are left, and where their code is.
+class Submission:
+    """A plan as submitted: the tasks that remain, and the frozen code that they run.
 
     Args:
-        root: what the plan as a whole is kept in.
-        folder: of what is written down of this sending.
-        code: what `PYTHONPATH` is for the tasks.
-        links: with all of their tasks.
-        left: what is neither done nor held by anyone, by link.
-        held: who has which folder.
+        root: directory of the plan as a whole.
+        folder: directory of this submission's records and scripts.
+        code: the tasks' `PYTHONPATH`.
+        groups: all groups, with all of their tasks.
+        left: the tasks that are neither done nor held by a job, by group.
+        held: the job that holds each folder.
     """
 
     root: Path
     folder: Path
     code: Path
-    links: Sequence[Link]
+    groups: Sequence[TaskGroup]
     left: Mapping[str, Sequence[Task]]
     held: Mapping[Path, Job]
 
-    def awaited(self, link: Link, task: Task) -> Task:
-        """The one of the link's `each_after` that this task of the link waits for."""
-        earlier = next(one for one in self.links if one.name == link.each_after)
-        return earlier.tasks[link.tasks.index(task)]
+    def awaited(self, group: TaskGroup, task: Task) -> Task:
+        """Return the task of `group.each_after` that this task of `group` waits for."""
+        earlier = next(one for one in self.groups if one.name == group.each_after)
+        return earlier.tasks[group.tasks.index(task)]
 
-    def parts(self, link: Link, most: int | None) -> Iterator["Sent"]:
-        """The same, with so many of a link's tasks at most, each with a record of its own."""
-        tasks = self.left[link.name]
+    def parts(self, group: TaskGroup, most: int | None) -> Iterator["Submission"]:
+        """Split a group into submissions of at most `most` tasks, each with its own record."""
+        tasks = self.left[group.name]
         most = most or len(tasks)
         if len(tasks) <= most:
             yield self
             return
         for i, first in enumerate(range(0, len(tasks), most)):
-            left = {**self.left, link.name: tasks[first : first + most]}
+            left = {**self.left, group.name: tasks[first : first + most]}
             part = replace(self, folder=self.folder / f"part{i}", left=left)
-            write_record(link, part)
+            write_record(group, part)
             yield part
 
-    def record(self, link: Link) -> Path:
-        """The file that lists a link's tasks that are left, in order."""
-        return self.folder / link.name / "tasks.json"
+    def record(self, group: TaskGroup) -> Path:
+        """Return the path of the file that lists a group's remaining tasks, in order."""
+        return self.folder / group.name / "tasks.json"
 
 
 @runtime_checkable
 class Launcher(Protocol):
     def ranks(self, resources: Mapping[str, Any]) -> Mapping[str, int]:
-        """`devices` and `num_nodes` of a training; empty: it finds out for itself."""
+        """Return a training's `devices` and `num_nodes`; empty if it detects them itself."""
         ...
 
     def held(self, folders: Sequence[Path]) -> Mapping[Path, Job]:
-        """Who is at work in which of the folders, or waits to be."""
+        """Return the running or queued job of each folder that has one."""
         ...
 
-    def start(self, sent: Sent) -> None:
-        """Starts what is left. Raises Failed or TryAgain if it sees that end, and not well."""
+    def start(self, submission: Submission) -> None:
+        """Start the remaining tasks. A launcher that waits raises Failed or TryAgain."""
         ...
 
 
-def launch(launcher: Launcher, root: Path, links: Sequence[Link]) -> None:
-    """Freezes what is left of a plan under `root`, and starts it.
+def launch(launcher: Launcher, root: Path, groups: Sequence[TaskGroup]) -> None:
+    """Freeze the remaining tasks of a plan under `root`, and start them.
 
     Raises:
-        UserError: two tasks share a folder, or one is held with another configuration.
+        UserError: two tasks share a folder, or a job holds a folder with another configuration.
     """
     root = root.absolute()
-    tasks = [task for link in links for task in link.tasks]
-    _apart([task.folder for task in tasks])
+    tasks = [task for group in groups for task in group.tasks]
+    _check_distinct([task.folder for task in tasks])
     held = launcher.held([task.folder for task in tasks if not task.done])
     for task in tasks:
         if not task.done and task.folder in held:
-            _as_sent(task, held[task.folder])
+            _check_same_config(task, held[task.folder])
     left = {
-        link.name: [t for t in link.tasks if not t.done and t.folder not in held] for link in links
+        group.name: [t for t in group.tasks if not t.done and t.folder not in held]
+        for group in groups
     }
     done, count = sum(task.done for task in tasks), sum(map(len, left.values()))
-    parts = {"finished before": done, "queued or running": len(held), "to do": count}
+    parts = {"already finished": done, "queued or running": len(held), "to do": count}
     print(f"{root}: " + ", ".join(f"{n} {what}" for what, n in parts.items() if n))
     if not count:
         return
+    # Numbered, so that records of earlier submissions stay readable for jobs still in the queue.
     folder = _numbered(root / "launch")
-    sent = Sent(root, folder, copied(root / "launch"), links, left, held)
-    for link in links:
-        if left[link.name]:
-            _write(link, sent)
-    launcher.start(sent)
+    submission = Submission(root, folder, copied(root / "launch"), groups, left, held)
+    for group in groups:
+        if left[group.name]:
+            _freeze(group, submission)
+    launcher.start(submission)
 
 
-def _apart(folders: Sequence[Path]) -> None:
+def _check_distinct(folders: Sequence[Path]) -> None:
     for i, folder in enumerate(folders):
         if folder in folders[:i]:
             raise UserError(
-                f"{folder} would be the directory of two: a directory is one run's identity, "
-                "give each its own name"
+                f"{folder} would be the directory of two tasks: a directory identifies one run, so "
+                "give each task its own"
             )
 
 
-def _as_sent(task: Task, job: Job) -> None:
+def _check_same_config(task: Task, job: Job) -> None:
     before = task.folder / FROZEN
     if task.config is not None and before.exists() and before.read_text() != task.config:
-        remedy = f"scancel {job.id}" if job.id else "stop that"
+        remedy = f"run `scancel {job.id}`" if job.id else "stop it"
         raise UserError(
-            f"{task.folder} is held by {job} with another configuration: {remedy} first, or "
+            f"{task.folder} is in use by {job} with another configuration: {remedy} first, or "
             "choose another directory"
         )
 
 
 def _numbered(folder: Path) -> Path:
-    """A new folder with the next number."""
+    """Create and return a subfolder with the next free number."""
     folder.mkdir(parents=True, exist_ok=True)
     number = max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0)
     while True:
@@ -173,24 +175,25 @@ def _numbered(folder: Path) -> Path:
             continue
 
 
-def _write(link: Link, sent: Sent) -> None:
-    for task in sent.left[link.name]:
+def _freeze(group: TaskGroup, submission: Submission) -> None:
+    for task in submission.left[group.name]:
         task.folder.mkdir(parents=True, exist_ok=True)
         if task.config is not None:
             text = task.config
             write_atomically(task.folder / FROZEN, lambda path, text=text: path.write_text(text))
-    write_record(link, sent)
+    write_record(group, submission)
 
 
-def write_record(link: Link, sent: Sent) -> None:
-    """Writes which tasks of a link are sent, and with which code."""
-    tasks = sent.left[link.name]
+def write_record(group: TaskGroup, submission: Submission) -> None:
+    """Write which tasks of a group are submitted, and with which code."""
+    tasks = submission.left[group.name]
     record = {
         "time": round(time.time(), 3),
-        "code": str(sent.code),
+        "code": str(submission.code),
         **commit(),
         "tasks": [{"folder": str(t.folder), "command": list(t.command)} for t in tasks],
     }
     write_atomically(
-        sent.record(link), lambda beside: beside.write_text(json.dumps(record, indent=1) + "\n")
+        submission.record(group),
+        lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"),
     )

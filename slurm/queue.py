@@ -1,7 +1,7 @@
-"""Who is at work where: jobs of Slurm, and processes of this machine, by their folder.
+"""Jobs of Slurm and processes of this machine, found by the folder that they work in.
 
-A job's comment names the record of its sending, which lists the array's folders; so a job is found
-even if whoever sent it died before its number was known.
+A job's comment names the record of its submission, which lists the folders of the array. A job is
+thus found even if the submitting process died before it learned the job's number.
 """
 
 import fcntl
@@ -16,23 +16,23 @@ from functools import cache
 from pathlib import Path
 
 from cascade.errors import UserError
-from cascade.texts import lines
+from cascade.formats.texts import lines
 
 _FIELDS = "JobArrayID:|,ArrayTaskID:|,State:|,RestartCnt:|,Reason:|,Comment:4096"
 COMMENT = "cascade:"
 _REACH = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_MPI_TYPE"}
-LOCK = "lock"  # a process of this machine holds it while it is at work in a folder
+LOCK = "lock"  # held by a process of this machine while it works in a folder
 
 
 @dataclass(frozen=True)
 class Job:
-    """Who is at work in a folder, or waits to be: one task of an array, or a process from here.
+    """What works in a folder, or waits to: one task of a job array, or a local process.
 
     Args:
-        id: `{array}_{task}`, as scancel takes it; None for a process of this machine.
-        state: Slurm's word, such as PENDING or RUNNING.
-        restarts: how often it was requeued.
-        reason: why it waits, in Slurm's word.
+        id: `{array}_{task}`, as for scancel; None for a process of this machine.
+        state: Slurm's job state, such as PENDING or RUNNING.
+        restarts: how often the task was requeued.
+        reason: Slurm's reason for a pending job.
     """
 
     id: str | None
@@ -45,12 +45,12 @@ class Job:
 
 
 def outside_jobs() -> dict[str, str]:
-    """The environment without what Slurm's commands would take for options.
+    """Return the environment without variables that Slurm's commands would read as options.
 
-    Slurm describes a job to its processes in SLURM_* and SRUN_* variables, and a job that is sent
-    from there inherits them: memory of the outer job that contradicts that of the new one, tasks
-    that are not there. SQUEUE_* and the like would hide jobs. What only tells the commands how to
-    reach Slurm, and is never a job's, is kept.
+    Slurm describes a job to its processes in SLURM_* and SRUN_* variables. A job submitted from
+    inside another would inherit them, for instance a memory request that contradicts its own.
+    SQUEUE_* and SCONTROL_* variables would hide jobs. Variables that only tell the commands how to
+    reach Slurm are kept.
     """
     return {
         key: value
@@ -60,7 +60,7 @@ def outside_jobs() -> dict[str, str]:
 
 
 def slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
-    """What one of Slurm's commands prints. Raises UserError with its last line if it fails.
+    """Return the output of a Slurm command; raise UserError with its last line if it fails.
 
     Args:
         env: the command's environment; None: `outside_jobs()`.
@@ -70,17 +70,17 @@ def slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
         done = subprocess.run(command, capture_output=True, text=True, env=env)
     except FileNotFoundError:
         raise UserError(
-            f"{command[0]} is not on this machine: launch on a login node of a Slurm cluster, or "
+            f"{command[0]} is not on this machine: run this on a login node of a Slurm cluster, or "
             "choose launcher=local"
         ) from None
     if done.returncode:
-        said = lines(done.stderr.strip()) or [f"exit code {done.returncode}"]
-        raise UserError(f"{command[0]}: {said[-1].removeprefix(f'{command[0]}: ')}")
+        errors = lines(done.stderr.strip()) or [f"exit code {done.returncode}"]
+        raise UserError(f"{command[0]}: {errors[-1].removeprefix(f'{command[0]}: ')}")
     return done.stdout
 
 
 def jobs() -> Mapping[Path, Job]:
-    """The jobs of this user that wait or run, by folder."""
+    """Return this user's pending and running jobs, by folder."""
     found = {}
     tasks = cache(_tasks)
     listed = slurm("squeue", "--me", "--array", "--noheader", f"--Format={_FIELDS}")
@@ -96,13 +96,13 @@ def jobs() -> Mapping[Path, Job]:
 
 
 def known_jobs() -> Mapping[Path, Job]:
-    """The same where Slurm answers; none elsewhere, and it says so if Slurm should be there."""
+    """Return `jobs()`, or nothing without Slurm; warn if Slurm is installed but fails."""
     if not shutil.which("squeue"):
         return {}
     try:
         return jobs()
     except UserError as error:
-        print(f"{error}; what Slurm has is not known", file=sys.stderr)
+        print(f"{error}; the jobs in Slurm's queue are unknown", file=sys.stderr)
         return {}
 
 
@@ -110,16 +110,16 @@ def _tasks(record: Path) -> list[Path]:
     try:
         return [Path(task["folder"]) for task in json.loads(record.read_text())["tasks"]]
     except (OSError, ValueError, KeyError):
-        return []  # somebody removed it: nothing is known of the job any more
+        return []  # the record was removed, so the job cannot be attributed
 
 
 def locked(folder: Path) -> bool:
-    """Whether a process of this machine is at work in a folder."""
+    """Return whether a process of this machine works in a folder."""
     try:
         with (folder / LOCK).open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        return False  # never launched here
+        return False  # nothing was ever launched in it
     return False

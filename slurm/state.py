@@ -1,7 +1,7 @@
-"""What a run directory tells of its run, without importing what trained it.
+"""The state of a run, read from its directory and Slurm's queue without importing torch.
 
-`status.json` is as old as the last checkpoint, `metrics.csv` a few steps; heartbeats say that a
-process is there, `events.jsonl` how the last one ended, and Slurm's queue what is to come.
+`status.json` is as recent as the last checkpoint, `metrics.csv` as the last few steps. Heartbeats
+show that a process is alive, `events.jsonl` how the last one ended.
 """
 
 import csv
@@ -17,15 +17,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cascade.done import FAILURE, STATUS, finished
-from cascade.slurm.plan import FROZEN, LOG
-from cascade.slurm.queue import Job, locked
-from cascade.texts import lines
+from cascade.errors import UserError
+from cascade.formats.texts import lines
+from cascade.runs.done import FAILURE, FROZEN, finished
+from cascade.runs.run import CHECKPOINTS, CONFIG, HEARTBEATS, SAMPLES, TENSORBOARD, Run
+from cascade.slurm.plan import LOG
+from cascade.slurm.queue import Job, known_jobs, locked
 
-CONFIG = "config.yaml"
-_MARKS = {CONFIG, FROZEN, LOG}  # each makes a folder a run
-_INSIDE = {"checkpoints", "samples", "tensorboard", "launch", "heartbeats", "drill"}
-_SILENT = 60.0  # seconds after the last heartbeat, of which there is one every 10
+_MARKS = {CONFIG, FROZEN, LOG}  # a folder with any of these is a run
+_SKIPPED = {CHECKPOINTS, SAMPLES, TENSORBOARD, HEARTBEATS, "launch", "drill"}
+_SILENT = 60.0  # seconds after which a run is presumed dead; it has a heartbeat every 10
 _TAIL = 4096  # bytes
 _WORKING = ("running", "requeued", "preempted")
 _COLORS = {"running": "cyan", "finished": "green", "failed": "red", "preempted": "yellow"}
@@ -33,14 +34,14 @@ _COLORS = {"running": "cyan", "finished": "green", "failed": "red", "preempted":
 
 @dataclass(frozen=True)
 class State:
-    """A run as it is now.
+    """The current state of a run.
 
     Args:
         word: queued, running, preempted, requeued, finished, failed, stopped or not started.
-        images: seen, as far as is known.
-        total: images in all.
-        rate: images per second, of the last row of metrics.
-        note: whose it is, what it waits for, why it failed.
+        images: images seen, if known.
+        total: images of the whole training, if known.
+        rate: images per second, from the last row of metrics.
+        note: the job, what it waits for, or why it failed.
     """
 
     word: str
@@ -52,14 +53,14 @@ class State:
 
     @property
     def seconds_left(self) -> float | None:
-        """Of training, at the last rate; None where it is not known or nobody will train."""
+        """Remaining training time at the last rate; None if unknown or not running."""
         if self.word not in _WORKING or None in (self.images, self.total) or not self.rate:
             return None
         return max(0, self.total - self.images) / self.rate
 
 
 def runs(folder: Path) -> Iterator[Path]:
-    """All run directories in a folder, itself included, in order."""
+    """Yield all run directories in a folder, including itself, in order."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
@@ -67,14 +68,15 @@ def runs(folder: Path) -> Iterator[Path]:
     if any(entry.name in _MARKS for entry in entries):
         yield folder
     for entry in entries:
-        hidden = entry.name.startswith(".") or entry.name in _INSIDE
+        hidden = entry.name.startswith(".") or entry.name in _SKIPPED
         if not hidden and entry.is_dir(follow_symlinks=False):
             yield from runs(Path(entry.path))
 
 
 def state(folder: Path, job: Job | None) -> State:
-    """The state of a run; `job` is what Slurm has of it."""
-    row, status = _last_row(folder / "metrics.csv"), _json(folder / STATUS)
+    """Return the state of a run; `job` is its job in Slurm's queue, if any."""
+    run = Run(folder)
+    row, status = _last_row(run.metrics_file), run.status()
     total = status.get("total") or _planned(folder)
     images = max(int(row.get("images", 0)), status.get("images", 0)) if total else None
     word, note = _word(folder, job)
@@ -112,8 +114,8 @@ def _word(folder: Path, job: Job | None) -> tuple[str, str]:
 
 
 def _alive(folder: Path) -> bool:
-    beats = [path.stat().st_mtime for path in folder.glob("heartbeats/rank*.json")]
-    return bool(beats) and time.time() - max(beats) < _SILENT
+    beat = Run(folder).last_heartbeat()
+    return beat is not None and time.time() - beat < _SILENT
 
 
 def _planned(folder: Path) -> int | None:
@@ -128,15 +130,8 @@ def _planned(folder: Path) -> int | None:
     return None
 
 
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
 def _tail(path: Path) -> list[str]:
-    """The last whole lines of a file."""
+    """Return the last complete lines of a file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL))
@@ -157,7 +152,7 @@ def _last_row(path: Path) -> dict[str, str]:
 
 
 def _last_event(folder: Path) -> dict:
-    for line in reversed(_tail(folder / "events.jsonl")):
+    for line in reversed(_tail(Run(folder).events)):
         try:
             return json.loads(line)
         except ValueError:
@@ -166,7 +161,7 @@ def _last_event(folder: Path) -> dict:
 
 
 def table(states: Mapping[str, State]) -> Table:
-    """States by name, to be printed."""
+    """Return a printable table of states by name."""
     out = Table("run", "state", "images", "of", "images/s", "loss", "left", "", box=None)
     for column in out.columns[2:7]:
         column.justify = "right"
@@ -178,7 +173,7 @@ def table(states: Mapping[str, State]) -> Table:
 
 
 def screen(stderr: bool = False) -> Console:
-    """Where tables are printed; in a file nothing is cut off."""
+    """Return a console that does not truncate tables when the output is not a terminal."""
     console = Console(stderr=stderr)
     if not console.is_terminal:
         console.width = 200
@@ -194,7 +189,7 @@ def _figures(one: State) -> Iterable[str]:
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units: "3 d 4 h", "12 min 5 s"."""
+    """Format a duration in its two largest units: "3 d 4 h", "12 min 5 s"."""
     units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
     words, rest = [], round(seconds)
     first = next((i for i, (_, size) in enumerate(units) if rest >= size), len(units) - 1)
@@ -204,8 +199,23 @@ def duration(seconds: float) -> str:
     return " ".join(words)
 
 
+def found_states(roots: Sequence[Path]) -> dict[str, State]:
+    """Return the states of all runs in some folders, including those that only Slurm knows of.
+
+    Raises:
+        UserError: a root is not a folder.
+    """
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder: give a folder that contains runs")
+    jobs = known_jobs()
+    folders = {folder for root in roots for folder in runs(root)}
+    folders |= {folder for folder in jobs for root in roots if folder.is_relative_to(root)}
+    return states(sorted(folders), jobs, Path.cwd())
+
+
 def states(folders: Sequence[Path], jobs: Mapping[Path, Job], root: Path) -> dict[str, State]:
-    """The states of some runs, by name: the path from a folder, if it lies in that."""
+    """Return the states of runs by name: the path relative to `root`, if inside it."""
     out, root = {}, root.absolute()
     for path in (folder.absolute() for folder in folders):
         inside = path != root and path.is_relative_to(root)

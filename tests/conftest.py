@@ -1,22 +1,45 @@
 """Shapes in signatures are checked in the tests, and nothing is ever fetched."""
 
-import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
 
-# Before anything of ours is imported.
+# Before torch and our own modules are imported.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each use all cores slow each other down
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 install_import_hook("cascade", "beartype.beartype")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the table of the drills, whose rows may come from several processes."""
+    passed = terminalreporter.stats.get("passed", [])
+    rows = [row for test in passed for key, row in test.user_properties if key == "drill"]
+    if rows:
+        head = ("fault", "ranks", "exit codes", "what happened", "samples lost")
+        for row in (head, 5 * ("---",), *rows):
+            terminalreporter.write_line("| " + " | ".join(map(str, row)) + " |")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _autograd_without_threads():
+    """Starts autograd before `describe` does, for which torch pretends that there is a CUDA device.
+
+    Autograd decides in the first backward pass whether devices need threads, and a process that has
+    such threads cannot fork ranks.
+    """
+    import torch
+
+    torch.ones((), requires_grad=True).backward()
 
 
 @pytest.fixture(scope="session")
 def vectors():
-    """Exact float64 values of the papers' formulas, by topic."""
-    return json.loads((Path(__file__).parent / "vectors.json").read_text())
+    from tests.exact import VECTORS
+
+    return VECTORS
 
 
 @pytest.fixture

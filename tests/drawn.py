@@ -1,8 +1,12 @@
 """What the tests of properties draw, and how one is tested."""
 
+import time
+from contextlib import suppress
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import UnsatisfiedAssumption
 
 from cascade.errors import UserError
 
@@ -21,20 +25,43 @@ LETTERS = "aZ0 ,;:'\"\\/=%$#{}[]()&_-é" + "ßЖ漢ｱ😀\u0301\u2028\x85\x0b\x
 TEXT = st.text(st.one_of(st.sampled_from(LETTERS), st.characters(exclude_categories=["Cs"])))
 PLAIN = st.text(st.sampled_from(LETTERS), min_size=1)
 BROKEN = object()
+SECONDS = 1.0  # for the examples of one property; ten times as long if slow
+
+
+class OutOfTime(BaseException):
+    """Ends a property; hypothesis takes no `BaseException` for a failure."""
 
 
 def holds(examples, *drawn):
-    """Makes a test of a claim(folder, *drawn): few examples, or ten times as many if slow."""
+    """Makes a test of a claim(folder, *drawn): few examples, or ten times as many if slow.
+
+    Ten examples are always tried, further ones as long as there is time, in the same order each
+    time. Once an example has failed time does not count: it is tried again to make it smaller.
+    """
 
     def test_of(claim):
         @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
         def test(times, tmp_path):
+            end, tried, failed = time.monotonic() + times * SECONDS, 0, False
+
             @settings(max_examples=examples * times)
             @given(st.tuples(*drawn))
             def every(values):
-                claim(tmp_path, *values)
+                nonlocal tried, failed
+                try:
+                    claim(tmp_path, *values)
+                except UnsatisfiedAssumption:
+                    raise
+                except Exception:
+                    failed = True
+                    raise
+                tried += 1
+                # Only now: hypothesis would notice that an example drew less than before.
+                if time.monotonic() > end and tried >= 10 and not failed:
+                    raise OutOfTime
 
-            every()
+            with suppress(OutOfTime):
+                every()
 
         return test
 

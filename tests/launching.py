@@ -1,7 +1,7 @@
 """What the tests of sending runs off share: Slurm's programs, as far as they are asked."""
 
+from cascade.config.compose import built, composed
 from cascade.slurm.plan import Task
-from cascade.verbs.configuration import built, composed
 
 # What a stand-in for python does, as a task that writes down that it is finished.
 FINISHES = """finish() {

@@ -10,7 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_IMPORTED = ["cascade.verbs.train", "cascade.verbs.data", "hydra", "open_clip", "transformers"]
+_IMPORTED = [
+    "cascade.training.fit",
+    "cascade.verbs.train",
+    "cascade.verbs.data",
+    "hydra",
+    "open_clip",
+    "transformers",
+]
 
 
 @cache

@@ -1,8 +1,5 @@
 """Analytic-DPM's variance, on Gaussian data, whose variance given x_t is known."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,8 +9,8 @@ from cascade.diffusion.noise import alpha_sigma, cosine, cosine_table, linear_ta
 from cascade.diffusion.prediction import eps, v, x0
 from cascade.diffusion.sampling import DiffusionSampler
 from cascade.diffusion.solvers import ancestral
+from tests.exact import VECTORS
 
-VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 STD = 0.5  # of the data
 
 

@@ -9,15 +9,16 @@ import torch
 from torch.nn.functional import interpolate, normalize
 
 from cascade.conditioning import enlarge
-from cascade.data.captions import caption
-from cascade.data.scenes import render, sample_scene
+from cascade.data.scenes.captions import caption
+from cascade.data.scenes.generate import render, sample_scene
 from cascade.draws import generator
-from cascade.eval import attribution as attribution_module
-from cascade.eval import scene_accuracy
-from cascade.eval.attribution import BLOCKS, MEASURES, attribution, sentence, superresolution
-from cascade.eval.features import CLIPFeatures
-from cascade.eval.protocol import HeldOut, distance, picture_metrics
-from cascade.eval.reader import judge
+from cascade.eval.cascades import attribution as attribution_module
+from cascade.eval.cascades.attribution import BLOCKS, attribution, sentence, superresolution
+from cascade.eval.cascades.protocol import HeldOut, distance, picture_metrics
+from cascade.eval.metrics.features import CLIPFeatures
+from cascade.eval.metrics.measures import ATTRIBUTION, measures
+from cascade.eval.scenes import accuracy as scene_accuracy
+from cascade.eval.scenes.recognizer import judge
 from cascade.pipeline import Cascade
 
 N, NAMES = 84, ["prior", "decoder", "sr"]
@@ -82,7 +83,7 @@ class Painter:
     make: object
     seen: list = field(default_factory=list)
 
-    def completed(self, batch):
+    def encoded(self, batch):
         return batch
 
     def sample(self, batch, seed, progress=None):
@@ -169,7 +170,10 @@ def test_rows_are_the_measures_of_what_is_painted_from_the_truth(data, table):
 def test_costs_add_up_to_what_the_cascade_loses(table):
     first, last = table["rows"][0], table["rows"][-1]
     for key in table["sizes"]:
-        whole = {m: sum(row["cost"][key][m]["cost"] for row in table["rows"][1:]) for m in MEASURES}
+        costs = [row["cost"][key] for row in table["rows"][1:]]
+        keys = [measure.key for measure in measures(ATTRIBUTION)]
+        assert keys == list(costs[0])
+        whole = {m: sum(cost[m]["cost"] for cost in costs) for m in keys}
         assert whole["frechet"] == pytest.approx(first[key]["frechet"], abs=1e-9)
         gained = last[key]["clip_score"] - first[key]["clip_score"]
         assert whole["clip_score"] == pytest.approx(gained, abs=1e-9)
@@ -243,7 +247,7 @@ def test_too_few_captions_have_measures_but_no_costs(data):
     found = table_of(cascade(data), few)
     assert found["rows"][0]["image_256"]["frechet"] is None  # 20 < 4 times 6
     assert found["rows"][1]["cost"]["image_256"] == {}
-    assert "nothing is surely lost" in sentence(found)
+    assert "no measure shows a significant loss" in sentence(found)
 
 
 def test_pictures_too_small_to_read_are_not_judged(data):

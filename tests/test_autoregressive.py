@@ -13,13 +13,13 @@ from torch.utils._device import _device_constructors
 from cascade.autoregressive import Autoregressive, TokenSampler, drawn
 from cascade.codecs import Tokens
 from cascade.conditioning import Cond, Conditioner, Sequence, Vector
+from cascade.config.compose import built, composed
 from cascade.diffusion.sampling import DiffusionSampler
 from cascade.draws import Draws
 from cascade.errors import UserError
 from cascade.nets.ar import TokenTransformer
 from cascade.pipeline import BestOf
 from cascade.stage import Stage
-from cascade.verbs.configuration import built, composed
 
 # --- the network
 

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cascade.conditioning import Cond
+from cascade.config.compose import built, composed
 from cascade.encoders.clip import FrozenCLIP, save_clip
 from cascade.encoders.text import FrozenT5, TextTransformer, Tokenizer, tokenize, trimmed
 from cascade.nets.prior import Places, PriorTransformer
 from cascade.pipeline import BestOf, Cascade
 from cascade.stage import WEIGHTS
-from cascade.verbs.configuration import built, composed
 from tests.test_text import write_t5
 
 CAPTIONS = [

@@ -10,8 +10,10 @@ import torch
 
 from cascade.errors import TryAgain, UserError
 from cascade.training import checkpoint
-from cascade.training.checkpoint import CheckpointFolders, Checkpoints, newest_checkpoint
-from cascade.training.ema import EMA
+from cascade.training.callbacks.ema import EMA
+from cascade.training.callbacks.saving import Checkpoints
+from cascade.training.checkpoint import CheckpointFolders, newest_checkpoint
+from cascade.training.position import Position
 
 
 def saved(run, step, io=None):
@@ -48,7 +50,7 @@ def test_what_is_not_whole_is_passed_over(tmp_path, capsys):
         {
             lambda path: (path / "state.pt").unlink(): "No such file",
             lambda path: (path / "manifest.json").unlink(): "manifest.json cannot be read",
-            lambda path: (path / "state.pt").write_bytes(b"half"): "state.pt has 4 bytes of",
+            lambda path: (path / "state.pt").write_bytes(b"half"): "state.pt has 4 of",
             lambda path: path.rename(path.with_name("step-00000099")): "manifest.json has changed",
         }.items(),
         start=3,
@@ -59,7 +61,7 @@ def test_what_is_not_whole_is_passed_over(tmp_path, capsys):
     shutil.copytree(good, good.with_name(f".step-00000200.here.1{checkpoint.REST}"))
     assert newest_checkpoint(tmp_path) == (good, 2, 9)
     shutil.rmtree(good)
-    with pytest.raises(UserError, match="no checkpoint that can be read"):
+    with pytest.raises(UserError, match="no intact checkpoint"):
         newest_checkpoint(tmp_path)
 
 
@@ -96,7 +98,7 @@ def test_ranks_that_see_different_checkpoints_do_not_start(tmp_path):
         gathered = SimpleNamespace(root_device="cpu", all_gather=lambda _: torch.tensor(steps))
         return SimpleNamespace(strategy=gathered)
 
-    callback = Checkpoints(tmp_path, EMA(), total=8, start=5)
+    callback = Checkpoints(tmp_path, EMA(), Position(5, batch=4), total=8)
     callback.setup(trainer(5, 5), None, "fit")
     with pytest.raises(TryAgain, match="different checkpoints"):
         callback.setup(trainer(5, 3), None, "fit")

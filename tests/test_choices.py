@@ -8,15 +8,17 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from cascade.data.scenes import write_scenes
+from cascade.config.compose import built, composed, saved
+from cascade.data.scenes.generate import write_scenes
 from cascade.diffusion import guidance
 from cascade.errors import UserError
-from cascade.verbs import train
-from cascade.verbs.configuration import built, composed, saved
-from cascade.verbs.sample import chosen, load_cascade
+from cascade.runs.choices import SamplingChoices
+from cascade.runs.model import load_cascade
+from cascade.runs.run import Run
+from cascade.training import fit
+from tests import small
 
-SMALL = ["stage=sr256", "size=16", "low=8", "crop=null", "batch=4", "warmup=8", "grids=0"]
-SMALL += ["net.net.channels=8", "net.net.patch=2", "net.net.embed=16"]
+SMALL = small.SR
 
 
 def make(folder, name, *overrides, seed=0):
@@ -67,7 +69,7 @@ def test_choices_are_those_of_the_file_and_of_the_command_line(runs):
 @pytest.mark.parametrize(
     ("choice", "says"),
     [
-        ("large.sclae=2", "the choices of a stage are scale, steps"),
+        ("large.sclae=2", "the choices of a stage are text_embedding, sampler, scale"),
         ("large.steps=many", "give a whole number"),
         ("large.steps=2.5", "give a whole number"),
         ("large.scale=[1, 2]", "give a number"),
@@ -81,6 +83,8 @@ def test_choices_are_those_of_the_file_and_of_the_command_line(runs):
         ("large.interval=[low, 3]", "interval.0=low: give a number"),
         ("large.interval=[1", "no number, word or list"),
         ("large.percentile=99.5", "at most 1"),
+        ("large.best_of=3", "samples image_16: choose best_of or text_embedding for a prior"),
+        ("large.text_embedding=true", "samples image_16"),
         ("large.weaker=nowhere", "nowhere is not a run"),
         ("large.weaker=other", "its process is not that of large"),
         ("small.scale=2", "STAGE.OPTION=VALUE of large"),
@@ -94,12 +98,13 @@ def test_what_is_no_choice_is_refused_in_one_line(runs, choice, says):
 
 def test_a_weaker_stage_is_left_behind(runs):
     """One that says the same changes nothing, whatever the scale; another one does."""
-    stage = chosen(train.load(runs / "large"), runs / "large", steps=3)
+    stage = SamplingChoices(steps=3).applied(Run(runs / "large").load())
     plain = stage.sample(picture(), seed=0)
     stage.sampler = replace(stage.sampler, scale=2.0)
     stage.weaker = copy.deepcopy(stage)
     torch.testing.assert_close(stage.sample(picture(), seed=0), plain, atol=1e-5, rtol=0)
-    guided = chosen(stage, runs / "large", scale=2.0, weaker="small").sample(picture(), seed=0)
+    choices = SamplingChoices(scale=2.0, weaker="small")
+    guided = choices.applied(stage, Run(runs / "large")).sample(picture(), seed=0)
     assert (guided - plain).abs().max() > 0.1
 
 
@@ -109,14 +114,14 @@ def test_the_variance_is_measured_when_training_ends_and_saved(tmp_path):
     overrides = ["process=cosine_x0_analytic", "+process.levels=4", "images=16", "ema=0.9"]
     overrides += [f"data.path={tmp_path / 'shards'}", f"run={tmp_path / 'run'}"]
     overrides += ["+data.cache=true", "optim.lr=1e-2", "save_seconds=0.0"]
-    folder = train.run(composed("train", [*SMALL, *overrides]))
+    folder = fit.train(composed("train", [*SMALL, *overrides]))
     weights = load_file(folder / "weights.safetensors")
     assert (weights["process.log_odds"].abs() < 50).all()
     assert (weights["process.log_odds"].diff() < 0).all()  # more is explained at higher levels
-    stage = train.load(folder)
-    config = train.loaded(folder / "config.yaml")
+    stage = Run(folder).load()
+    config = Run(folder).config
     stage.process.log_odds.zero_()
-    stage.measure(train.loader(built(config.data), 64))
+    stage.measure(fit.loader(built(config.data), 64))
     torch.testing.assert_close(stage.process.log_odds, weights["process.log_odds"])
 
 

@@ -10,14 +10,15 @@ import webdataset
 
 from cascade import cli
 from cascade.cli import main, parser
-from cascade.data.shards import Shards, loader
+from cascade.data.loading import loader
+from cascade.data.shards import Shards
 from cascade.data.transforms import Pictures
 from cascade.errors import UserError
-from cascade.files import check_writable
+from cascade.files.atomic import check_writable
 from cascade.verbs import sample, train
 
 VERBS = ("train", "sample", "evaluate", "data", "describe", "demo", "sweep", "launch", "runs")
-VERBS += ("cells", "generate", "report")
+VERBS += ("measure", "generate", "report")
 
 
 def test_help_imports_nothing_heavy():
@@ -85,6 +86,11 @@ def test_what_a_data_worker_raises_is_one_line_as_well(tmp_path, capsys, monkeyp
     said = refused(["train"], capsys)
     assert said.startswith("cascade: all samples are bad from train-0/a on (")
     assert said == "cascade: " + (tmp_path / "failure.txt").read_text().strip()
+
+
+def test_an_earlier_name_of_a_verb_is_understood_and_not_listed(capsys):
+    assert parser().parse_args(["cells", "frozen.yaml"]).verb == "measure"
+    assert "cells" not in parser().format_help()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +172,7 @@ def test_captions_of_a_file_are_one_a_line_and_ids_are_not_painted(form, tmp_pat
         found.extend(captions)
         raise UserError("enough")
 
-    monkeypatch.setattr(sample, "checked", painted)
+    monkeypatch.setattr(sample, "check_captions", painted)
     texts = [f"a red{s}circle" for s in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"] + ["über"]
     lines = [form.replace("{n}", str(n)).replace("{}", text) for n, text in enumerate(texts)]
     (tmp_path / "a.txt").write_bytes("".join(lines).encode("utf-16"))
@@ -210,7 +216,7 @@ def test_captions_of_a_file_are_one_a_line_and_ids_are_not_painted(form, tmp_pat
 def test_an_option_that_would_be_ignored_is_refused(verb, options, needs, capsys):
     option = options.split("=")[0]
     error = refused([*verb.split(), options], capsys)
-    assert f"{option} is for {needs}, and would be ignored" in error
+    assert f"{option} has no effect without {needs}" in error
 
 
 @pytest.mark.parametrize("of", ["--clip", "--text"])
@@ -224,13 +230,13 @@ def test_a_checkpoint_is_for_a_name(of, tmp_path, capsys):
 def test_every_option_of_evaluate_is_of_pictures_or_of_a_model_or_said_to_be_of_both():
     """A new option has to be put into the table of what needs what, or it may be ignored."""
     options = set(vars(parser().parse_args(["evaluate", "--model", "x"])))
-    both = {"code", "verb", "model", "pictures", "out"}
+    both = {"code", "trust", "verb", "module", "model", "pictures", "out"}
     assert options - both == set(cli._NEEDS["evaluate"])
 
 
 def test_show_prints_no_launcher(capsys):
     argv = ["train", "--show", "data.path=x", "launcher=slurm"]
-    assert "leave launcher=slurm out" in refused(argv, capsys)
+    assert "omit launcher=slurm" in refused(argv, capsys)
 
 
 def test_sample_writes_over_nothing(tmp_path, capsys):

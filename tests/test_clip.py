@@ -281,11 +281,11 @@ def test_what_an_earlier_version_noted_counts_where_it_meant_this_clip(unnamed, 
     assert differs(own, own.hash) is differs(own, old) is differs(own, old, "elsewhere/own") is None
     assert "its hash is" in differs(own, "0" * 16)
     # Its pictures are not normalised as those of a name were.
-    assert "noted by a version" in differs(own, old, name)
+    assert "recorded by a version" in differs(own, old, name)
     plain, quick = (FrozenCLIP(name, str(file), quick_gelu=q) for q in (False, True))
     assert differs(plain, plain.former.hash) is differs(plain, plain.former.hash, name) is None
-    assert "noted by a version" in differs(quick, quick.former.hash)
-    assert "noted by a version" in differs(quick, quick.former.hash, name)
+    assert "recorded by a version" in differs(quick, quick.former.hash)
+    assert "recorded by a version" in differs(quick, quick.former.hash, name)
 
 
 @pytest.mark.parametrize(

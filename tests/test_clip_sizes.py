@@ -6,10 +6,10 @@ import open_clip
 import pytest
 import torch
 
+from cascade.config.compose import built, composed
 from cascade.encoders.clip import Architecture, FrozenCLIP, save_clip
 from cascade.encoders.sources import clip_model
 from cascade.errors import UserError
-from cascade.verbs.configuration import built, composed
 
 VIT = Architecture(32, 8, 2, 32, text_width=32, text_layers=2, text_heads=2, length=16, patch=8)
 

@@ -5,12 +5,12 @@ import torch
 
 from cascade.codecs import Embedding
 from cascade.conditioning import Cond, Conditioner, LowRes, Sequence, Vector, mean
+from cascade.config.compose import built, composed
 from cascade.draws import Draws
 from cascade.encoders.pooling import AttentionPool
 from cascade.encoders.text import TextTransformer
 from cascade.errors import UserError
 from cascade.nets.sketch import Sketch
-from cascade.verbs.configuration import built, composed
 
 
 def batch(n=512):

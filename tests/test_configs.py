@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 import cascade.conf
-from cascade.verbs.configuration import built, composed, differences
+from cascade.cli import main
+from cascade.config.compose import built, composed, differences, one_line_errors
+from cascade.errors import UserError
+from cascade.verbs.demo import chosen
 
 CONF = Path(next(iter(cascade.conf.__path__)))
 
@@ -31,26 +35,37 @@ def test_every_stage_builds(stage):
     assert module.batch == config.batch
 
 
-def is_whole(experiment):
-    """Whether an experiment is of `cascade demo`: several stages, its own or another's."""
-    config = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
-    return "stages" in config
-
-
-@pytest.mark.parametrize("experiment", [e for e in choices("experiment") if not is_whole(e)])
+@pytest.mark.parametrize("experiment", choices("experiment"))
 def test_every_recipe_builds(experiment):
     config, module = on_meta([f"experiment={experiment}"])
     assert config.name == experiment
     assert module.batch == config.batch
 
 
-@pytest.mark.parametrize("experiment", filter(is_whole, choices("experiment")))
+@pytest.mark.parametrize("cascade_", ["demo", "openmoji", "scenes", "scenes_cpu"])
 @pytest.mark.parametrize("budget", choices("budget"))
-def test_every_stage_of_every_whole_experiment_builds(experiment, budget):
-    config = composed("demo", [f"experiment={experiment}", f"budget={budget}", "shards=none"])
+def test_every_stage_of_every_demo_builds(cascade_, budget):
+    config = composed("demo", [f"cascade={cascade_}", f"budget={budget}", "shards=none"])
     for name, overrides in config.stages.items():
         on_meta([*overrides, *config.budgets.get(name, []), *config.each])
     assert set(config.cascade) <= set(config.stages)
+
+
+@pytest.mark.parametrize("name", choices("cascade"))
+def test_every_cascade_can_be_launched_and_demonstrated(name):
+    for verb, more in (("demo", []), ("launch", ["launcher=local"])):
+        config = composed(verb, [f"cascade={name}", "shards=none", "data.path=none", *more])
+        assert config.name == name
+        assert config.stages
+
+
+def test_a_stage_and_a_whole_cascade_are_not_mistaken_for_each_other(capsys):
+    """`cascade demo experiment=NAME` is how cascades were named before they had a folder."""
+    assert main(["demo", "experiment=unclip_prior_tiny"]) == 2
+    assert "is a single stage: run `cascade train experiment=" in capsys.readouterr().err
+    assert main(["train", "experiment=scenes_cpu", "data.path=none"]) == 2
+    assert "is a whole cascade: run `cascade demo cascade=scenes_cpu`" in capsys.readouterr().err
+    assert chosen(["experiment=scenes_cpu", "seed=1"]) == ["cascade=scenes_cpu", "seed=1"]
 
 
 @pytest.mark.parametrize("net", choices("net"))
@@ -100,3 +115,13 @@ def test_what_differs_in_a_list_is_named_by_its_place():
     new = OmegaConf.create({"encoders": [{"name": "a", "length": 2, "quick_gelu": None}]})
     assert differences(old, new) == ["encoders.0.length: 1 -> 2"]
     assert len(differences(old, OmegaConf.create({"encoders": []}))) == 1
+
+
+def test_a_file_that_is_no_yaml_is_one_line():
+    """As a sweep of one's own may be; without a way into conf/ the reader itself is asked."""
+    with (
+        pytest.raises(UserError, match=r"^configuration: .* line 1, column") as error,
+        one_line_errors(),
+    ):
+        yaml.safe_load("base: [net.multipliers=[1], a=1]")
+    assert "\n" not in str(error.value)

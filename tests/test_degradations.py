@@ -11,6 +11,7 @@ import torch
 from scipy import ndimage
 
 import cascade.conf
+from cascade.config.compose import built, composed
 from cascade.data import bsr
 from cascade.data.bsr import BSR, Goal, area, filtered, gaussian_kernel, jpeg
 from cascade.data.degradations import Blur, Corruption, blur, indexed_cosine
@@ -18,7 +19,6 @@ from cascade.data.transforms import Pictures, shrink
 from cascade.diffusion.noise import alpha_sigma, cosine
 from cascade.draws import Draws, generator
 from cascade.errors import UserError
-from cascade.verbs.configuration import built, composed
 
 CONF = Path(next(iter(cascade.conf.__path__)))
 

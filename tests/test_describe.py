@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cascade.conf
 from cascade.cli import main
+from cascade.config.compose import built, composed
 from cascade.diffusion import noise
-from cascade.training.cost import GIB, Rehearsal, Way, parameters, parts
-from cascade.training.ema import EMA
-from cascade.verbs.configuration import built, composed
+from cascade.nets.cost import GIB, Rehearsal, Way, parameters, parts
+from cascade.training.callbacks.ema import EMA
 from cascade.verbs.describe import batches, rehearsed
 
 CONF = Path(next(iter(cascade.conf.__path__)))
@@ -203,11 +203,29 @@ def test_every_stage_is_described(stage):
     assert main(["describe", f"stage={stage}"]) == 0
 
 
+# Networks that differ in widths and depths alone from one that is described in full, by its name.
+LEARNED = ["stage=decoder", "process=cosine_eps_learned"]
+LARGER = {
+    "if_m": (LEARNED, ["if_l", "if_xl"]),
+    "glide_released": (LEARNED, ["glide_base", "karlo_decoder", "unclip_decoder"]),
+    "imagen_300m": (["stage=decoder"], ["imagen_500m", "imagen_1b", "imagen_2b"]),
+    "karlo_prior": (["stage=prior"], ["unclip_prior"]),
+}
+FORWARD = {net: [*stage, f"net={net}"] for stage, nets in LARGER.values() for net in nets}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("net", choices("net"))
+@pytest.mark.parametrize("net", sorted({*choices("net")} - {*FORWARD}))
 def test_every_network_is_described(net):
-    # This one is told nothing, which no stage does.
+    # Nothing conditions this one, and every stage conditions its network.
     assert main(["describe", f"net={net}"]) == (2 if net == "ddpm_64" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", FORWARD.values(), ids=FORWARD)
+def test_a_larger_network_runs_forward_in_the_same_stage(overrides):
+    _, rehearsal = rehearsed(overrides)
+    assert rehearsal.forward > 0
 
 
 @pytest.mark.parametrize(

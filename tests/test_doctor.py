@@ -19,21 +19,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cascade.cli import main
-from cascade.data.claims import ClaimFiles, Holder
-from cascade.data.dataset import index_folder
-from cascade.data.scenes import write_scenes
-from cascade.doctor import installation, machine, probe
+from cascade.config.compose import built, composed
+from cascade.data.scenes.generate import write_scenes
+from cascade.data.tars.dataset import index_folder
+from cascade.doctor import installation, machine, output, probe
 from cascade.doctor.finding import Budget, guarded
 from cascade.encoders.clip import FrozenCLIP, save_clip
 from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
-from cascade.verbs import doctor, train
-from cascade.verbs.configuration import built, composed
+from cascade.files.locks import ClaimFiles, Holder
+from cascade.training import fit
+from tests import small
 from tests.test_text import write_t5
 
-SMALL = ["stage=decoder_text", "text=clip_tiny", "size=16", "batch=4", "warmup=8", "grids=0"]
-SMALL += ["net.channels=8", "net.embed=16", "net.blocks=1", "net.width=32", "net.head_channels=8"]
-SMALL += ["clip.model.text_width=16", "clip.model.text_layers=1", "clip.model.vision_width=8"]
+SMALL = small.DECODER
 
 SOUND = {"broken": {}, "built": "13.0", "driver": 0, "card": False, "hidden": False}
 SOUND |= {"devices": [], "unsupported": [], "complaint": ""}
@@ -52,7 +51,7 @@ def sound(tmp_path_factory):
     torch.manual_seed(0)
     clip = built(config.clip.model)
     save_clip(clip, clip.build(), folder / "model" / "clip")
-    train.run(config)
+    fit.train(config)
     text = OmegaConf.to_yaml({"stages": {"decoder": {"steps": 4, "scale": 2.0}}})
     (folder / "model" / "cascade.yaml").write_text(text)
     return folder.rename(folder.with_name("moved"))  # so that copies are read, not this
@@ -62,8 +61,8 @@ def sound(tmp_path_factory):
 def place(sound, tmp_path, monkeypatch):
     """A copy to damage, where nothing else is to be found out."""
     shutil.copytree(sound, tmp_path / "copy", copy_function=shutil.copy2)
-    monkeypatch.setattr(doctor.probe, "started", lambda modules: None)
-    monkeypatch.setattr(doctor.probe, "answer", lambda process, seconds: SOUND)
+    monkeypatch.setattr(probe, "started", lambda modules: None)
+    monkeypatch.setattr(probe, "answer", lambda process, seconds: SOUND)
     for name in [n for n in os.environ if n.startswith(("SLURM_", "SBATCH_", "OMP_", "MKL_"))]:
         monkeypatch.delenv(name)
     return tmp_path / "copy"
@@ -228,7 +227,7 @@ def tiny_and_black(shards):
     [
         (index_damaged, "problem", "dataset.json is damaged"),
         (one_index_damaged, "problem", "train-00000.index is missing or damaged"),
-        (tar_changed, "problem", "train-00001.tar is not as it was when it was indexed"),
+        (tar_changed, "problem", "train-00001.tar has changed since it was indexed"),
         (tar_gone, "problem", "train-00001.tar is gone"),
         (tar_added, "problem", "train-00002.tar is not in the index"),
         (tar_cut, "problem", "train-00000.tar is cut short after 5 samples"),
@@ -488,7 +487,7 @@ def versions(monkeypatch, **other):
     ("other", "says"),
     [
         ({"torch": "2.10.1+cu132"}, "torch is 2.10.1+cu132, but >=2.11 is needed"),
-        ({"lightning": "2.6.3"}, "lightning 2.6.3 was published by thieves"),
+        ({"lightning": "2.6.3"}, "lightning 2.6.3 is a malicious release"),
         ({"hydra_core": "1.4.0"}, "hydra-core is 1.4.0"),
         ({"open_clip_torch": None}, "open_clip_torch is not installed"),
     ],
@@ -629,7 +628,7 @@ def test_the_json_names_no_user_and_no_machine(place, monkeypatch, capsys):
     monkeypatch.setenv("USER", "erika")
     monkeypatch.setenv("LOGNAME", "erika")
     monkeypatch.setenv("HOME", str(place))
-    monkeypatch.setattr(doctor.platform, "node", lambda: "login7")
+    monkeypatch.setattr(output.platform, "node", lambda: "login7")
     main(["doctor", "--json", str(place / "shards"), "/scratch/erika/x", "/login7/erikas"])
     said = capsys.readouterr().out
     assert str(place) not in said

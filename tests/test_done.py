@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cascade.cli import main
-from cascade.done import begin, finish, finished
 from cascade.errors import Superseded
+from cascade.runs.done import begin, finish, finished
 
 
 @pytest.fixture
@@ -121,11 +121,11 @@ def test_an_empty_mark_is_judged_by_what_lies_there(tmp_path):
 def test_scenes_of_a_shard_are_as_many_as_a_launch_expects():
     import inspect
 
-    from cascade.data.scenes import write_scenes
-    from cascade.verbs import launch
+    from cascade.data.scenes.generate import write_scenes
+    from cascade.slurm import chain
 
     default = inspect.signature(write_scenes).parameters["shard_size"].default
-    assert default == launch._SCENES
+    assert default == chain._SCENES
 
 
 def test_a_training_that_is_finished_but_for_its_weights_says_so(task, tmp_path, capfd):

@@ -19,19 +19,16 @@ import torch
 from safetensors.torch import load_file
 
 from cascade import cli
-from cascade.data.claims import RELEASED, ClaimFiles
-from cascade.data.lease import NAME
-from cascade.data.scenes import write_scenes
+from cascade.data.scenes.generate import write_scenes
+from cascade.files.lease import NAME
+from cascade.files.locks import RELEASED, ClaimFiles
+from tests import small
 from tests.processes import Job
 
 pytestmark = pytest.mark.slow
 
 STEPS, BATCH = 8, 4
-SMALL = [
-    "stage=sr256", "size=16", "low=8", "crop=null", f"batch={BATCH}", f"images={STEPS * BATCH}",
-    "warmup=8", "grids=0", "net.net.channels=8", "net.net.patch=2", "net.net.embed=16", "ema=0.9",
-    "save_seconds=0.0",
-]  # fmt: skip
+SMALL = [*small.SR, f"batch={BATCH}", f"images={STEPS * BATCH}", "ema=0.9", "save_seconds=0.0"]
 KILLED = -signal.SIGKILL
 
 
@@ -54,7 +51,7 @@ class Drill(NamedTuple):
     more: tuple[str, ...] = ()
 
 
-HUNG = ("watchdog=1.5",)
+HUNG = ("watchdog=4.0",)  # long enough for a slow step on a busy machine
 DRILLS = {
     "loss is not a number, rank 0": Drill("not_a_number", [0], [0, 0], "skipped step", BATCH),
     "loss is not a number, rank 1": Drill(
@@ -77,7 +74,7 @@ DRILLS = {
     "stopped (SIGSTOP), rank 1": Drill(
         "kill rank=1 name=SIGSTOP", None, [75, KILLED], "hung", more=HUNG
     ),
-    "slow, rank 0": Drill("hang seconds=0.5", [0], [0, 0], "finished", more=HUNG),
+    "slow, rank 0": Drill("hang seconds=1.0", [0], [0, 0], "finished", more=HUNG),
     "SIGTERM, rank 0": Drill("sigterm", [75], [75, 75], "interrupted"),
     "SIGTERM, rank 1": Drill("sigterm rank=1", None, [75, 75], "interrupted"),
     "SIGTERM, all": Drill("sigterm rank=null", None, [75, 75], "interrupted"),
@@ -138,14 +135,10 @@ def start(shards, tmp_path):
         job.kill()
 
 
-@pytest.fixture(scope="module")
-def table(pytestconfig):
-    rows = []
-    yield rows
-    head = ("fault", "ranks", "exit codes", "what happened", "samples lost")
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, 5 * ("---",), *rows)]
-    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("", *lines, sep="\n")
+@pytest.fixture
+def table(record_property):
+    """Notes a row of the table that ends the report."""
+    return lambda *row: record_property("drill", row)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +198,7 @@ def test_a_run_with_a_fault_ends_as_it_should_and_goes_on(
     assert (at["images"], at["consumed"]) == (STEPS * BATCH, STEPS * BATCH)
     assert equal(weights(run), clean[ranks]) == (drill.lost == 0)
     assert lost(run) == drill.lost
-    table.append(row(name, codes, run))
+    table(*row(name, codes, run))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -222,7 +215,7 @@ def test_a_signal_to_all_processes_leaves_those_that_read_data_alone(
     assert codes == [75, 75], first.output()
     assert start(run, 2, *overrides).wait() == [0, 0]
     assert equal(weights(run), clean[2])
-    table.append(row(f"{name}, all ranks and data workers", codes, run))
+    table(*row(f"{name}, all ranks and data workers", codes, run))
 
 
 def test_two_ranks_end_together_when_another_process_takes_their_run(start, clean, table, tmp_path):
@@ -239,7 +232,7 @@ def test_two_ranks_end_together_when_another_process_takes_their_run(start, clea
     again = start(run, 2, *overrides)
     assert again.wait() == [0, 0], again.output()
     assert equal(weights(run), clean[2])
-    table.append(row("taken over by another process", codes, run))
+    table(*row("taken over by another process", codes, run))
 
 
 def test_two_ranks_go_back_behind_a_jump_of_the_loss(start, table, tmp_path):
@@ -255,7 +248,7 @@ def test_two_ranks_go_back_behind_a_jump_of_the_loss(start, table, tmp_path):
     assert jump["step"] == 205
     assert back["consumed"] == jump["consumed"] == BATCH * 206
     assert position(run)["offset"] == lost(run) == BATCH * (206 - back["step"])
-    table.append(row("the loss jumps", [0, 0], run))
+    table(*row("the loss jumps", [0, 0], run))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -271,7 +264,7 @@ def test_bad_pictures_are_replaced_up_to_a_limit(allowed, ranks, start, shards, 
     names = {json.loads(line)["key"] for line in (run / "skipped.jsonl").read_text().splitlines()}
     assert len(names) == 1
     what = "over" if codes[0] else "under"
-    table.append(row(f"a bad picture, {what} the limit", codes, run))
+    table(*row(f"a bad picture, {what} the limit", codes, run))
 
 
 def damage(tar, place):

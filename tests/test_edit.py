@@ -1,18 +1,10 @@
 """Great circles, against reference values."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from cascade.edit import slerp, text_difference
-
-VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
-
-
-def f64(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+from tests.exact import VECTORS, f64
 
 
 def close(actual, expected):

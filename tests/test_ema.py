@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cascade.training.ema import EMA
+from cascade.training.callbacks.ema import EMA
 
 
 def step(ema, module, gradients=True):

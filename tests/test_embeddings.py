@@ -20,8 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cascade import cli
+from cascade.config.compose import built, composed
 from cascade.data import embeddings as module
 from cascade.data.embeddings import Embeddings, Manifest, padded, write_embeddings
+from cascade.data.loading import loader
 from cascade.data.precompute import (
     about_captions,
     about_pictures,
@@ -29,13 +31,12 @@ from cascade.data.precompute import (
     picture_rows,
     precompute,
 )
-from cascade.data.shards import Shards, loader
+from cascade.data.shards import Shards
 from cascade.data.transforms import BadSample, Pictures, decode
 from cascade.encoders.clip import Architecture, FrozenCLIP, save_clip
 from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
-from cascade.training.agreement import verify
-from cascade.verbs.configuration import built, composed
+from cascade.training.compatibility import verify
 from tests.test_text import write_t5
 
 FIELDS = ("txt", "long_caption")
@@ -249,7 +250,7 @@ def stage(made):
 def losses(module, batches):
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
     for batch in batches:
-        loss = module.loss(module.completed(batch)).mean()
+        loss = module.loss(module.encoded(batch)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -372,7 +373,7 @@ def test_a_folder_that_an_earlier_version_began_goes_on_as_it_named_its_encoder(
         shutil.rmtree(out, ignore_errors=True)
         replace(about_pictures(clip), hash=old, encoder=noted).write(out)
         if not goes_on:
-            with pytest.raises(UserError, match=r"noted by a version .*: choose another folder"):
+            with pytest.raises(UserError, match=r"recorded by a version .*: choose another folder"):
                 about_pictures(clip, out)
             continue
         precompute(data, out, about_pictures(clip, out), rows)
@@ -397,9 +398,9 @@ def test_verification_passes_what_the_encoders_made(made):
     held = stores(made)
     seen = []
 
-    def data(sizes):
+    def data(count, sizes):
         seen.append(list(sizes))
-        return shards(made, sizes, embeddings=held)
+        return shards(made, [16], embeddings=held).preview(count, sizes)
 
     verify(data, held.values(), [t5], clip, count=20)
     verify(data, [held["text"]], [t5], FrozenCLIP("nowhere"))
@@ -427,15 +428,16 @@ def shuffled(folder, out):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("embeddings", r"clip_image of train-0000\d/0000\d+ is not what .*clip makes of it: "
-         r"cosine -?[\d.]+, not over 0.999; run"),
-        ("text", r"text of train-0000\d/0000\d+ is not what .*t5 makes of it: "
-         r"(cosine -?[\d.]+, not over 0.999|\d+ tokens, not \d+); run"),
+        ("embeddings", r"clip_image of train-0000\d/0000\d+ does not match .*clip: "
+         r"cosine -?[\d.]+, not above 0.999; run"),
+        ("text", r"text of train-0000\d/0000\d+ does not match .*t5: "
+         r"(cosine -?[\d.]+, not above 0.999|\d+ tokens, not \d+); run"),
     ],
 )  # fmt: skip
 def test_shuffled_rows_are_refused_with_the_sample_and_both_numbers(made, tmp_path, kind, words):
     held = {kind: shuffled(made / "data" / kind, tmp_path / "shuffled")}
     t5, clip = FrozenT5(str(made / "t5"), 20), FrozenCLIP(str(made / "clip"))
+    preview = shards(made, [16], embeddings=held).preview
     with pytest.raises(UserError, match=words) as caught:
-        verify(partial(shards, made, embeddings=held), held.values(), [t5], clip)
+        verify(preview, held.values(), [t5], clip)
     assert "\n" not in str(caught.value)

@@ -8,18 +8,21 @@ import torch
 from omegaconf import OmegaConf
 
 from cascade.cli import main
-from cascade.data.scenes import sample_scene, write_scenes
+from cascade.config.compose import built, composed, loaded, saved
+from cascade.data.embeddings import EMBEDDINGS
+from cascade.data.scenes.generate import sample_scene, write_scenes
+from cascade.diffusion.likelihood import bound
 from cascade.draws import generator
 from cascade.encoders.clip import save_clip
 from cascade.errors import UserError
-from cascade.eval.geneval import TASKS
-from cascade.eval.protocol import HeldOut
-from cascade.eval.summary import write_report
+from cascade.eval.cascades.evaluation import check, evaluate
+from cascade.eval.cascades.held_out import held_out_split
+from cascade.eval.cascades.protocol import HeldOut
+from cascade.eval.cascades.summary import write_report
+from cascade.eval.scenes.geneval import TASKS
 from cascade.pipeline import Cascade
 from cascade.training.checkpoint import CheckpointFolders
-from cascade.verbs.configuration import built, composed, saved
-from cascade.verbs.data import EMBEDDINGS, embed
-from cascade.verbs.evaluate import check, evaluate
+from cascade.verbs.data import embed
 
 STAGES = {
     "prior": ["stage=prior"],
@@ -58,7 +61,7 @@ def measured(tmp_path_factory):
     OmegaConf.save({"stages": choices}, folder / "cascade.yaml")
     demo = composed("demo", []).evaluate.targets
     targets = {k.replace("256", "64"): v for k, v in OmegaConf.to_container(demo).items()}
-    evaluate(folder, data, folder / "judge", {"val": COUNT}, [1.0], 0, targets, geneval=2)
+    evaluate(folder, data, folder / "judge", {"val": COUNT}, [1.0], 0, targets, geneval=2, bound=2)
     return folder
 
 
@@ -128,14 +131,29 @@ def test_geneval_is_scored_and_written_down(measured, metrics):
     )
 
 
+def test_the_bound_of_an_untrained_network_is_that_of_x0_hat_0(measured, metrics):
+    """Its output is zero, whatever the noise."""
+    found = metrics["bound"]["bits_per_dimension"]
+    assert set(found) == {"image_16", "image_64"}
+    process = built(loaded(measured / "decoder" / "config.yaml").stage.process)
+    both = Cascade([Last(), Last()])  # so that 16 px are shrunk from 64, as for the cascade
+    both.stages[1].writes = "image_64"
+    data = held_out_split(measured / "shards", "val", COUNT, both, measured / "none")
+    whole = bound(
+        process, lambda x, *_: torch.zeros_like(x), data.truth["image_16"], None, torch.randn, 2
+    )
+    assert found["image_16"] == pytest.approx(whole.total.mean().item(), rel=1e-5)
+
+
 def test_the_report_shows_it(measured):
     page = (measured / "report.html").read_text()
     for said in (
-        "Which stage costs how much",
+        "Cost of each stage",
         "caption, clip_image, image_16, image_64",
+        "bits per dimension",
         "zero-shot color of 32 classes",
         "colour attribution",
-        "The text embedding in x0_hat&#x27;s place",
+        "With the text embedding as x0_hat",
     ):
         assert said in page, said
 
@@ -143,7 +161,7 @@ def test_the_report_shows_it(measured):
 class Last:
     reads, writes = frozenset({"caption"}), "image_16"
 
-    def completed(self, batch):
+    def encoded(self, batch):
         return batch
 
     def sample(self, batch, seed, **choices):

@@ -5,6 +5,7 @@ import os
 import signal
 from functools import partial
 from itertools import islice, pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -15,34 +16,25 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cascade.cli import main
 from cascade.conf import __path__ as conf
-from cascade.data.scenes import write_scenes
-from cascade.data.shards import loader
+from cascade.config.compose import built, composed
+from cascade.data.loading import loader
+from cascade.data.scenes.generate import write_scenes
+from cascade.data.shards import Shards
 from cascade.errors import Failed, TryAgain
-from cascade.training.checkpoint import Checkpoints
-from cascade.training.ema import EMA
-from cascade.training.guard import Guard, RollBack, passed_over, rollbacks
-from cascade.training.interruption import Interruption
-from cascade.training.precision import Bfloat16
-from cascade.training.seeding import Seeding
-from cascade.training.watchdog import Watchdog
+from cascade.training import fit
+from cascade.training.callbacks.ema import EMA
+from cascade.training.callbacks.guard import Guard, Rollback, resume_from, rollbacks
+from cascade.training.callbacks.interruption import Interruption, stoppable
+from cascade.training.callbacks.saving import Checkpoints
+from cascade.training.callbacks.seeding import Seeding
+from cascade.training.callbacks.watchdog import Watchdog
+from cascade.training.devices import Bfloat16
+from cascade.training.position import Position
 from cascade.verbs import train
-from cascade.verbs.configuration import built, composed
+from tests import small
 from tests.processes import Job
 
-SMALL = [
-    "stage=sr256",
-    "size=16",
-    "low=8",
-    "crop=null",
-    "batch=4",
-    "warmup=8",
-    "grids=0",
-    "net.net.channels=8",
-    "net.net.patch=2",
-    "net.net.embed=16",
-    "ema=0.9",
-    "images=40",
-]
+SMALL = [*small.SR, "ema=0.9", "images=40"]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +78,7 @@ def by_hand(config, firsts, skipped=()):
     torch.manual_seed(config.seed)
     stage, shards = built(config.stage), built(config.data)
     stage.to(memory_format=torch.channels_last)
-    share, times = train.shares(config.batch, config.micro_batch, 1)
+    share, times = fit.accumulation(config.batch, config.micro_batch, 1)
     optimizer = stage.optimizer(list(stage.parameters()))
     schedule = LambdaLR(optimizer, lambda step: stage.learning_rate(step * stage.batch))
     ema, seeding, k = EMA(config.ema), Seeding(config.seed), 0
@@ -95,7 +87,7 @@ def by_hand(config, firsts, skipped=()):
         optimizer.zero_grad()
         for batch in islice(loader(shards, share, start=first), times):
             seeding.on_train_batch_start(SimpleNamespace(global_rank=0), stage, batch, k)
-            (stage.training_step(stage.completed(batch), k) / times).backward()
+            (stage.training_step(stage.encoded(batch), k) / times).backward()
             k += 1
         if step in skipped:
             optimizer.zero_grad()
@@ -125,7 +117,7 @@ def assert_equals(run, hand):
 @pytest.mark.parametrize("micro_batch", ["null", "2"])
 def test_a_skipped_step_moves_nothing_but_the_learning_rate(config, fault, micro_batch):
     options = config(f"faults={fault}", f"faults.{fault}.step=4", f"micro_batch={micro_batch}")
-    run = train.run(options)
+    run = fit.train(options)
     assert_equals(run, by_hand(options, range(0, 40, 4), skipped=[4]))
     (bad,) = lines(run / "bad_batches.jsonl")
     (rank,) = bad["ranks"]
@@ -139,9 +131,9 @@ def test_a_skipped_step_moves_nothing_but_the_learning_rate(config, fault, micro
 
 def test_three_skipped_steps_in_a_row_go_by_and_a_fourth_stops_the_run(config):
     bad = ["faults=not_a_number", "faults.not_a_number.step=4", "save_seconds=0.0"]
-    train.run(config(*bad, "faults.not_a_number.times=3", run="three"))
+    fit.train(config(*bad, "faults.not_a_number.times=3", run="three"))
     with pytest.raises(Failed, match=r"4 times .* step 7.*checkpoints/step-00000007 is kept"):
-        train.run(config(*bad, "faults.not_a_number.times=4", run="four"))
+        fit.train(config(*bad, "faults.not_a_number.times=4", run="four"))
 
 
 class Steps:
@@ -154,7 +146,7 @@ class Steps:
         self.trainer = SimpleNamespace(
             global_step=0, world_size=1, is_global_zero=True, strategy=strategy
         )
-        self.guard = Guard(run, **options)
+        self.guard = Guard(run, Position(0, batch=4), **options)
         self.guard.on_train_start(self.trainer, self.module)
 
     def step(self, loss):
@@ -175,7 +167,7 @@ def test_an_eleventh_skipped_step_among_a_thousand_stops_the_run_resumed_or_not(
     for i in range(1000):
         if i == 700:
             state = steps.guard.state_dict()
-            steps.guard = Guard(tmp_path)
+            steps.guard = Guard(tmp_path, Position(0, batch=4))
             steps.guard.load_state_dict(state)
         if i == 990:
             with pytest.raises(Failed, match="11 times in 1,000 steps, last at step 990"):
@@ -206,8 +198,8 @@ def test_under_bfloat16_a_step_is_skipped_too(tmp_path):
 
     trainer = L.Trainer(
         accelerator="cpu", plugins=[Bfloat16("cpu")], max_steps=5, gradient_clip_val=1.0,
-        callbacks=[Guard(tmp_path), Look()], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[Guard(tmp_path, Position(0, batch=1)), Look()], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     data = [{"sample": torch.tensor([n])} for n in range(5)]
     trainer.fit(Weights(), torch.utils.data.DataLoader(data, batch_size=None))
@@ -216,13 +208,13 @@ def test_under_bfloat16_a_step_is_skipped_too(tmp_path):
 
 
 def test_a_jump_goes_back_and_passes_over_the_samples_since(config, monkeypatch):
-    monkeypatch.setattr(train, "Guard", partial(Guard, window=6))
+    monkeypatch.setattr(fit, "Guard", partial(Guard, window=6))
     options = config("faults=jump", "faults.jump.step=8", "spike=50.0", "save_seconds=0.0")
-    run = train.run(options)
+    run = fit.train(options)
     (jump,) = rollbacks(run)
     begun = jump["begun"]
     assert 0 < begun <= jump["step"] == 8
-    assert jump["consumed"] == passed_over(run) == 36
+    assert jump["consumed"] == resume_from(run) == 36
     # From the checkpoint before, on samples behind the jump.
     back = begun - 1
     firsts = [*range(0, 4 * back, 4), *range(36, 36 + 4 * (10 - back), 4)]
@@ -234,17 +226,17 @@ def test_a_jump_goes_back_and_passes_over_the_samples_since(config, monkeypatch)
 
 def test_what_a_jump_led_to_is_known_to_the_next_start(config, monkeypatch):
     """Killed right behind the decision, and once more later."""
-    monkeypatch.setattr(train, "Guard", partial(Guard, window=6))
+    monkeypatch.setattr(fit, "Guard", partial(Guard, window=6))
     options = ["faults=jump", "faults.jump.step=8", "spike=50.0", "save_seconds=0.0"]
-    whole = train.run(config(*options, run="whole"))
+    whole = fit.train(config(*options, run="whole"))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "RollBack", KeyError)  # caught by nobody
-        with pytest.raises(RollBack, match="the loss jumped"):
-            train.run(config(*options, run="killed"))
+        patch.setattr(fit, "Rollback", KeyError)  # caught by nobody
+        with pytest.raises(Rollback, match="loss spike"):
+            fit.train(config(*options, run="killed"))
     more = [*options[2:], "faults=sigterm", "faults.sigterm.step=8"]
     with pytest.raises(TryAgain):
-        train.run(config(*more, run="killed"))
-    killed = train.run(config(*more, run="killed"))
+        fit.train(config(*more, run="killed"))
+    killed = fit.train(config(*more, run="killed"))
     a, b = (state(run) for run in (whole, killed))
     assert a["position"] == b["position"]
     assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
@@ -255,7 +247,7 @@ def test_a_fourth_jump_stops_the_run(tmp_path):
         steps = Steps(tmp_path, spike=10.0, window=5)
         for i in range(8):
             steps.step(1 + 0.01 * (i % 3))
-        with pytest.raises(Failed if n == 3 else RollBack, match=r"jumped to 2 .*step 8"):
+        with pytest.raises(Failed if n == 3 else Rollback, match=r"spike at step 8: loss 2,"):
             steps.step(2.0)
     assert len(rollbacks(tmp_path)) == 3
 
@@ -272,37 +264,37 @@ def test_nothing_jumps_unless_asked_nor_before_the_window_is_full(tmp_path):
 def test_a_signal_stops_behind_a_checkpoint_and_the_run_goes_on_as_if_without(config, name):
     before = signal.getsignal(signal.SIGTERM)
     options = config("faults=sigterm", "faults.sigterm.step=3", f"faults.sigterm.name={name}")
-    with pytest.raises(TryAgain, match=f"{name}: stopped behind step 5"):
-        train.run(options)
-    run = train.Path(options.run)
+    with pytest.raises(TryAgain, match=f"{name}: stopped after step 5"):
+        fit.train(options)
+    run = Path(options.run)
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000005"]
     assert events(run, "interrupted")[0]["signal"] == name
     assert signal.getsignal(signal.SIGTERM) == before
-    assert_equals(train.run(options), by_hand(options, range(0, 40, 4)))
+    assert_equals(fit.train(options), by_hand(options, range(0, 40, 4)))
 
 
 def test_a_signal_before_the_first_step_is_no_failure(config, monkeypatch):
-    before, preflight = signal.getsignal(signal.SIGTERM), train.preflight
+    before, check = signal.getsignal(signal.SIGTERM), Shards.check
 
     def interrupted(*args):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except Exception:  # as around a decoder
-            preflight(*args)
+            check(*args)
 
     options = config()
-    monkeypatch.setattr(train, "preflight", interrupted)
+    monkeypatch.setattr(Shards, "check", interrupted)
     with pytest.raises(TryAgain, match="SIGTERM outside of all steps"):
-        train.run(options)
+        fit.train(options)
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.undo()
-    assert_equals(train.run(options), by_hand(options, range(0, 40, 4)))
+    assert_equals(fit.train(options), by_hand(options, range(0, 40, 4)))
 
 
 def test_it_saves_when_the_first_rank_says_so_and_not_twice_for_one_time(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("cascade.training.checkpoint.time.monotonic", lambda: now[0])
-    checkpoints, saved = Checkpoints(tmp_path, EMA(), 8, seconds=10.0), []
+    monkeypatch.setattr("cascade.training.callbacks.saving.time.monotonic", lambda: now[0])
+    checkpoints, saved = Checkpoints(tmp_path, EMA(), Position(0, batch=4), 8, seconds=10.0), []
 
     def save(trainer, module):
         saved.append(trainer.global_step)
@@ -332,12 +324,12 @@ def test_a_second_signal_while_saving_is_harmless(config, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", interrupted)
     options = config("faults=sigterm", "faults.sigterm.step=3")
     with pytest.raises(TryAgain, match="SIGTERM"):
-        train.run(options)
-    assert state(train.Path(options.run))["position"]["step"] == 5
+        fit.train(options)
+    assert state(Path(options.run))["position"]["step"] == 5
 
 
 def interruption(tmp_path, **options):
-    saved, checkpoints = [], Checkpoints(tmp_path, EMA(), 8)
+    saved, checkpoints = [], Checkpoints(tmp_path, EMA(), Position(0, batch=4), 8)
     checkpoints.save = lambda *_: saved.append(1)
     callback = Interruption(tmp_path, checkpoints, **options)
     return callback, saved
@@ -355,7 +347,7 @@ def a_step(callback, step, world_size=1, first=True):
 
 def test_under_slurm_sigterm_waits_to_be_killed_and_other_signals_do_not(tmp_path, monkeypatch):
     slept = []
-    monkeypatch.setattr("cascade.training.interruption.time.sleep", slept.append)
+    monkeypatch.setattr("cascade.training.callbacks.interruption.time.sleep", slept.append)
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     for number in (signal.SIGUSR1, signal.SIGTERM):
         callback, saved = interruption(tmp_path, wait=7.0)
@@ -365,6 +357,25 @@ def test_under_slurm_sigterm_waits_to_be_killed_and_other_signals_do_not(tmp_pat
             a_step(callback, 1)
         assert saved == [1]
     assert slept == [7]
+
+
+def test_the_signal_that_follows_another_ranks_death_is_no_preemption(tmp_path):
+    """srun ends the other ranks with SIGTERM, while their own collective has failed already."""
+
+    def fail(cause):
+        try:
+            raise cause
+        except Exception:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def ended(cause):
+        with pytest.raises(TryAgain, match="SIGTERM"), stoppable(tmp_path):
+            fail(cause)
+        events = tmp_path / "events.jsonl"
+        return events.exists() and "interrupted" in events.read_text()
+
+    assert not ended(RuntimeError("connection closed by peer"))
+    assert ended(StopIteration())
 
 
 def test_a_signal_to_another_rank_counts_and_ranks_at_different_samples_fail(tmp_path, monkeypatch):
@@ -390,7 +401,7 @@ def test_a_signal_to_another_rank_counts_and_ranks_at_different_samples_fail(tmp
 
 
 def watched(run, how):
-    watchdog = Watchdog(train.Path(run), 0.4)
+    watchdog = Watchdog(Path(run), 0.4)
     trainer = SimpleNamespace(global_rank=1, global_step=7)
     watchdog.setup(trainer, None, "fit")
     watchdog.on_train_batch_end(trainer, None, None, None, 0)
@@ -435,13 +446,13 @@ def test_a_process_without_progress_ends_and_shows_where_it_was(tmp_path):
 
 def test_a_fault_strikes_once_in_a_run(config):
     options = config("faults=crash", "faults.crash.step=2", "save_seconds=0.0")
-    with pytest.raises(RuntimeError, match="on purpose"):
-        train.run(options)
-    assert_equals(train.run(options), by_hand(options, range(0, 40, 4)))
+    with pytest.raises(RuntimeError, match="an injected crash"):
+        fit.train(options)
+    assert_equals(fit.train(options), by_hand(options, range(0, 40, 4)))
 
 
 def test_every_fault_composes_and_several_together():
-    names = sorted(path.stem for path in (train.Path(conf[0]) / "faults").glob("*.yaml"))
+    names = sorted(path.stem for path in (Path(conf[0]) / "faults").glob("*.yaml"))
     assert len(names) > 10
     every = built(composed("train", ["data.path=none", f"faults=[{','.join(names)}]"]).faults)
     assert sorted(every) == names
@@ -453,7 +464,7 @@ def test_every_fault_composes_and_several_together():
 
 def test_ctrl_c_ends_with_130(config, monkeypatch):
     """As the command line makes of KeyboardInterrupt; without a checkpoint, and at once."""
-    monkeypatch.setattr(train, "main", lambda args: train.run(config(*args.overrides)))
+    monkeypatch.setattr(train, "main", lambda args: fit.train(config(*args.overrides)))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         options = ["faults=sigterm", "faults.sigterm.step=3", "faults.sigterm.name=SIGINT"]

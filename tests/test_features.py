@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from cascade.errors import UserError
-from cascade.eval import features as feature_spaces
-from cascade.eval.dinov2 import DINOv2Features
-from cascade.eval.features import (
+from cascade.eval.metrics import features as feature_spaces
+from cascade.eval.metrics.dinov2 import DINOv2Features
+from cascade.eval.metrics.features import (
     TENSORFLOW,
     CLIPFeatures,
     Features,
@@ -150,7 +150,7 @@ def test_dinov2_refuses_what_is_none(dinov2, tmp_path):
         DINOv2Features(dinov2)
     one = {k: v for k, v in config.items() if not k.startswith(("out_", "stage_"))}
     (dinov2 / "config.json").write_text(json.dumps({**one, "num_hidden_layers": 1}))
-    with pytest.raises(UserError, match=r"has besides encoder.layer.1\.\S+ and \d+ more"):
+    with pytest.raises(UserError, match=r"also has encoder.layer.1\.\S+ and \d+ more"):
         DINOv2Features(dinov2)
     (dinov2 / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
     with pytest.raises(UserError, match="has model_type bert, not dinov2"):

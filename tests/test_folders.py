@@ -1,7 +1,7 @@
 """Claims about folders of files: what links lead to is there, once, to pack and to measure."""
 
-from cascade.data.listing import texts_beside, usable
-from cascade.eval.sets import picture_set
+from cascade.data.tars.listing import captioned_by_files, usable
+from cascade.eval.pictures.sets import picture_set
 from tests.hostile import refused
 from tests.test_shards import picture
 
@@ -30,7 +30,7 @@ def test_packing_sees_what_is_behind_linked_folders_and_counts_dangling_links(tm
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (folder / "gone.txt").write_text("2")
     (folder / "._p0.jpg").write_bytes(b"left by a Mac")
-    rows, refusals = usable(folder, texts_beside(folder))
+    rows, refusals = usable(folder, captioned_by_files(folder))
     assert {row.name: row.captions["caption"] for row in rows} == {
         "linked/p1.jpg": "1",
         "p0.jpg": "0",

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 
 from cascade.cli import main
+from cascade.config.compose import built, composed, saved
 from cascade.encoders.identity import Former
 from cascade.errors import Failed, UserError
-from cascade.eval import generation
-from cascade.eval.generation import check, generate, sample_number
-from cascade.eval.identity import described
-from cascade.eval.prompts import LAYOUTS, Prompt
-from cascade.eval.share import share
+from cascade.eval.pictures import generation
+from cascade.eval.pictures.coco import prompts_of
+from cascade.eval.pictures.generation import check, generate, sample_number
+from cascade.eval.pictures.identity import described
+from cascade.eval.pictures.prompts import LAYOUTS, Prompt
+from cascade.eval.pictures.share import share
 from cascade.pipeline import BestOf, Cascade
-from cascade.verbs.configuration import built, composed, saved
-from cascade.verbs.generate import _identity, read_prompts
 from tests.hostile import refused
 from tests.processes import Job
 
@@ -98,7 +98,9 @@ def test_a_killed_job_goes_on_to_the_same_files(cascade, model, whole, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", die)
-        patch.setattr("cascade.files.remove", lambda path: None)  # nobody cleans up after a kill
+        patch.setattr(
+            "cascade.files.atomic.remove", lambda path: None
+        )  # nobody cleans up after a kill
         patch.setattr(generation, "remove", lambda path: None)
         with pytest.raises(Killed):
             generate(cascade, job(tmp_path), model)
@@ -209,7 +211,7 @@ def test_the_set_is_checked_exactly(cascade, model, whole, tmp_path):
     moved.rename(tmp_path / "00002_0009.png")
     assert "00002_0001" in refused(lambda: check(tmp_path), "lacks 1 of 10")
     moved.write_bytes((tmp_path / "00002_0009.png").read_bytes())
-    assert "00002_0009" in refused(lambda: check(tmp_path), "not asked for")
+    assert "00002_0009" in refused(lambda: check(tmp_path), "were not generated")
     (tmp_path / "00002_0009.png").unlink()
     check(tmp_path)
     text = (tmp_path / "captions.jsonl").read_text()
@@ -231,7 +233,7 @@ def test_every_layout_is_generated_and_checked(cascade, model, tmp_path, layout)
 
 def test_folders_of_something_else_are_refused(cascade, model, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
-    refused(lambda: generate(cascade, job(tmp_path), model), "something else")
+    refused(lambda: generate(cascade, job(tmp_path), model), "other pictures")
     refused(lambda: job(tmp_path / "mine.png"), "is a file")
 
 
@@ -296,7 +298,7 @@ def test_a_folder_that_an_earlier_version_began_goes_on(cascade, tmp_path):
     def identified(encoder):
         stage = copy(cascade.stages[0])
         stage.encoders = (encoder,)
-        return _identity(Cascade([stage]), tmp_path)
+        return generation.identity(Cascade([stage]), tmp_path)
 
     encoder = SimpleNamespace(hash="new", former=Former("old"))
     doubtful = SimpleNamespace(hash="new", former=Former("old", again=False))
@@ -345,7 +347,7 @@ def test_the_command_refuses(options, says, tmp_path, capsys):
 def test_prompts_with_ids_are_painted_without_them_and_keep_them(cascade, model, tmp_path):
     text = "".join(f"p{i}\t{prompt}\n" for i, prompt in enumerate(TEXTS))
     (tmp_path / "prompts.txt").write_text(text)
-    work = job(tmp_path / "out", read_prompts(str(tmp_path / "prompts.txt")), per_prompt=1)
+    work = job(tmp_path / "out", prompts_of(str(tmp_path / "prompts.txt")), per_prompt=1)
     assert generate(cascade, work, model) == 0
     rows = [json.loads(line) for line in (tmp_path / "out/captions.jsonl").open()]
     assert [(row["prompt_id"], row["caption"]) for row in rows] == [

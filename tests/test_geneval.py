@@ -6,23 +6,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cascade.data.captions import NUMBERS, ONE, RELATIONS, Object, Scene, caption
-from cascade.data.drawing import BACKGROUNDS, COLORS, SHAPES
-from cascade.data.scenes import LEVELS, render, sample_scene, split_of
+from cascade.data.scenes.captions import NUMBERS, ONE, RELATIONS, Object, Scene, caption
+from cascade.data.scenes.drawing import BACKGROUNDS, COLORS, SHAPES
+from cascade.data.scenes.generate import LEVELS, render, sample_scene, split_of
 from cascade.draws import generator
 from cascade.errors import UserError
-from cascade.eval.geneval import (
+from cascade.eval.metrics.interval import of_share
+from cascade.eval.scenes.geneval import (
     PICTURES,
     TASKS,
     Verdict,
-    measure,
     prompts,
     relations,
+    score_tasks,
     scores,
     verdict,
     write_lines,
 )
-from cascade.eval.interval import of_share
 
 SPOTS = ((0.25, 0.27), (0.75, 0.27), (0.3, 0.75), (0.76, 0.76))
 
@@ -107,7 +107,7 @@ def test_true_pictures_score_one(asked, level):
         seen.append((title, len(captions)))
         return [next(pictures) for _ in captions]
 
-    found, lines = measure(asked[level], paint)
+    found, lines = score_tasks(asked[level], paint)
     assert [lines[i] for i in range(len(lines)) if not lines[i]["correct"]] == []
     assert found["overall"]["score"] == 1.0
     assert all(row["score"] == 1.0 for row in found["tasks"].values())
@@ -163,10 +163,10 @@ def test_reasons_name_what_is_wrong():
 @pytest.mark.parametrize(
     ("clause", "says"),
     [
-        ({"class": "bench", "count": 1}, "no bench"),
-        ({"class": "star", "count": 1, "color": "orange"}, "no orange"),
-        ({"class": "star", "count": 1, "position": ["behind", 0]}, "no behind"),
-        ({"class": "star", "count": 1, "position": ["above", 1]}, "does not stand before"),
+        ({"class": "bench", "count": 1}, "bench is unknown"),
+        ({"class": "star", "count": 1, "color": "orange"}, "orange is unknown"),
+        ({"class": "star", "count": 1, "position": ["behind", 0]}, "behind is unknown"),
+        ({"class": "star", "count": 1, "position": ["above", 1]}, "give an earlier clause"),
     ],
 )
 def test_demands_that_cannot_be_judged_are_refused(clause, says):

@@ -1,10 +1,8 @@
 """Guidance, thresholds, and the sampler that puts them together."""
 
-import json
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +16,9 @@ from cascade.diffusion.solvers import ancestral, ddim, dpmpp_2m, heun
 from cascade.diffusion.spacing import even, karras
 from cascade.draws import Draws
 from cascade.errors import UserError
+from tests.exact import VECTORS, f64
 
-VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 ZERO = torch.tensor(0.0, dtype=torch.float64)
-
-
-def f64(values) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def close(actual, expected, tolerance=1e-10):

@@ -20,17 +20,17 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from cascade.data import tar as tars
-from cascade.data.corpus import OpenTar
-from cascade.data.index import scan
-from cascade.data.pack import fitted
-from cascade.data.rgb import MAX_SCANS
+from cascade.config.compose import built, composed
 from cascade.data.shards import Shards
 from cascade.data.stream import Stream
+from cascade.data.tars import tar as tars
+from cascade.data.tars.corpus import OpenTar
+from cascade.data.tars.index import scan
+from cascade.data.tars.pack import fitted
+from cascade.data.tars.urls import groups
 from cascade.data.transforms import BadSample, Pictures, decode
-from cascade.data.urls import groups
-from cascade.eval.rgb import pixels
-from cascade.verbs.configuration import built, composed
+from cascade.eval.pictures.conversion import pixels
+from cascade.formats.rgb import MAX_SCANS
 from tests.hostile import Evil, refused
 
 # Pictures

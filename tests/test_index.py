@@ -11,15 +11,14 @@ import pytest
 import torch
 
 from cascade.cli import main
-from cascade.data import corpus as module
-from cascade.data import dataset as dataset_module
 from cascade.data import preflight as preflight_module
-from cascade.data.corpus import Corpus
-from cascade.data.dataset import DATASET, index_folder
 from cascade.data.embeddings import Embeddings, write_embeddings
-from cascade.data.index import load, save, scan
-from cascade.data.preflight import preflight
 from cascade.data.shards import Shards
+from cascade.data.tars import corpus as module
+from cascade.data.tars import dataset as dataset_module
+from cascade.data.tars.corpus import Corpus
+from cascade.data.tars.dataset import DATASET, index_folder
+from cascade.data.tars.index import load, save, scan
 from cascade.data.transforms import Pictures
 from cascade.errors import UserError
 from tests.test_shards import SMALL, number, picture, sample, write
@@ -230,14 +229,14 @@ def test_a_folder_that_is_not_as_it_was_indexed_is_refused(folder):
     shards, data = Shards(folder, SMALL, shuffle=False), tar.read_bytes()
     tar.write_bytes(data.replace(b"0000.jpg", b"9999.jpg"))
     for start in (lambda: Shards(folder, SMALL), lambda: shards[8]):
-        with pytest.raises(UserError, match=rf"train-00001.tar is not as it was.*{REMEDY}"):
+        with pytest.raises(UserError, match=rf"train-00001.tar has changed.*{REMEDY}"):
             start()
     tar.write_bytes(data)
     indexed(folder)
     (folder / DATASET).write_text(text.replace('"samples": 8', '"samples": 7'))
     os.utime(tar, ns=(0, json.loads(text)["tars"][tar.name]["mtime_ns"]))
     indexes = {path: path.read_bytes() for path in folder.glob("*.index")}
-    with pytest.raises(UserError, match=r"its index is not dataset\.json's"):
+    with pytest.raises(UserError, match=r"its index contradicts dataset\.json"):
         Shards(folder, SMALL, shuffle=False)[0]
     for broken in (text[:-9], "[]", '{"tars": {"train-00000.tar": {"samples": "8"}}}'):
         (folder / DATASET).write_text(broken)
@@ -273,7 +272,7 @@ def test_the_command_says_what_there_is_and_what_is_broken(folder, capsys):
     (folder / "train-00004.tar").mkdir()
     assert main(["data", "index", str(folder)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "train-00004.tar: Is a directory: mend or remove it" in error
+    assert "train-00004.tar: Is a directory: repair or remove it" in error
     assert main(["data", "index", str(folder / "nowhere")]) == 2
     (folder / "empty").mkdir()
     write(folder / "empty" / "0.tar", [("a.txt", b"alone")])
@@ -284,7 +283,7 @@ def test_the_command_says_what_there_is_and_what_is_broken(folder, capsys):
 def test_a_long_search_without_an_index_says_so(folder, monkeypatch, caplog):
     monkeypatch.setattr(module, "LONG", -1.0)
     Corpus(folder, "train", {"txt"}, 1)
-    assert caplog.text.count("has no index, and so all 3 tars are searched") == 1
+    assert caplog.text.count("has no index, so all 3 tars are searched") == 1
     assert f"{REMEDY} {folder}`" in caplog.text
 
 
@@ -310,27 +309,27 @@ def embed(folder, out, lacking=lambda key: False):
 
 
 def test_preflight_finds_in_seconds_what_would_fail_in_hours(folder, tmp_path, monkeypatch):
-    preflight(Shards(folder, SMALL, embeddings=embed(folder, tmp_path / "good")), 24)
+    Shards(folder, SMALL, embeddings=embed(folder, tmp_path / "good")).check(24)
     with pytest.raises(UserError, match="batch=25, but there are 24 samples"):
-        preflight(Shards(folder, SMALL), 25)
+        Shards(folder, SMALL).check(25)
     some = embed(folder, tmp_path / "some", lambda key: key < "0003")
     with pytest.raises(UserError, match=r"of 24 samples .* 9 are bad \(9 no embedding\)"):
-        preflight(Shards(folder, SMALL, embeddings=some), 4)
+        Shards(folder, SMALL, embeddings=some).check(4)
     with pytest.raises(UserError, match=r"has long, but .*long_caption.*: set data.captions"):
-        preflight(Shards(folder, SMALL, captions={"txt": 0.1, "long": 0.9}), 4)
+        Shards(folder, SMALL, captions={"txt": 0.1, "long": 0.9}).check(4)
     with pytest.raises(UserError, match="has mask, but"):
-        preflight(Shards(folder, SMALL, json_fields=("scene", "mask")), 4)
+        Shards(folder, SMALL, json_fields=("scene", "mask")).check(4)
     monkeypatch.setattr(preflight_module.os, "access", lambda path, how: "00002" not in str(path))
     with pytest.raises(UserError, match=r"cannot read .*train-00002.tar \(1 such tars\)"):
-        preflight(Shards(folder, SMALL), 4)
+        Shards(folder, SMALL).check(4)
 
 
 def test_preflight_refuses_pictures_that_are_none(tmp_path):
     members = [m for i in range(40) for m in ((f"{i:02d}.jpg", b"<html>"), (f"{i:02d}.txt", b"x"))]
     write(tmp_path / "0.tar", members)
     with pytest.raises(UserError, match=r"32 samples .* 32 are bad \(32 broken picture\)"):
-        preflight(Shards(tmp_path, SMALL), 4)
-    preflight(Shards(tmp_path, Pictures(())), 4)  # what is not read does not matter
+        Shards(tmp_path, SMALL).check(4)
+    Shards(tmp_path, Pictures(())).check(4)  # what is not read does not matter
 
 
 def test_an_index_is_small_and_holds_no_code(folder):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from cascade.eval import kernels
-from cascade.eval.kernels import cmmd, cubic, discrepancy, gaussian, kid
+from cascade.eval.metrics import kernels
+from cascade.eval.metrics.kernels import cmmd, cubic, discrepancy, gaussian, kid, kid_subsets
 
 
 def rows(n, d, seed, shift=0.0):
@@ -21,11 +21,11 @@ def both(values, *names):
 
 def test_kid_equals_the_vectors(vectors):
     a, b = both(vectors["kid"], "A", "B")
-    assert kid(a, b)["kid"] == pytest.approx(vectors["kid"]["kid_unbiased_A4_B5"], abs=1e-9)
-    found = kid(a, b[:4], subsets=3)  # subsets of all rows
-    for name in ("kid", "kid_subsets"):
-        assert found[name] == pytest.approx(vectors["kid"]["kid_unbiased_A4_B4"], abs=1e-9)
-    assert found["kid_subsets_std"] == pytest.approx(0, abs=1e-12)
+    assert kid(a, b) == pytest.approx(vectors["kid"]["kid_unbiased_A4_B5"], abs=1e-9)
+    mean, std = kid_subsets(a, b[:4], subsets=3)  # subsets of all rows
+    for found in (kid(a, b[:4]), mean):
+        assert found == pytest.approx(vectors["kid"]["kid_unbiased_A4_B4"], abs=1e-9)
+    assert std == pytest.approx(0, abs=1e-12)
     biased = discrepancy(cubic, a, b, unbiased=False).item()
     assert biased == pytest.approx(vectors["kid"]["biased_V_statistic_A4_B5"], abs=1e-9)
 
@@ -43,7 +43,7 @@ def test_blocks_add_up_to_the_whole(monkeypatch, block):
     k = [(a @ b.T / 5 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
     own = [(m.sum() - m.trace()) / (len(m) * (len(m) - 1)) for m in k[:2]]
     expected = (sum(own) - 2 * k[2].mean()).item()
-    assert kid(x, y, subsets=1)["kid"] == pytest.approx(expected, rel=1e-9)
+    assert kid(x, y) == pytest.approx(expected, rel=1e-9)
     u, v = normalize(x), normalize(y)
     k = [torch.exp(-(torch.cdist(a, b) ** 2) / 200).mean() for a, b in ((u, u), (v, v), (u, v))]
     expected = 1000 * (k[0] + k[1] - 2 * k[2]).item()
@@ -75,18 +75,17 @@ def test_unbiased_estimates_of_one_distribution_are_about_zero():
 
 def test_subsets_are_drawn_by_a_seed():
     x, y = rows(60, 4, 0), rows(70, 4, 1, shift=0.3)
-    small = partial(kid, x, y, subsets=8, size=20)
+    small = partial(kid_subsets, x, y, subsets=8, size=20)
     assert small() == small()
-    assert small(seed=1)["kid_subsets"] != small()["kid_subsets"]
-    assert small()["kid_subsets_std"] > 0
-    many = kid(x, y, subsets=400, size=20)
-    error = many["kid_subsets_std"] / 400**0.5
-    assert many["kid_subsets"] == pytest.approx(many["kid"], abs=4 * error)
+    assert small(seed=1)[0] != small()[0]
+    assert small()[1] > 0
+    mean, std = kid_subsets(x, y, subsets=400, size=20)
+    assert mean == pytest.approx(kid(x, y), abs=4 * std / 400**0.5)
 
 
 def test_rows_of_float32_are_measured_in_float64():
     x, y = rows(30, 4, 0), rows(30, 4, 1)
     small = [z.float() for z in (x, y)]
     large = [z.double() for z in small]
-    assert kid(*small)["kid"] == pytest.approx(kid(*large)["kid"], rel=1e-12)
+    assert kid(*small) == pytest.approx(kid(*large), rel=1e-12)
     assert cmmd(*small) == pytest.approx(cmmd(*large), rel=1e-12)

@@ -6,10 +6,10 @@ import pytest
 from webdataset.tariterators import tarfile_samples
 
 from cascade.cli import main
-from cascade.data.index import load
 from cascade.data.precompute import _Samples
 from cascade.data.shards import Shards
 from cascade.data.stream import Stream
+from cascade.data.tars.index import load
 from cascade.errors import UserError
 from tests.hostile import refused
 from tests.test_index import indexed

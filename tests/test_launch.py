@@ -17,17 +17,17 @@ import yaml
 
 import cascade.conf
 from cascade.cli import main
-from cascade.done import finished
+from cascade.config.compose import built, composed
 from cascade.errors import Failed, TryAgain, UserError
+from cascade.runs.done import finished
 from cascade.slurm import queue, state
 from cascade.slurm.batch import Slurm
+from cascade.slurm.chain import chain
 from cascade.slurm.code import copied
 from cascade.slurm.local import Local
-from cascade.slurm.plan import Link, Sent, Task, launch
+from cascade.slurm.plan import Submission, Task, TaskGroup, launch
 from cascade.slurm.queue import Job
-from cascade.verbs.configuration import built, composed
-from cascade.verbs.launch import chain
-from cascade.verbs.sending import training
+from cascade.slurm.submit import training_task
 from tests.launching import FINISHES, by_name, in_queue, launcher, program, tasks
 
 CONF = Path(next(iter(cascade.conf.__path__)))
@@ -41,7 +41,7 @@ def stand_in(folder, text):
 
 def sent(root, *links):
     left = {link.name: link.tasks for link in links}
-    return Sent(root, root / "launch" / "1", root / "code", links, left, {})
+    return Submission(root, root / "launch" / "1", root / "code", links, left, {})
 
 
 # The batch script
@@ -52,7 +52,7 @@ def test_the_script_asks_for_a_process_on_each_gpu_and_for_a_signal(tmp_path):
     asked += ["launcher.partition=gpu", "launcher.account=art", "launcher.constraint=h100"]
     asked += ["launcher.cpus=6", "launcher.container='--container-image=x.sqsh'"]
     asked += ["launcher.preamble='module load cuda'", "launcher.options=['--qos=high']"]
-    link = Link("sweep", tasks(tmp_path, "a", "b", "c"), after=["clip"])
+    link = TaskGroup("sweep", tasks(tmp_path, "a", "b", "c"), after=["clip"])
     one = launcher("launcher=slurm", "launcher.at_once=2", *asked)
     record = sent(tmp_path, link)
     text = one.script(link, record, one.options_of(link, record, ["afterok:7:9_1"]))
@@ -76,7 +76,7 @@ def test_the_script_asks_for_a_process_on_each_gpu_and_for_a_signal(tmp_path):
 
 
 def test_what_is_not_asked_for_is_left_to_the_cluster(tmp_path):
-    link = Link("train", tasks(tmp_path, "a"))
+    link = TaskGroup("train", tasks(tmp_path, "a"))
     one, record = launcher("launcher=slurm", "launcher.gpus=0"), sent(tmp_path, link)
     text = one.script(link, record, one.options_of(link, record))
     for word in ("partition", "account", "time=", "constraint", "gpus", "cpus", "dependency"):
@@ -88,7 +88,7 @@ def attempt(
     root, code, *, index=1, restarts=None, failure=None, srun=":", finishes=True, **choices
 ):
     """Runs the script of two tasks as Slurm would, with an srun that ends with `code`."""
-    link = Link("sweep", tasks(root / "a b", "first", "it's"))
+    link = TaskGroup("sweep", tasks(root / "a b", "first", "it's"))
     for task in link.tasks:
         task.folder.mkdir(parents=True, exist_ok=True)
     record = sent(root, link)
@@ -282,7 +282,9 @@ def test_what_cannot_work_is_refused_when_it_is_sent(programs, tmp_path, capsys)
     assert main([*arguments, "launcher.gpus=3"]) == 2
     assert "not ranks (3)" in capsys.readouterr().err
     run.mkdir()
-    (run / "config.yaml").write_text(training([*SMALL, f"run={run}"], Local(1, 0, None))[0].config)
+    (run / "config.yaml").write_text(
+        training_task([*SMALL, f"run={run}"], Local(1, 0, None))[0].config
+    )
     assert main([*arguments, "seed=5"]) == 2
     assert "seed: 0 -> 5" in capsys.readouterr().err
     assert not (programs / "asked").exists()
@@ -389,7 +391,7 @@ def test_jobs_of_a_chain_depend_on_those_before_them(programs, tmp_path):
     root = tmp_path / "chain"
     names = ("clip", "precompute", "prior", "evaluation")
     after = ([], ["clip"], ["precompute"], ["clip", "prior"])
-    links = [Link(n, tasks(root, n), after=a) for n, a in zip(names, after)]
+    links = [TaskGroup(n, tasks(root, n), after=a) for n, a in zip(names, after)]
     launch(launcher("launcher=slurm"), root, links)
 
     def dependencies(number):
@@ -408,7 +410,7 @@ def test_jobs_of_a_chain_depend_on_those_before_them(programs, tmp_path):
     }
     record = root / "launch" / "1" / "precompute" / "tasks.json"
     in_queue(programs, ("102_0", "RUNNING", 0, "None", record, 0))
-    links[0] = Link("clip", [Task(root / "clip", ["train"], done=True)])
+    links[0] = TaskGroup("clip", [Task(root / "clip", ["train"], done=True)])
     launch(launcher("launcher=slurm"), root, links)
     assert dependencies(2) == {"prior": "102_0", "evaluation": "105"}
 
@@ -421,11 +423,11 @@ def test_tasks_wait_each_for_its_own_where_numbers_agree(programs, tmp_path):
             Task(t.folder, ["train"], done=t.folder.name in done) for t in tasks(root, *"ab")
         ]
         cells = [Task(root / f"{n}/cells", ["cells"], done=n in measured) for n in "ab"]
-        links = [Link("clip", tasks(root, "clip")), Link("sweep", trained, ["clip"])]
+        links = [TaskGroup("clip", tasks(root, "clip")), TaskGroup("sweep", trained, ["clip"])]
         launch(
             launcher("launcher=slurm"),
             root,
-            [*links, Link("evaluation", cells, ["clip"], each_after="sweep")],
+            [*links, TaskGroup("evaluation", cells, ["clip"], each_after="sweep")],
         )
         script = (root / f"launch/{number}/evaluation/script.sh").read_text()
         return re.search("--dependency=(.*)", script)[1]
@@ -446,19 +448,21 @@ def run_here(root, links, text, at_once=2):
 
 def test_what_fails_stops_what_hangs_on_it_and_nothing_else(tmp_path, capsys):
     links = [
-        Link("data", tasks(tmp_path, "data")),
-        Link("bad", tasks(tmp_path, "bad"), after=["data"]),
-        Link("good", tasks(tmp_path, "good", "better"), after=["data"]),
-        Link("report", tasks(tmp_path, "report"), after=["bad", "good"]),
+        TaskGroup("data", tasks(tmp_path, "data")),
+        TaskGroup("bad", tasks(tmp_path, "bad"), after=["data"]),
+        TaskGroup("good", tasks(tmp_path, "good", "better"), after=["data"]),
+        TaskGroup("report", tasks(tmp_path, "report"), after=["bad", "good"]),
     ]
     text = "echo ran; [[ $PWD = */bad && ! -e ../mended ]] && exit 3; exit 0"
-    with pytest.raises(Failed, match=r"1 failed: bad \(exit code 3.*not started for that: report"):
+    with pytest.raises(
+        Failed, match=r"1 failed: bad \(exit code 3.*not started because of it: report"
+    ):
         run_here(tmp_path, links, text)
     assert not (tmp_path / "report" / "log.txt").exists()
     assert all(finished(tmp_path / name) for name in ("data", "good", "better"))
     (tmp_path / "mended").touch()
     links = [
-        Link(
+        TaskGroup(
             l.name,
             [Task(t.folder, t.command, done=finished(t.folder)) for t in l.tasks],
             l.after,
@@ -473,10 +477,13 @@ def test_what_fails_stops_what_hangs_on_it_and_nothing_else(tmp_path, capsys):
 def test_what_is_ready_for_its_last_link_goes_on_without_the_others(tmp_path):
     names = ("good", "bad", "last")
     cells = [Task(tmp_path / name / "cells", ["cells"]) for name in names]
-    links = [Link("sweep", tasks(tmp_path, *names)), Link("cells", cells, each_after="sweep")]
-    links.append(Link("report", tasks(tmp_path, "report"), after=["cells"]))
+    links = [
+        TaskGroup("sweep", tasks(tmp_path, *names)),
+        TaskGroup("cells", cells, each_after="sweep"),
+    ]
+    links.append(TaskGroup("report", tasks(tmp_path, "report"), after=["cells"]))
     text = f"echo ${{PWD#{tmp_path}/}} >> {tmp_path}/order; [[ $PWD != */bad ]]"
-    with pytest.raises(Failed, match=r"1 failed: bad .*not started for that: cells, report"):
+    with pytest.raises(Failed, match=r"1 failed: bad .*not started because of it: cells, report"):
         run_here(tmp_path, links, text, at_once=1)
     order = ["good", "good/cells", "bad", "last", "last/cells"]
     assert (tmp_path / "order").read_text().split() == order
@@ -491,7 +498,7 @@ def test_several_run_at_a_time_and_no_more(tmp_path):
             [ $n -ge 2 ] && touch ../together; [ -e ../together ] && break; sleep 0.05
         done
         sleep 0.1; rmdir ../at-work-$$; [ -e ../together ]"""
-    run_here(tmp_path, [Link("sweep", tasks(tmp_path, *"abcd"))], text)
+    run_here(tmp_path, [TaskGroup("sweep", tasks(tmp_path, *"abcd"))], text)
     assert (tmp_path / "together").exists()
     assert not (tmp_path / "too-many").exists()
 
@@ -500,21 +507,21 @@ def test_a_checkpoint_of_a_process_here_is_no_failure(tmp_path):
     with pytest.raises(TryAgain, match="not finished: a"):
         run_here(
             tmp_path,
-            [Link("sweep", tasks(tmp_path, "a", "b"))],
+            [TaskGroup("sweep", tasks(tmp_path, "a", "b"))],
             "[[ $PWD = */a ]] && exit 75; exit 0",
         )
 
 
 def test_a_process_that_ends_with_0_and_did_not_finish_has_failed(tmp_path):
-    with pytest.raises(Failed, match="exit code 0, but it is not finished"):
-        run_here(tmp_path, [Link("sweep", tasks(tmp_path, "a"))], "trap - EXIT; exit 0")
+    with pytest.raises(Failed, match="exit code 0, but the task did not finish"):
+        run_here(tmp_path, [TaskGroup("sweep", tasks(tmp_path, "a"))], "trap - EXIT; exit 0")
     assert not finished(tmp_path / "a")
 
 
 def test_a_process_runs_the_copy_and_says_why_it_failed(tmp_path):
     text = "echo $PYTHONPATH $PYTHONSAFEPATH; echo because > $CASCADE_FAILURE; exit 2"
     with pytest.raises(Failed, match="because"):
-        run_here(tmp_path, [Link("sweep", tasks(tmp_path, "a"))], text)
+        run_here(tmp_path, [TaskGroup("sweep", tasks(tmp_path, "a"))], text)
     assert f"{tmp_path}/launch/code-" in (tmp_path / "a" / "log.txt").read_text()
 
 
@@ -527,9 +534,9 @@ def test_ending_the_launch_ends_all_that_it_started(tmp_path):
     script.write_text(
         "from pathlib import Path\n"
         "from cascade.slurm.local import Local\n"
-        "from cascade.slurm.plan import Link, Task, launch\n"
+        "from cascade.slurm.plan import TaskGroup, Task, launch\n"
         f"root = Path({str(tmp_path)!r})\n"
-        "links = [Link('sweep', [Task(root / name, ['train']) for name in 'abc'])]\n"
+        "links = [TaskGroup('sweep', [Task(root / name, ['train']) for name in 'abc'])]\n"
         f"launch(Local(2, 0, {python!r}), root, links)\n"
     )
     process = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)

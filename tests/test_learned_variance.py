@@ -1,8 +1,6 @@
 """iDDPM's process and the variational bound: reference values, and Gaussian data."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +16,8 @@ from cascade.diffusion.sampling import DiffusionSampler
 from cascade.diffusion.solvers import ancestral
 from cascade.diffusion.weighting import min_snr
 from cascade.errors import UserError
+from tests.exact import VECTORS, f64
 
-VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 TABLES = {"cosine": schedules.cosine_table, "linear": schedules.linear_table}
 PREDICTIONS = [prediction.eps, prediction.x0, prediction.v, prediction.flow]
 SCHEDULES = [
@@ -31,10 +29,6 @@ SCHEDULES = [
     schedules.lognormal,
 ]
 STD = 0.25  # of the data: within [-1, 1]
-
-
-def f64(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def close(actual, expected, tolerance=1e-10):

@@ -14,16 +14,17 @@ import torch
 from omegaconf import OmegaConf
 
 from cascade.cli import main
-from cascade.data import claims as claims_module
-from cascade.data import lease as module
-from cascade.data.claims import BEAT, SILENCE, ClaimFiles, Claims, Holder
-from cascade.data.lease import BOUND, GRACE, NAME, Lease, lease
 from cascade.errors import Superseded, UserError
-from cascade.files import write_atomically
-from cascade.training.checkpoint import Checkpoints
-from cascade.training.ema import EMA
-from cascade.training.interruption import Interruption
-from cascade.verbs import cells
+from cascade.eval.sweeps.points import measure_point
+from cascade.files import lease as module
+from cascade.files import locks as claims_module
+from cascade.files.atomic import write_atomically
+from cascade.files.lease import BOUND, GRACE, NAME, Lease, lease
+from cascade.files.locks import BEAT, SILENCE, ClaimFiles, Claims, Holder
+from cascade.training.callbacks.ema import EMA
+from cascade.training.callbacks.interruption import Interruption
+from cascade.training.callbacks.saving import Checkpoints
+from cascade.training.position import Position
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +248,7 @@ def test_a_second_measuring_of_a_point_is_told_who_is_at_work(tmp_path, sleeper)
     asked |= {"choices": {}, "trained": None, "split": "val", "count": 1}
     OmegaConf.save(OmegaConf.create(asked), tmp_path / "asked.yaml")
     with pytest.raises(UserError, match=f"written to by process {sleeper.pid}"):
-        cells.measure(tmp_path / "asked.yaml")
+        measure_point(tmp_path / "asked.yaml")
 
 
 def test_all_ranks_end_at_one_step_when_the_first_has_lost_the_lease(tmp_path, monkeypatch):
@@ -262,7 +263,9 @@ def test_all_ranks_end_at_one_step_when_the_first_has_lost_the_lease(tmp_path, m
     monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
     module = SimpleNamespace(batch=4, device=torch.device("cpu"))
     held = Lease(tmp_path)
-    callback = Interruption(tmp_path, Checkpoints(tmp_path, EMA(), total=40), held)
+    callback = Interruption(
+        tmp_path, Checkpoints(tmp_path, EMA(), Position(0, batch=4), total=40), held
+    )
     trainer = SimpleNamespace(global_step=0, world_size=2, is_global_zero=True)
     callback.on_train_start(trainer, module)
     for step in (1, 2):

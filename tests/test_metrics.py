@@ -1,22 +1,22 @@
-"""Claims about the metrics: closed forms, and one number whatever ranks, batches and order."""
+"""Claims about the metrics: closed forms, and definitions written out."""
 
 import json
 from datetime import timedelta
-from functools import partial
 
 import pytest
 import torch
 
-from cascade.eval.kernels import cmmd, kid
-from cascade.eval.manifold import density_coverage, precision_recall
-from cascade.eval.metrics import (
-    CLIPScore,
+from cascade.eval.metrics.distances import (
     FrechetDistance,
     InceptionScore,
-    TwoSamples,
+    cosines,
     factor,
     frechet,
+    frechet_rows,
+    inception_score,
 )
+from cascade.eval.metrics.features import CLIPFeatures
+from cascade.eval.metrics.measures import CLIP_SCORE, Sample
 from tests.processes import Job
 
 
@@ -71,143 +71,93 @@ def test_the_factor_has_the_rank_of_the_covariance():
 
 
 def test_features_that_are_not_finite_are_refused():
-    metric = FrechetDistance(2, minimum=2)
-    metric.update(normal(4, 2, 0), real=True)
-    metric.update(torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [1.0, 1.0]]), real=False)
+    broken = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [1.0, 1.0]])
     with pytest.raises(ValueError, match="not finite"):
-        metric.compute()
+        frechet_rows(broken, normal(4, 2, 0), minimum=2)
 
 
 def test_distance_of_samples_has_unbiased_covariances(vectors):
     values = vectors["fid"]["samples_ddof1"]
-    metric = FrechetDistance(2, minimum=2)
-    metric.update(*tensors(values["A"]), real=True)
-    metric.update(*tensors(values["B"]), real=False)
-    assert metric.compute().item() == pytest.approx(values["fid"], abs=1e-9)
+    found = frechet_rows(*tensors(values["B"], values["A"]), minimum=2)
+    assert found == pytest.approx(values["fid"], abs=1e-9)
 
 
 def test_two_rows_are_at_no_distance_from_themselves(vectors):
-    metric = FrechetDistance(2, minimum=2)
-    for real in (True, False):
-        metric.update(*tensors(vectors["fid"]["samples_ddof1"]["A"][:2]), real=real)
-    assert metric.compute() < 1e-12
-
-
-def test_a_reference_takes_the_place_of_real_pictures():
-    real, fake = normal(60, 8, 1).double(), normal(50, 8, 2)
-    both, metric = FrechetDistance(8), FrechetDistance(8, reference=(real.mean(0), real.T.cov()))
-    both.update(real, real=True)
-    for either in (both, metric):
-        either.update(fake, real=False)
-    assert metric.compute().item() == pytest.approx(both.compute().item(), rel=1e-9)
-    with pytest.raises(ValueError, match="reference is given"):
-        metric.update(real, real=True)
-
-
-def test_summed_states_of_two_ranks_give_the_distance_of_one():
-    real, fake = normal(60, 8, 1), normal(50, 8, 2, shift=0.3)
-    whole, *ranks = (FrechetDistance(8) for _ in range(3))
-    whole.update(real, real=True)
-    whole.update(fake, real=False)
-    for rank, (a, b) in zip(ranks, [(real[:11], fake[:35]), (real[11:], fake[35:])]):
-        rank.update(a, real=True)
-        rank.update(b, real=False)
-    first, second = ranks
-    for state, reduce in first._reductions.items():  # what torchmetrics does after its all-gather
-        setattr(first, state, reduce(torch.stack([getattr(first, state), getattr(second, state)])))
-    assert first.compute().item() == pytest.approx(whole.compute().item(), abs=1e-12)
+    (rows,) = tensors(vectors["fid"]["samples_ddof1"]["A"][:2])
+    assert frechet_rows(rows, rows, minimum=2) < 1e-12
 
 
 def test_identical_sets_are_at_no_distance_whatever_their_mean():
-    metric = FrechetDistance(16)
-    for real in (True, False):
-        metric.update(normal(200, 16, 3, shift=100.0), real=real)
-    assert metric.compute() < 1e-7
+    rows = normal(200, 16, 3, shift=100.0)
+    assert frechet_rows(rows, rows) < 1e-7
 
 
-def test_too_few_pictures_on_either_side_are_refused():
-    metric = FrechetDistance(8)
-    metric.update(normal(32, 8, 4), real=True)
-    metric.update(normal(31, 8, 5), real=False)
-    with pytest.raises(ValueError, match="31 pictures are too few"):
-        metric.compute()
-    metric.update(normal(1, 8, 6), real=False)
-    assert metric.compute() > 0
+def test_too_few_pictures_on_either_side_have_no_distance():
+    enough, few = normal(32, 8, 4), normal(31, 8, 5)
+    assert frechet_rows(few, enough) is None
+    assert frechet_rows(enough, few) is None
+    assert frechet_rows(enough, enough + 1) > 0
+    assert frechet_rows(enough[:1], enough, minimum=1) is None
+
+
+class Toy:
+    """The interface of a CLIP, of which nothing is encoded here."""
+
+    name, hash, dim = "toy", "", 2
+
+    def image(self, pictures): ...
 
 
 def test_clip_score_is_the_mean_raw_cosine(vectors):
     values = vectors["clip_score"]
     image, text = tensors([values["image"]], [values["text"]])
-    metric = CLIPScore()
-    metric.update(image, 7 * text)
-    assert metric.compute().item() == pytest.approx(values["cosine"], abs=1e-9)
-    metric.update(image, -text)  # not clamped
-    assert metric.compute().item() == pytest.approx(0, abs=1e-12)
+    assert cosines(image, 7 * text).item() == pytest.approx(values["cosine"], abs=1e-9)
+    rows = torch.cat([image, image])
+    both = cosines(rows, torch.cat([7 * text, -text]))  # not clamped
+    space = CLIPFeatures(Toy())
+    score = CLIP_SCORE.compute(Sample(space=space, rows=rows, cosines=both))
+    assert score == pytest.approx(0, abs=1e-12)
 
 
 def test_inception_score_of_certain_classes_is_their_number():
-    metric = InceptionScore(classes=6, splits=2)
-    ids = torch.arange(12)
-    metric.update(1000 * torch.eye(6).repeat_interleave(2, 0), ids)  # all six in either split
-    assert metric.compute() == pytest.approx({"inception_score": 6, "inception_score_std": 0})
-    metric.reset()
-    metric.update(torch.zeros(12, 6), ids)
-    assert metric.compute()["inception_score"] == pytest.approx(1)
-    metric.reset()
-    metric.update(torch.zeros(1, 6), ids[:1])
+    certain = 1000 * torch.eye(6).repeat_interleave(2, 0)  # all six in either split
+    assert inception_score([certain], 6, splits=2) == pytest.approx((6, 0))
+    assert inception_score([torch.zeros(12, 6)], 6, splits=2)[0] == pytest.approx(1)
     with pytest.raises(ValueError, match="no picture"):
-        metric.compute()
+        inception_score([torch.zeros(1, 6)], 6, splits=2)
 
 
-def test_inception_score_is_the_mean_over_splits_by_id():
-    logits, ids = 3 * normal(40, 6, 7).double(), torch.randperm(40)
-    metric, scores = InceptionScore(classes=6, splits=4), []
-    metric.update(logits, ids)
+def test_inception_score_is_the_mean_over_splits_whatever_the_parts():
+    logits, scores = 3 * normal(40, 6, 7).double(), []
     for split in range(4):
-        p = logits[ids % 4 == split].softmax(1)
+        p = logits[split::4].softmax(1)
         kl = (p * (p.log() - p.mean(0).log())).sum(1)
         scores.append(kl.mean().exp())
-    found = metric.compute()
-    assert found["inception_score"] == pytest.approx(torch.stack(scores).mean().item(), rel=1e-9)
-    std = torch.stack(scores).std(correction=0).item()
-    assert found["inception_score_std"] == pytest.approx(std, rel=1e-9)
+    scores = torch.stack(scores)
+    expected = scores.mean().item(), scores.std(correction=0).item()
+    for size in (7, 40):
+        found = inception_score(logits.split(size), 6, splits=4)
+        assert found == pytest.approx(expected, rel=1e-9)
 
 
 SETS = ((True, 90), (False, 70))  # real or not, and how many
 
 
-def measures():
-    """Every metric, and the updates that a picture i in `real` or not asks of it."""
-    both = [FrechetDistance(6, minimum=2)]
-    rows = [
-        TwoSamples(6, partial(kid, subsets=5, size=20)),
-        TwoSamples(6, cmmd),
-        TwoSamples(6, precision_recall),
-        TwoSamples(6, density_coverage),
-    ]
-    return both, rows, [InceptionScore(classes=6, splits=3)], [CLIPScore()]
-
-
 def updated(metrics, ids, real):
-    both, rows, scores, pairs = metrics
+    distance, score = metrics
     x = normal(90, 6, 8 + real, shift=0.2 * (not real))[ids]
-    for metric in both:
-        metric.update(x, real=real)
-    for metric in rows:
-        metric.update(x, ids, real=real)
+    distance.update(x, real=real)
     if not real:
-        for metric in scores:
-            metric.update(x, ids)
-        for metric in pairs:
-            metric.update(x, x.roll(1, 1))
+        score.update(x, ids)
+
+
+def measures():
+    return FrechetDistance(6), InceptionScore(classes=6, splits=3)
 
 
 def numbers(metrics):
-    found = []
-    for metric in (metric for group in metrics for metric in group):
-        value = metric.compute()
-        found += value.values() if isinstance(value, dict) else [float(value)]
-    return found
+    distance, score = metrics
+    return [distance.compute().item(), *score.compute()]
 
 
 def test_neither_batches_nor_order_change_a_number():
@@ -216,46 +166,30 @@ def test_neither_batches_nor_order_change_a_number():
         updated(whole, torch.arange(count), real)
         for batch in torch.randperm(count).split(17):
             updated(parts, batch, real)
-    assert len(numbers(whole)) == 12
     assert numbers(parts) == pytest.approx(numbers(whole), rel=1e-9)
+    real, fake = (normal(90, 6, 8 + x, shift=0.2 * (not x))[:count] for x, count in SETS)
+    assert numbers(whole)[0] == pytest.approx(frechet_rows(fake, real), rel=1e-9)
 
 
-def rank(folder, shared):
-    """One of two ranks: rank 1 sees every other real picture if they are shared, or nothing."""
+def rank(folder):
+    """One of two ranks: rank 0 sees every generated picture, rank 1 some of the real ones."""
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
     number, metrics = torch.distributed.get_rank(), measures()
     for real, count in SETS:
         ids = torch.arange(count).flip(0)
-        own = ids[number::2] if real and shared else ids[: count * (number == 0)]
+        own = ids[number::2] if real else ids[: count * (number == 0)]
         if len(own):
             updated(metrics, own, real)
-    (folder / f"{number}.json").write_text(json.dumps([numbers(metrics), numbers(metrics)]))
+    (folder / f"{number}.json").write_text(json.dumps(numbers(metrics)))
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_two_ranks_give_the_numbers_of_one_though_one_has_no_pictures(tmp_path, shared):
+def test_two_ranks_give_the_numbers_of_one_though_one_has_no_generated_pictures(tmp_path):
     one = measures()
     for real, count in SETS:
         updated(one, torch.arange(count), real)
-    job = Job(rank, [tmp_path, shared], out=tmp_path / "out", ranks=2)
+    job = Job(rank, [tmp_path], out=tmp_path / "out", ranks=2)
     assert job.wait(180) == [0, 0], job.output()  # of which most is imports
     for number in range(2):
-        for found in json.loads((tmp_path / f"{number}.json").read_text()):
-            assert found == pytest.approx(numbers(one), rel=1e-9)
-
-
-def test_no_picture_is_counted_twice_and_none_is_too_few():
-    metric = TwoSamples(3, cmmd)
-    metric.update(normal(4, 3, 0), torch.arange(4), real=True)
-    with pytest.raises(ValueError, match="0 generated pictures"):
-        metric.compute()
-    metric.update(normal(3, 3, 1), torch.tensor([7, 5, 6]), real=False)
-    metric.compute()
-    metric.update(normal(1, 3, 2), torch.tensor([5]), real=False)
-    with pytest.raises(ValueError, match="generated picture 5 was counted twice"):
-        metric.compute()
-    metric.reset()
-    metric.update(normal(4, 3, 0), torch.arange(4), real=True)
-    metric.update(normal(4, 3, 0), torch.arange(4), real=False)
-    assert metric.compute() == pytest.approx(0, abs=1e-12)
+        found = json.loads((tmp_path / f"{number}.json").read_text())
+        assert found == pytest.approx(numbers(one), rel=1e-9)

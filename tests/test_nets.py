@@ -9,17 +9,9 @@ import torch.nn.functional as F
 from cascade.conditioning import Cond
 from cascade.diffusion.noise import LIMIT, cosine_table, linear_table
 from cascade.errors import UserError
+from cascade.nets.attention import Attention, CrossAttention, TransformerBlock
 from cascade.nets.efficient_unet import EfficientUNet
-from cascade.nets.layers import (
-    Attention,
-    CrossAttention,
-    GroupNorm,
-    Positions,
-    Timestep,
-    TransformerBlock,
-    convolve_enlarged,
-    sinusoids,
-)
+from cascade.nets.layers import GroupNorm, Positions, Timestep, convolve_enlarged, sinusoids
 from cascade.nets.prior import PriorTransformer
 from cascade.nets.sketch import Sketch
 from cascade.nets.unet import Block, Residual, UNet
@@ -347,7 +339,7 @@ def test_refuses_sides_that_the_network_does_not_divide(net, numbers):
     ("make", "options", "message"),
     [
         (unet, {"attention": [1], "head_channels": 12}, "16 .*head_channels=12: change net.head"),
-        (unet, {"attention": [2]}, r"net.attention=\[2\] .*2 levels"),
+        (unet, {"attention": [2]}, r"net.attention=\[2\], .*2 levels"),
         (unet, {"attention": [-1]}, r"net.attention=\[-1\]"),
         (unet, {"blocks": [1]}, r"net.blocks=\[1\] for the 2 levels of net.multipliers"),
         (unet, {"multipliers": []}, "0 levels"),

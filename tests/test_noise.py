@@ -1,9 +1,7 @@
 """Schedules, predictions and weights against reference numbers and identities."""
 
-import json
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +10,9 @@ from cascade.diffusion import noise, prediction
 from cascade.diffusion.noise import alpha_sigma
 from cascade.diffusion.posterior import ladder, step
 from cascade.diffusion.weighting import clipped_v, min_snr
+from tests.exact import VECTORS, f64
 
-VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 PREDICTIONS = [prediction.eps, prediction.x0, prediction.v, prediction.flow]
-
-
-def f64(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def close(actual, expected, tolerance=1e-10):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from cascade.data.loading import loader
 from cascade.data.order import Order
-from cascade.data.shards import Shards, loader
+from cascade.data.shards import Shards
 from cascade.data.transforms import Pictures
 from cascade.draws import generator
 from cascade.errors import UserError

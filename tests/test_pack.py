@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from cascade.cli import main
-from cascade.data import listing
-from cascade.data import pack as module
-from cascade.data.listing import texts_beside, usable
-from cascade.data.pack import Row, fitted, held_out, pack
 from cascade.data.shards import Shards
-from cascade.data.tables import columns, rows_of_table, table
+from cascade.data.tars import listing
+from cascade.data.tars import pack as module
+from cascade.data.tars.listing import captioned_by_files, usable
+from cascade.data.tars.pack import Row, fitted, held_out, pack
 from cascade.data.transforms import BadSample, Pictures
 from cascade.errors import UserError
+from cascade.formats.tables import columns, rows_of_table, table
 
 SMALL = Pictures((8,))
 
@@ -255,7 +255,7 @@ def test_another_list_or_choice_is_refused_and_nothing_is_overwritten(folder, ca
         (("--seed", "5"), "list.csv", BOTH, "another seed"),
         (("--size", "8"), "list.csv", BOTH, "another size"),
         (("--val", "1"), "shorter.csv", (), "another pictures and another list"),
-        ((), "list.csv", (*BOTH[:1], "caption"), "name the --caption-columns that it was made"),
+        ((), "list.csv", (*BOTH[:1], "caption"), "give the --caption-columns that it was made"),
     ):
         assert packed(folder, *options, captions=captions, columns=given) == 2
         assert says in capsys.readouterr().err
@@ -299,7 +299,7 @@ def test_without_a_list_the_text_beside_a_picture_is_its_caption(folder, capsys)
     assert "caption is not UTF-8, perhaps CP1252" in " ".join(said.split())
     for _, caption, fields, _ in samples(folder):
         assert caption == fields["caption"] == f"beside {fields['file'][:-4]}"
-    assert [name for name, _ in texts_beside(folder / "pictures")][:2] == ["0.png", "12.png"]
+    assert [name for name, _ in captioned_by_files(folder / "pictures")][:2] == ["0.png", "12.png"]
     assert packed(folder, "--val", "0", "--lines", captions=None, out="lines") == 0
     for _, caption, fields, _ in samples(folder, out="lines"):
         assert (caption, fields["caption"]) == ("beside", ["beside", fields["file"][:-4]])
@@ -355,7 +355,7 @@ def hub(tmp_path):
 
 @pytest.mark.parametrize("name", ["data", "data/train-00000-of-00002.parquet"])
 def test_pictures_that_lie_in_parquet_are_packed(hub, name, monkeypatch, capsys):
-    monkeypatch.setattr("cascade.data.parquet._ROWS", 3)
+    monkeypatch.setattr("cascade.formats.parquet._ROWS", 3)
     count = 20 if name == "data" else 10
     assert (
         main(["data", "pack", str(hub / "out"), "--captions", str(hub / name), "--val", "2"]) == 0
@@ -383,7 +383,7 @@ def test_of_two_columns_of_pictures_one_is_named(tmp_path, capsys):
     parquet.write_table(pyarrow.table(columns), tmp_path / "list.parquet")
     (tmp_path / "pictures").mkdir()
     assert packed(tmp_path, "--val", "0", captions="list.parquet", columns=()) == 2
-    assert "pictures in photo, sketch: name one with --file-column" in capsys.readouterr().err
+    assert "columns photo, sketch hold pictures: choose one" in capsys.readouterr().err
     own = ["--val", "0", "--file-column", "sketch"]
     assert packed(tmp_path, *own, captions="list.parquet", columns=()) == 0
     ((_, caption, fields, own),) = samples(tmp_path)
@@ -551,7 +551,7 @@ def test_how_many_are_held_out_is_a_number_or_a_share(tmp_path):
         with pytest.raises(UserError, match="below 200 or a share"):
             held_out(val, 200)
     row = Row("a.png", tmp_path / "a.png", 1, {"key": "a caption"})
-    with pytest.raises(UserError, match="called key, as a field of ours"):
+    with pytest.raises(UserError, match="called key, a reserved name"):
         pack([row], tmp_path / "out", 0, None, 10, 0)
 
 

@@ -25,10 +25,16 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from cascade.eval.features import CLEAN, PYTORCH_FID, TENSORFLOW, InceptionFeatures, inception
-from cascade.eval.kernels import kid
-from cascade.eval.manifold import precision_recall
-from cascade.eval.metrics import FrechetDistance, InceptionScore, TwoSamples, frechet
+from cascade.eval.metrics.distances import frechet, frechet_rows, inception_score
+from cascade.eval.metrics.features import (
+    CLEAN,
+    PYTORCH_FID,
+    TENSORFLOW,
+    InceptionFeatures,
+    inception,
+)
+from cascade.eval.metrics.kernels import kid
+from cascade.eval.metrics.manifold import precision
 
 SPLITS = 4
 SIZES = ((64, 64), (96, 80), (320, 352))  # enlarged, and made smaller
@@ -119,18 +125,13 @@ def embedded(space, images):
 def by_metrics(space, fake, real):
     """Our numbers, by our metrics."""
     ids = torch.arange(len(fake))
-    distance = FrechetDistance(space.dim, minimum=2)
-    kernel, manifold = TwoSamples(space.dim, kid), TwoSamples(space.dim, precision_recall)
-    score = InceptionScore(splits=SPLITS)
-    for rows, is_real in ((fake, False), (real, True)):
-        distance.update(rows, real=is_real)
-        kernel.update(rows, ids, real=is_real)
-        manifold.update(rows, ids, real=is_real)
     # Their splits are runs of pictures, ours are residues of ids.
     position, split = ids % (len(ids) // SPLITS), ids // (len(ids) // SPLITS)
-    score.update(space.logits(fake), position * SPLITS + split)
-    found = {"fid": distance.compute().item(), "kid": kernel.compute()["kid"]}
-    return {**found, **manifold.compute(), **score.compute()}
+    order = (position * SPLITS + split).argsort()
+    score, deviation = inception_score([space.logits(fake)[order]], splits=SPLITS)
+    found = {"fid": frechet_rows(fake, real, minimum=2), "kid": kid(fake, real)}
+    found |= {"precision": precision(fake, real), "recall": precision(real, fake)}
+    return {**found, "inception_score": score, "inception_score_std": deviation}
 
 
 def assert_same(mine, others):

@@ -21,7 +21,7 @@ class Writer:
     value: object
     seen: list = field(default_factory=list)
 
-    def completed(self, batch):
+    def encoded(self, batch):
         return batch
 
     def sample(self, batch, seed, purpose="", progress=None):

@@ -14,9 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from cascade import cli
-from cascade.data import claims as claims_module
 from cascade.data import embeddings as module
-from cascade.data.claims import Claims
 from cascade.data.embeddings import Embeddings, Manifest
 from cascade.data.precompute import (
     about_captions,
@@ -29,6 +27,8 @@ from cascade.data.transforms import BadSample
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
+from cascade.files import locks as claims_module
+from cascade.files.locks import Claims
 from tests.processes import Job
 from tests.test_embeddings import write_clip, write_shards
 from tests.test_text import write_t5
@@ -233,7 +233,7 @@ def test_a_shard_of_which_nothing_is_good_has_no_rows_and_is_done(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "say what to precompute: --clip CLIP, --text ENCODER"),
+        ([], "choose what to precompute: --clip CLIP or --text ENCODER"),
         (["--text", "ViT-L-14", "--length", "9"], "are for a T5: ViT-L-14 is a CLIP"),
         (["--text", "nowhere"], "neither a directory nor in the local Hugging Face cache"),
         (["--clip", "nowhere"], "neither a directory nor a CLIP"),

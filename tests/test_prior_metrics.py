@@ -11,11 +11,10 @@ from torch.nn.functional import normalize
 from cascade.autoregressive import Autoregressive
 from cascade.codecs import Embedding
 from cascade.conditioning import Conditioner, Vector
-from cascade.data.captions import Object, Scene
+from cascade.data.scenes.captions import Object, Scene
 from cascade.diffusion.gaussian import Diffusion
 from cascade.diffusion.noise import alpha_sigma, cosine
-from cascade.eval.metrics import frechet
-from cascade.eval.prior import (
+from cascade.eval.cascades.prior import (
     LEVELS,
     Classes,
     apart,
@@ -29,7 +28,8 @@ from cascade.eval.prior import (
     unrelated,
     zero_shot,
 )
-from cascade.eval.protocol import HeldOut
+from cascade.eval.cascades.protocol import HeldOut
+from cascade.eval.metrics.distances import frechet
 from cascade.pipeline import BestOf, Cascade
 from cascade.stage import Stage
 from cascade.training.checkpoint import CheckpointFolders, newest_checkpoint

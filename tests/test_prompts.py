@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascade.eval import captions
-from cascade.eval.prompts import LAYOUTS, CompBench, GenEval, Plain, Prompt, hash_of, read
+from cascade.eval.pictures import captions
+from cascade.eval.pictures.prompts import (
+    LAYOUTS,
+    CompBench,
+    GenEval,
+    Plain,
+    Prompt,
+    hash_of,
+    read_prompts,
+)
 from tests.hostile import refused
 
 META = [
@@ -50,7 +58,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", FILES)
 def test_published_formats_are_read_with_their_categories(name, tmp_path):
     (tmp_path / name).write_text(FILES[name])
-    prompts = read(tmp_path / name)
+    prompts = read_prompts(tmp_path / name)
     assert [(prompt.text, prompt.categories) for prompt in prompts] == EXPECTED[name]
 
 
@@ -66,16 +74,16 @@ def test_published_formats_are_read_with_their_categories(name, tmp_path):
         ("a.png", "a\n", "ends in"),
         ("a.txt", "a red bench\na green cow\tkept apart\n", "line 1 is not an id, a tab and"),
         ("a.txt", "p0\ta\tb\n", "line 1 is not an id, a tab and"),
-        ("a.txt", "a red bench\ta note\n", "'a red bench' before a tab is no id"),
-        ("a.txt", "p0\ta\np0\tb\n", "'p0' before a tab is no id of its own"),
-        ("a.csv", "prompt,text\na,b\n", "columns text and prompt: leave the one"),
+        ("a.txt", "a red bench\ta note\n", "'a red bench' before a tab is not a unique id"),
+        ("a.txt", "p0\ta\np0\tb\n", "'p0' before a tab is not a unique id"),
+        ("a.csv", "prompt,text\na,b\n", "columns text and prompt: keep one"),
         ("a.csv", "num_prompts,has_text\n1,b\n", "no column of prompts"),
     ],
 )
 def test_bad_prompt_files_are_refused(name, text, words, tmp_path):
     if text is not None:
         (tmp_path / name).write_text(text)
-    refused(lambda: read(tmp_path / name), words)
+    refused(lambda: read_prompts(tmp_path / name), words)
 
 
 def written(name, prompts):
@@ -99,21 +107,23 @@ def test_prompts_stay_whole_and_both_commands_read_them_alike(name, encoding, tm
     texts = [f'a "red"{s}circle, über {i}' for i, s in enumerate(between)]
     (tmp_path / name).write_bytes(written(name, texts).encode(encoding))
     want = [f'a "red" circle, über {i}' for i in range(len(texts))]
-    assert [prompt.text for prompt in read(tmp_path / name)] == want
+    assert [prompt.text for prompt in read_prompts(tmp_path / name)] == want
     rows = captions.rows_of(tmp_path / name)
     assert [(row["id"], row["caption"]) for row in rows] == [
         (f"p{i}", t) for i, t in enumerate(want)
     ]
-    kept = [prompt.kept for prompt in read(tmp_path / name)]
+    kept = [prompt.kept for prompt in read_prompts(tmp_path / name)]
     assert kept == [{"prompt_id": row["id"]} for row in rows]
 
 
 def test_prompts_alone_stay_whole_too(tmp_path):
     (tmp_path / "a.txt").write_bytes("a\u2028b\r\n\n c\x85d \ne\rf".encode())
-    assert [prompt.text for prompt in read(tmp_path / "a.txt")] == ["a b", "c d", "e f"]
+    assert [prompt.text for prompt in read_prompts(tmp_path / "a.txt")] == ["a b", "c d", "e f"]
     assert "line 1 is not an id" in refused(lambda: captions.rows_of(tmp_path / "a.txt"))
     (tmp_path / "a.txt").write_bytes("ein Frühstück".encode("cp1252"))
-    assert "iconv -f CP1252" in refused(lambda: read(tmp_path / "a.txt"), "line 1: not UTF-8")
+    assert "iconv -f CP1252" in refused(
+        lambda: read_prompts(tmp_path / "a.txt"), "line 1: not UTF-8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +139,7 @@ def test_a_tsv_is_read_as_it_was_written_whether_quotes_are_letters_or_not(
     with (tmp_path / "a.tsv").open("w", newline="") as file:
         table = csv.writer(file, delimiter="\t", **options)
         table.writerows([["Prompt", "Category"], *([text, "x"] for text in texts)])
-    found = [prompt.text for prompt in read(tmp_path / "a.tsv")]
+    found = [prompt.text for prompt in read_prompts(tmp_path / "a.tsv")]
     assert found == [text.replace("\n", " ") for text in texts]
 
 

@@ -11,11 +11,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import assume
 from omegaconf import OmegaConf
 
-from cascade.data import tables
-from cascade.eval import captions, prompts
-from cascade.eval.generation import Job
-from cascade.texts import BadText, decoded, lines, one_line, read
-from cascade.verbs.overrides import assigned
+from cascade.config.overrides import assigned
+from cascade.eval.pictures import captions, prompts
+from cascade.eval.pictures.generation import Job
+from cascade.formats import tables
+from cascade.formats.texts import BadText, decoded, lines, one_line, read
 from tests.drawn import BROKEN, PLAIN, TEXT, holds, or_refused
 
 # Texts
@@ -192,9 +192,9 @@ def test_prompts_and_captions_are_read_of_the_same_files(folder, pairs, ending):
     else:
         by_csv(path, ["id", "caption"], rows, delimiter="\t" if ending == ".tsv" else ",")
     expected = [one_line(text) for text in pairs.values()]
-    read_prompts, found = prompts.read(path), captions.rows_of(path)
-    assert [prompt.text for prompt in read_prompts] == expected
-    assert [prompt.fields["id"] for prompt in read_prompts] == list(pairs)
+    from_prompts, found = prompts.read_prompts(path), captions.rows_of(path)
+    assert [prompt.text for prompt in from_prompts] == expected
+    assert [prompt.fields["id"] for prompt in from_prompts] == list(pairs)
     assert [row["caption"] for row in found] == expected
     assert [row["id"] for row in found] == list(pairs)
 

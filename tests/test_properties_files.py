@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cascade.data import rgb
-from cascade.data.rgb import BadSample
 from cascade.encoders.clip import FrozenCLIP, save_clip
 from cascade.encoders.weights import check_tensors, fault, reading, tensors_of
 from cascade.errors import UserError
-from cascade.eval.statistics import Moments
-from cascade.kinds import kind_of
+from cascade.eval.metrics.statistics import Moments
+from cascade.formats import rgb
+from cascade.formats.kinds import kind_of
+from cascade.formats.rgb import BadSample
 from tests.drawn import BROKEN, damage, holds, or_refused
 from tests.test_clip_sizes import VIT
 from tests.test_rgb import on_white, stored

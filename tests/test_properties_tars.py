@@ -10,10 +10,10 @@ from shutil import rmtree
 import hypothesis.strategies as st
 import pytest
 
-from cascade.data import urls
-from cascade.data.index import CUT, scan
-from cascade.data.keys import CAPTIONS, FIRST_DOT, LAST_DOT, PICTURES
-from cascade.data.tar import contents
+from cascade.data.tars import urls
+from cascade.data.tars.index import CUT, scan
+from cascade.data.tars.keys import CAPTIONS, FIRST_DOT, LAST_DOT, PICTURES
+from cascade.data.tars.tar import contents
 from tests.drawn import holds
 
 MEMBERS = ("jpg", "JPG", "png", "WebP", "txt", "TXT", "json", "cls", "seg.npy")

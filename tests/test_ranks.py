@@ -18,14 +18,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cascade import cli
-from cascade.data.scenes import write_scenes
+from cascade.config.compose import built, composed
+from cascade.data.scenes.generate import write_scenes
 from cascade.encoders.architecture import Architecture
 from cascade.encoders.clip import CLIPTraining
 from cascade.errors import UserError
 from cascade.stage import Stage
-from cascade.training.precision import Bfloat16
+from cascade.training.devices import Bfloat16
 from cascade.training.sharding import Sharded, divided, replicated, sharded
-from cascade.verbs.configuration import built, composed
 from tests.processes import Job
 
 SMALL = [

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import cascade.conf
-from cascade.data.scenes import write_scenes
-from cascade.data.shards import loader
+from cascade.config.compose import built, composed
+from cascade.data.embeddings import EMBEDDINGS
+from cascade.data.loading import loader
+from cascade.data.scenes.generate import write_scenes
 from cascade.encoders.clip import save_clip
-from cascade.verbs import train
-from cascade.verbs.configuration import built, composed
-from cascade.verbs.data import EMBEDDINGS, embed
+from cascade.runs.run import Run
+from cascade.training import fit
+from cascade.verbs.data import embed
 
 CONF = Path(next(iter(cascade.conf.__path__)))
 RECIPES = sorted(path.stem for path in (CONF / "experiment").glob("*_tiny.yaml"))
@@ -43,7 +45,7 @@ def data_and_clip(folder, count, images):
     overrides = [f"data.path={folder / 'shards'}", f"run={folder / 'clip'}", "warmup=1_000"]
     config = composed("train", ["stage=clip", *overrides, f"images={max(1, images)}", "batch=128"])
     if images:
-        train.run(config)
+        fit.train(config)
     else:
         architecture = built(config.clip.model)
         save_clip(architecture, architecture.build(), folder / "clip")
@@ -61,13 +63,13 @@ def few(tmp_path_factory):
 def test_a_recipe_trains_all_of_its_parameters_and_samples(recipe, few, tmp_path):
     overrides = [f"experiment={recipe}", *few, f"run={tmp_path / 'run'}", "grids=0"]
     config = composed("train", [*overrides, "batch=8", "images=24", "warmup=16"])
-    stage = train.load(train.run(config))
+    stage = Run(fit.train(config)).load()
     losses = [float(row["loss"]) for row in csv.DictReader((tmp_path / "run/metrics.csv").open())]
     assert losses
     assert all(0 < loss < 20 for loss in losses)
     batch = next(iter(loader(built(config.data), 2, batches=1)))
     stage.sampler = replace(stage.sampler, steps=3)
-    stage.loss(stage.completed(batch)).mean().backward()
+    stage.loss(stage.encoded(batch)).mean().backward()
     assert all(p.grad is not None for p in stage.parameters())  # DDP would wait for it
     made = stage.sample({k: v for k, v in batch.items() if k != stage.writes}, seed=0)
     assert made.shape == batch[stage.writes].shape
@@ -83,6 +85,6 @@ def many(tmp_path_factory):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_learns(recipe, many, tmp_path):
     overrides = [f"experiment={recipe}", *many, f"run={tmp_path / 'run'}", "grids=1"]
-    folder = train.run(composed("train", [*overrides, "+data.cache=true"]))
+    folder = fit.train(composed("train", [*overrides, "+data.cache=true"]))
     losses = [float(row["loss"]) for row in csv.DictReader((folder / "metrics.csv").open())]
     assert sum(losses[-3:]) / 3 < LOSSES[recipe]

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from cascade.errors import UserError
-from cascade.eval.plots import plot
-from cascade.eval.report import Report
-from cascade.eval.summary import _guidance
+from cascade.eval.cascades.summary import _guidance
+from cascade.eval.pages.plots import plot
+from cascade.eval.pages.report import Report
 from cascade.grids import grid
 
 
@@ -79,7 +79,7 @@ def test_rows_that_do_not_fit_the_columns_are_refused():
 
 
 def test_losses_need_a_file_with_losses(tmp_path, losses):
-    with pytest.raises(UserError, match="no losses at"):
+    with pytest.raises(UserError, match=r"absent\.csv does not exist"):
         Report("run").losses(tmp_path / "absent.csv", "")
     losses.write_text("images,lr\n0,0.1\n")
     with pytest.raises(UserError, match="no column with a loss"):
@@ -137,5 +137,5 @@ def test_guidance_of_too_few_pictures_for_a_distance_has_a_table_and_no_curve(tm
         _guidance(page, [{"scale": 2.0, "count": 16, "image_16": cell}])
         page.save(tmp_path / "page.html")
         shown = (tmp_path / "page.html").read_text()
-        assert ("guidance scale beside each point" in shown) == (distance is not None)
+        assert ("labels are guidance scales" in shown) == (distance is not None)
         assert "0.5" in shown

@@ -23,23 +23,25 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from cascade import cli
-from cascade.data.claims import RELEASED, ClaimFiles
-from cascade.data.lease import NAME
-from cascade.data.scenes import write_scenes
+from cascade.config.compose import built, composed
+from cascade.data.scenes.generate import write_scenes
 from cascade.encoders.clip import CLIPTraining, save_clip
 from cascade.errors import Failed, Superseded, UserError
+from cascade.files.lease import NAME
+from cascade.files.locks import RELEASED, ClaimFiles
 from cascade.stage import Stage
-from cascade.training import checkpoint
-from cascade.training.callbacks import History
-from cascade.training.checkpoint import Checkpoints, newest_checkpoint
-from cascade.verbs import train
-from cascade.verbs.configuration import built, composed
+from cascade.training import checkpoint, fit
+from cascade.training.callbacks import saving
+from cascade.training.callbacks.history import History
+from cascade.training.callbacks.saving import Checkpoints
+from cascade.training.checkpoint import newest_checkpoint
 from tests.processes import Job
 
 STEPS, BATCH = 4, 4
 COMMON = [f"batch={BATCH}", f"images={STEPS * BATCH}", "warmup=8", "grids=0", "ema=0.9"]
 COMMON += ["save_seconds=0.0", "optim.lr=1e-3"]
 NET = ["net.net.channels=8", "net.net.patch=2", "net.net.embed=16"]
+NET += ["net.net.multipliers=[1]", "net.net.blocks=1"]
 SR = ["stage=sr256", "size=16", "low=8", "crop=null", *NET]
 TINY_CLIP = ["vision_layers=[1,1,1,1]", "vision_width=8", "text_width=16", "text_layers=1"]
 CLIP = [f"clip.model.{value}" for value in (*TINY_CLIP, "text_heads=2", "dim=16")]
@@ -83,7 +85,7 @@ def config(shards, tmp_path):
 
 
 def run(overrides):
-    return train.run(composed("train", overrides))
+    return fit.train(composed("train", overrides))
 
 
 class Killed(BaseException):
@@ -183,13 +185,13 @@ def test_a_kill_between_what_belongs_together_is_harmless(config, monkeypatch):
     for at in range(1, 13):
         written, overrides = 0, config(*SR, "images=8", run=f"killed-{at}")
         with monkeypatch.context() as patch:
-            for module in ("cascade.stage", "cascade.training.checkpoint"):
-                patch.setattr(f"{module}.write_atomically", dying(at))
+            for module in ("stage", "runs.run", "training.checkpoint"):
+                patch.setattr(f"cascade.{module}.write_atomically", dying(at))
             with pytest.raises(Killed):
                 run(overrides)
         killed = run(overrides)
         assert_equal(weights(whole), weights(killed))
-        assert train.finished(killed)
+        assert fit.finished(killed)
         assert json.loads((killed / "status.json").read_text()) == {"images": 8, "total": 8}
         if at not in (10, 11):  # when it was finished, but for the checkpoint
             assert_equal(state(whole), state(killed))
@@ -207,7 +209,7 @@ def test_nothing_is_saved_between_the_micro_batches_of_a_step(config, monkeypatc
     def note(self, trainer, module, saved):
         at.append((saved["global_step"], trainer.fit_loop.batch_idx))
 
-    monkeypatch.setattr(checkpoint, "time", clock)
+    monkeypatch.setattr(saving, "time", clock)
     monkeypatch.setattr(Stage, "training_step", training_step)
     monkeypatch.setattr(History, "on_save_checkpoint", note)
     run(config(*KINDS["a stage with dropout"], "save_seconds=100.0"))
@@ -269,7 +271,7 @@ def test_checkpoints_of_older_versions_are_refused_and_nothing_starts_over(confi
     old = tmp_path / "run" / "checkpoints" / "step-00000009.ckpt"
     old.parent.mkdir(parents=True)
     torch.save({"global_step": 9}, old)
-    with pytest.raises(UserError, match=r"step-00000009\.ckpt: a file, as older versions wrote"):
+    with pytest.raises(UserError, match=r"step-00000009\.ckpt: a single file"):
         run(config(*SR))
 
 
@@ -285,7 +287,7 @@ def test_a_run_without_room_fails_with_the_last_good_checkpoint_and_goes_on_late
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write", filling)
-        with pytest.raises(Failed, match=r"No space left.*step-00000002 is whole"):
+        with pytest.raises(Failed, match=r"No space left.*step-00000002 is intact"):
             run(config(*SR))
     assert_equal(state(whole), state(run(config(*SR))))
 
@@ -372,7 +374,7 @@ def test_the_timeline_tells_starts_checkpoints_and_the_end(config, monkeypatch):
 def test_metrics_go_on_without_a_row_twice_or_half_a_row(config, monkeypatch):
     # TensorBoard orders files of one second and one process by this number, as text.
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
-    monkeypatch.setattr(train, "History", partial(History, every=1))
+    monkeypatch.setattr(fit, "History", partial(History, every=1))
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", lambda *args: None)
         seen_by(patch, Stage, kill_at=3)
@@ -541,7 +543,7 @@ def test_a_limit_to_the_size_of_files_is_as_a_full_disk(config, tmp_path):
     job = Job(process, [argv, notes, None, without_room], out=tmp_path / "out")
     assert job.wait() == [1]
     assert "File too large" in job.output()
-    assert "step-00000002 is whole: make room and start again" in job.output()
+    assert "step-00000002 is intact: make room and start again" in job.output()
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-00000001", "step-00000002"]
     assert_equal(state(whole), state(run(argv)))

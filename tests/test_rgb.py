@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascade.data import rgb
-from cascade.data.pack import fitted
+from cascade.data.tars.pack import fitted
 from cascade.data.transforms import BadSample, decode
-from cascade.eval.rgb import DEEP, GREY, PALETTE, TRANSPARENT, TURNED, look, pixels
+from cascade.eval.pictures.conversion import DEEP, GREY, PALETTE, TRANSPARENT, TURNED, look, pixels
+from cascade.formats import rgb
 
 H, W = 21, 32  # an odd difference, so that the centre is off the middle
 

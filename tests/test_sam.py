@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from cascade.config.compose import built, composed
 from cascade.encoders.clip import Architecture, CLIPTraining
 from cascade.encoders.contrastive import contrastive
 from cascade.encoders.sam import SAM
-from cascade.verbs.configuration import built, composed
 
 VIT = Architecture(32, 8, 2, 32, text_width=32, text_layers=2, text_heads=2, length=16, patch=8)
 LR, RHO = 0.1, 0.1

@@ -14,7 +14,7 @@ from cascade.errors import UserError
 from cascade.slurm import limits, queue
 from cascade.slurm.code import copied, digest_of
 from cascade.slurm.local import Local
-from cascade.slurm.plan import Link, Task, launch
+from cascade.slurm.plan import Task, TaskGroup, launch
 from tests.launching import FINISHES, in_queue, launcher, program, tasks
 
 
@@ -51,7 +51,7 @@ def test_what_the_launcher_says_overrules_the_environment(sent, tmp_path, monkey
     for key, value in {**mine, "SBATCH_QOS": "low", "SBATCH_RESERVATION": "x"}.items():
         monkeypatch.setenv(key, value)
     asked = ["launcher.partition=gpu", "launcher.time=60", "launcher.options=['--mem=1']"]
-    launch(slurm(*asked), tmp_path, [Link("train", tasks(tmp_path, "a"))])
+    launch(slurm(*asked), tmp_path, [TaskGroup("train", tasks(tmp_path, "a"))])
     options, env = sent(0)
     assert (options["partition"], options["time"], options["mem"]) == ("gpu", "60", "1")
     assert "requeue" in options
@@ -67,12 +67,12 @@ def test_a_job_that_sends_another_does_not_describe_itself(sent, tmp_path, monke
     outer |= {"SLURM_EXPORT_ENV": "PATH", "SRUN_CPUS_PER_TASK": "64", "SQUEUE_STATES": "RUNNING"}
     for key, value in {**outer, "SLURM_CONF": "/etc/slurm.conf"}.items():
         monkeypatch.setenv(key, value)
-    launch(slurm(), tmp_path / "there", [Link("train", tasks(tmp_path / "there", "a"))])
+    launch(slurm(), tmp_path / "there", [TaskGroup("train", tasks(tmp_path / "there", "a"))])
     assert not outer.keys() & sent(0)[1].keys()
     assert sent(0)[1]["SLURM_CONF"] == "/etc/slurm.conf"
     assert "of job 7" in capsys.readouterr().out
     python = program(tmp_path, "python", f"{FINISHES}\nenv > {tmp_path}/env-here")
-    launch(Local(1, 0, str(python)), tmp_path / "here", [Link("train", tasks(tmp_path, "b"))])
+    launch(Local(1, 0, str(python)), tmp_path / "here", [TaskGroup("train", tasks(tmp_path, "b"))])
     here = (tmp_path / "env-here").read_text()
     assert not any(f"{key}=" in here for key in outer)
 
@@ -113,11 +113,11 @@ def test_time_limits_are_read_as_sbatch_reads_them(text, seconds):
 
 
 def test_a_limit_that_leaves_no_time_to_train_is_refused(sent, tmp_path, monkeypatch):
-    links = [Link("train", tasks(tmp_path, "a"))]
+    links = [TaskGroup("train", tasks(tmp_path, "a"))]
     for time in ("5", "'06:59'", "'0-00:06'"):
         with pytest.raises(UserError, match=r"too short.*launcher.time=7"):
             slurm(f"launcher.time={time}")
-    with pytest.raises(UserError, match="no time limit"):
+    with pytest.raises(UserError, match="is not a time limit"):
         slurm("launcher.time='5 hours'")
     slurm("launcher.time=7")
     slurm("launcher.time=3", "launcher.signal_seconds=60")
@@ -146,8 +146,8 @@ def test_what_is_more_than_an_array_is_several(sent, tmp_path):
     def links():
         trained = tasks(tmp_path, *"abcdefg")
         cells = [Task(task.folder / "cells", ["cells"]) for task in trained]
-        report = Link("report", tasks(tmp_path, "report"), ["cells"])
-        return [Link("sweep", trained), Link("cells", cells, each_after="sweep"), report]
+        report = TaskGroup("report", tasks(tmp_path, "report"), ["cells"])
+        return [TaskGroup("sweep", trained), TaskGroup("cells", cells, each_after="sweep"), report]
 
     launch(slurm(), tmp_path, links())
     jobs = [sent(i)[0] for i in range(7)]
@@ -160,7 +160,9 @@ def test_what_is_more_than_an_array_is_several(sent, tmp_path):
     rows = [(f"{101 + i}_0", "PENDING", 0, "Priority", r, 0) for i, r in enumerate(records)]
     in_queue(tmp_path / "bin", *rows)
     assert sorted(queue.jobs()) == [tmp_path / name for name in "adg"]
-    launch(slurm("launcher.at_once=2"), tmp_path / "again", [Link("x", tasks(tmp_path, *"1234"))])
+    launch(
+        slurm("launcher.at_once=2"), tmp_path / "again", [TaskGroup("x", tasks(tmp_path, *"1234"))]
+    )
     assert sent(7)[0]["array"] == "0-2%2"
     assert sent(8)[0]["dependency"] == "afterany:108"  # no more than two at a time, of all
 
@@ -170,8 +172,8 @@ def test_jobs_wait_only_for_jobs_that_slurm_knows(sent, tmp_path):
 
     def links():
         return [
-            Link("clip", tasks(tmp_path, "clip")),
-            Link("prior", tasks(tmp_path, "p"), ["clip"]),
+            TaskGroup("clip", tasks(tmp_path, "clip")),
+            TaskGroup("prior", tasks(tmp_path, "p"), ["clip"]),
         ]
 
     launch(slurm(), tmp_path, links())
@@ -190,7 +192,7 @@ def test_jobs_wait_only_for_jobs_that_slurm_knows(sent, tmp_path):
 @pytest.mark.parametrize("name", ["a%jb", "a b", "it's", 'a"b', "a,b=c", "a[1]", "a#b", "a$HOME"])
 def test_a_folder_of_any_name_is_sent(name, sent, tmp_path):
     root = tmp_path / name
-    launch(slurm(), root, [Link("train", tasks(root, "a"))])
+    launch(slurm(), root, [TaskGroup("train", tasks(root, "a"))])
     options, script = sent(0)[0], (root / "launch/1/train/script.sh").read_text()
     assert options["output"].replace("%a", "0").replace("%%", "%") == f"{root}/launch/1/train/0.txt"
     assert f"0) folder={shlex.quote(str(root / 'a'))} command=" in script
@@ -198,6 +200,6 @@ def test_a_folder_of_any_name_is_sent(name, sent, tmp_path):
 
 @pytest.mark.parametrize("name", ["a\\b", "a\nb"])
 def test_what_slurm_loses_in_names_is_refused(name, sent, tmp_path):
-    with pytest.raises(UserError, match=r"Slurm loses"):
-        launch(slurm(), tmp_path / name, [Link("train", tasks(tmp_path, "a"))])
+    with pytest.raises(UserError, match="Slurm drops"):
+        launch(slurm(), tmp_path / name, [TaskGroup("train", tasks(tmp_path, "a"))])
     assert sent.count() == 0

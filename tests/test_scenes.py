@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cascade.data.captions import RELATIONS, Scene, caption, long_caption
-from cascade.data.drawing import COLORS
-from cascade.data.scenes import (
+from cascade.data.scenes.captions import RELATIONS, Scene, caption, long_caption
+from cascade.data.scenes.drawing import COLORS
+from cascade.data.scenes.generate import (
     LEVELS,
     SIZES,
     SPLITS,

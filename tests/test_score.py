@@ -16,20 +16,24 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cascade.cli import main
-from cascade.data.scenes import write_scenes
+from cascade.data.scenes.generate import write_scenes
 from cascade.encoders.clip import Architecture, FrozenCLIP, save_clip
 from cascade.errors import UserError
-from cascade.eval import captions, extraction, generation, interval, record
-from cascade.eval.features import CLIPFeatures, InceptionFeatures, inception
-from cascade.eval.kernels import cmmd, kid
-from cascade.eval.manifold import density_coverage, precision_recall
-from cascade.eval.metrics import CLIPScore, FrechetDistance, InceptionScore, TwoSamples
-from cascade.eval.prompts import LAYOUTS, Prompt
-from cascade.eval.record import Record
-from cascade.eval.sets import picture_set
-from cascade.eval.statistics import Moments, Origin
+from cascade.eval.cascades.protocol import measured, sample_of
+from cascade.eval.metrics import interval
+from cascade.eval.metrics import measures as measures_module
+from cascade.eval.metrics.distances import cosines, frechet_rows, inception_score
+from cascade.eval.metrics.features import CLIPFeatures, InceptionFeatures, inception
+from cascade.eval.metrics.kernels import cmmd, kid, kid_subsets
+from cascade.eval.metrics.manifold import in_balls, precision
+from cascade.eval.metrics.measures import CLIP_SCORE, SWEEPS, Measure
+from cascade.eval.metrics.statistics import Moments, Origin
+from cascade.eval.pictures import captions, extraction, generation, record
+from cascade.eval.pictures.evaluation import Evaluation, opened
+from cascade.eval.pictures.prompts import LAYOUTS, Prompt
+from cascade.eval.pictures.record import Record
+from cascade.eval.pictures.sets import picture_set
 from cascade.pipeline import Cascade
-from cascade.verbs.score import Scoring, opened
 from tests.hostile import refused
 from tests.processes import Job
 
@@ -83,7 +87,7 @@ def clip(tmp_path_factory):
 def work(sets, tmp_path):
     fake, real = map(picture_set, sets)
     found = captions.captioned(fake)
-    return Scoring(fake, {}, real, found, cache=tmp_path / "cache", draws=20)
+    return Evaluation(fake, {}, real, found, cache=tmp_path / "cache", draws=20)
 
 
 def test_a_space_without_numbers_is_refused(work):
@@ -128,37 +132,58 @@ def batches(pictures):
     return [(torch.tensor(rows), x) for rows, x in zip(blocks, pictures.batches(blocks))]
 
 
+def in_order(pictures, space):
+    """The features of a set, from batches of another size than extraction's."""
+    found = torch.empty(len(pictures), space.dim)
+    for rows, batch in batches(pictures):
+        found[rows] = space(batch)
+    return found
+
+
 def test_numbers_are_those_of_the_metrics(work, clip):
-    """The same features go through torchmetrics' classes, picture by picture."""
+    """The same features go through the metrics' own functions."""
     judge = FrozenCLIP(str(clip))
     for space in (Blocks(), CLIPFeatures(judge)):
         found = by_name(work.records([space]))
-        distance = FrechetDistance(space.dim, minimum=2)
-        measures = [
-            TwoSamples(space.dim, m) for m in (kid, cmmd, precision_recall, density_coverage)
-        ]
-        for pictures, real in ((work.pictures, False), (work.reference, True)):
-            for rows, batch in batches(pictures):
-                features = space(batch)
-                distance.update(features, real)
-                for metric in measures:
-                    metric.update(features, rows, real)
-        expected = {f"Fréchet distance ({space.name})": distance.compute().item()}
-        of_kid, of_cmmd, *neighbours = [metric.compute() for metric in measures]
-        expected |= neighbours[0] | neighbours[1]
+        fake, real = (in_order(pictures, space) for pictures in work.sets)
+        densities, covered = in_balls(fake, real)
+        expected = {
+            f"Fréchet distance ({space.name})": frechet_rows(fake, real, minimum=2),
+            "precision": precision(fake, real),
+            "recall": precision(real, fake),
+            "density": densities.mean().item(),
+            "coverage": covered.double().mean().item(),
+        }
         if isinstance(space, Blocks):
-            expected |= {"KID": of_kid["kid"], "KID (subsets)": of_kid["kid_subsets"]}
+            expected |= {"KID": kid(fake, real), "KID (subsets)": kid_subsets(fake, real)[0]}
         else:
-            score = CLIPScore()
-            for rows, batch in batches(work.pictures):
-                texts = [work.captions[i]["caption"] for i in rows.tolist()]
-                score.update(space(batch), judge.text(texts)["clip_text"])
-            expected |= {"CMMD": of_cmmd, "CLIP score": score.compute().item()}
+            texts = judge.text([row["caption"] for row in work.captions])["clip_text"]
+            score = cosines(fake, texts).mean().item()
+            expected |= {"CMMD": cmmd(fake, real), "CLIP score": score}
         # The network's own float32 depends on how pictures are batched.
         exact = 1e-9 if isinstance(space, Blocks) else 1e-5
         assert {name: r.value for name, r in found.items()} == pytest.approx(
             expected, rel=exact, abs=exact
         )
+
+
+def test_a_measure_is_one_entry_of_the_table(work, monkeypatch):
+    toy = Measure(
+        "norm",
+        "mean norm",
+        "less",
+        lambda sample: sample.rows.norm(dim=1).mean().item(),
+        lambda sample: (0.0, 9.0),
+    )
+    monkeypatch.setattr(measures_module, "MEASURES", (*measures_module.MEASURES, toy))
+    fake, real = (in_order(pictures, Blocks()) for pictures in work.sets)
+    norm = pytest.approx(fake.norm(dim=1).mean().item(), rel=1e-6)
+    found = by_name(work.records([Blocks()]))["mean norm"]
+    assert (found.value, found.interval) == (norm, (0.0, 9.0))
+    of_cascade = measured(sample_of(Blocks(), fake, real, None))
+    assert (of_cascade["norm"], of_cascade["intervals"]["norm"]) == (norm, (0.0, 9.0))
+    assert toy in measures_module.measures(SWEEPS)
+    assert (toy.best([2.0, 1.0]), CLIP_SCORE.best([2.0, 1.0])) == (1, 0)
 
 
 def test_intervals_hold_their_number(work):
@@ -269,13 +294,10 @@ def test_inceptions_numbers(sets, tmp_path):
 
     space = InceptionFeatures(tmp_path / "weights.pth", hashlib.sha256(data).hexdigest())
     few = picture_set(sets[0], only={f"{i:04d}" for i in range(12)})
-    work = Scoring(few, {}, cache=tmp_path)
+    work = Evaluation(few, {}, cache=tmp_path)
     (score,) = work.records([space])
-    metric = InceptionScore()
     rows = extraction.features_of(few, space, tmp_path, torch.device("cpu"))
-    metric.update(space.logits(rows), torch.arange(12))
-    found = metric.compute()
-    assert (score.value, score.std) == (found["inception_score"], found["inception_score_std"])
+    assert (score.value, score.std) == inception_score([space.logits(rows)])
     assert "FID" not in {r.name for r in work.records([space])}
 
 
@@ -306,7 +328,7 @@ class Painter:
     reads: frozenset = frozenset({"caption"})
     writes: str = "image_32"
 
-    def completed(self, batch):
+    def encoded(self, batch):
         return batch
 
     def sample(self, batch, seed, progress=None):
@@ -386,7 +408,7 @@ def test_one_missing_picture_is_named_before_any_number(generated, clip, tmp_pat
     [
         ([], "no features to measure in"),
         (["--clip", "CLIP"], "nothing to measure"),
-        (["--clip", "CLIP", "--judge", "x"], "for --model"),
+        (["--clip", "CLIP", "--judge", "x"], "without --model"),
         (["--clip", "CLIP", "--shard", "2/2"], "i/n"),
         (["--clip", "CLIP", "--reference", "x", "--bootstrap", "-1"], "bootstrap"),
         (["--clip", "CLIP", "--resize", "pytorch"], "Inception's"),
@@ -424,7 +446,7 @@ def test_nothing_is_written_into_what_is_measured(sets, clip, tmp_path, monkeypa
     for option in ("--out", "--cache"):
         refuse = [*argv[:2], str(tmp_path / "set"), *argv[3:], option, "inside"]
         assert main(refuse) == 2
-        assert f"stays as it is: choose another {option}" in capsys.readouterr().err
+        assert f"which is only read: choose another {option}" in capsys.readouterr().err
     assert sorted((tmp_path / "set").iterdir()) == before
 
 
@@ -542,7 +564,7 @@ def test_numbers_without_a_protocol_are_refused(tmp_path):
         {**NUMBER.to_json(), "more": 1},
         {"name": "n", "interval": None, "warnings": []},
     ):
-        refused(lambda found=found: Record.from_json(found), "no number with its whole protocol")
+        refused(lambda found=found: Record.from_json(found), "no number with its protocol")
     for text in ("", "[]", "{}", json.dumps({"records": [{}]})):
         (tmp_path / "numbers.json").write_text(text)
         with pytest.raises(UserError):

@@ -3,6 +3,7 @@
 All of it tries to write a canary file, which never appears (`tests/conftest.py`).
 """
 
+import ast
 import os
 import pickle
 import re
@@ -17,15 +18,16 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+import cascade
 import cascade.conf
 from cascade import cli
+from cascade.config import allowlist
+from cascade.config.compose import built, composed, loaded, saved
 from cascade.encoders.clip import Architecture, CLIPTraining, FrozenCLIP, save_clip
 from cascade.encoders.sources import clip_source
 from cascade.encoders.text import FrozenT5
-from cascade.verbs import targets
-from cascade.verbs.configuration import built, composed, loaded, saved
-from cascade.verbs.sample import load_cascade
-from cascade.verbs.targets import TARGETS
+from cascade.runs.model import load_cascade
+from cascade.slurm.code import trusting
 from tests.hostile import Evil, refused
 
 TINY = Architecture(
@@ -94,6 +96,20 @@ def hostile(file):
         "cascade.stage.Stage.load_from_checkpoint": call(
             "cascade.stage.Stage.load_from_checkpoint", "evil.pt"
         ),
+        "cascade.encoders.clip.save_clip": call("cascade.encoders.clip.save_clip", f=str(file)),
+        "cascade.encoders.weights.tensors_of": call("cascade.encoders.weights.tensors_of", []),
+        "cascade.encoders.clip._fitting": call("cascade.encoders.clip._fitting"),
+        "cascade.nets.layers.run": call("cascade.nets.layers.run"),
+        "cascade.nets.layers.checkpoint": call("cascade.nets.layers.checkpoint"),
+        "cascade.data.embeddings.write_embeddings": call(
+            "cascade.data.embeddings.write_embeddings"
+        ),
+        "cascade.diffusion.analytic.AnalyticVariance.measure": call(
+            "cascade.diffusion.analytic.AnalyticVariance.measure"
+        ),
+        "cascade.diffusion.hostile_module.make": call("cascade.diffusion.hostile_module.make"),
+        "cascade.diffusion.solvers._": call("cascade.diffusion.solvers._"),
+        "cascade.diffusion.solvers.math.floor": call("cascade.diffusion.solvers.math.floor", 1.5),
         "a path of get_method": look_up | {"path": "os.system"},
         "an alias as path": look_up | {"path": "cascade.stage.torch.load"},
         "a module as path": look_up | {"path": "hostile_module.make"},
@@ -147,33 +163,73 @@ def test_the_refusal_names_the_place_and_the_remedy():
     config = composed("train", ["stage=decoder_text", "data.path=x", "net._target_=os.system"])
     assert refused(lambda: built(config.stage)) == (
         "configuration 'stage.net._target_': 'os.system' is nothing that a configuration may call; "
-        "if you trust it, add a line to cascade/verbs/targets.py"
+        "if it is your own code, name its module: cascade --trust MODULE"
     )
 
 
-# What no file of conf/ chooses, but a command line may.
-CHOICES = {
-    "cascade.conditioning.mean",
-    "cascade.diffusion.guidance.rescale",
-    "cascade.diffusion.noise.scaled_linear_table",
-    "cascade.diffusion.prediction.flow",
-    "cascade.diffusion.weighting.min_snr",
-}
-
-
-def test_the_list_is_what_conf_calls_and_a_few_choices():
+def test_conf_calls_what_the_list_admits_and_every_single_name():
     called = set()
     for path in Path(cascade.conf.__path__[0]).rglob("*.yaml"):
         tree = OmegaConf.to_container(OmegaConf.load(path))
-        for place, node in targets._nodes(tree, path.stem):
+        for place, node in allowlist._nodes(tree, path.stem):
             if isinstance(node, dict) and "_target_" in node:
-                called.add(targets._admitted(node["_target_"], place))
-                if node["_target_"] == targets._LOOK_UP:
-                    called.add(targets._admitted(node["path"], place))
-    assert called | CHOICES == TARGETS
-    assert not called & CHOICES
-    for name in TARGETS:
-        assert targets._admitted(name, "") == name
+                called.add(allowlist._admitted(node["_target_"], place))
+                if node["_target_"] == allowlist._LOOK_UP:
+                    called.add(allowlist._admitted(node["path"], place))
+    assert called >= allowlist.NAMES
+    for room in (*allowlist.PURE, *allowlist.ROOMS):
+        assert any(name.startswith(f"{room}.") for name in called), room
+
+
+def test_pure_rooms_import_nothing_that_touches_files_or_processes():
+    """So that each of their functions may be called with anything."""
+    allowed = {"cascade", "collections", "dataclasses", "functools", "itertools", "jaxtyping"}
+    allowed |= {"math", "torch", "typing"}
+    for room in allowlist.PURE:
+        root = Path(cascade.__path__[0], *room.split(".")[1:])
+        for path in (
+            [root.with_suffix(".py")] if root.with_suffix(".py").exists() else root.glob("*.py")
+        ):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) else []
+                assert {name.partition(".")[0] for name in names} <= allowed, path
+
+
+MINE = """
+import os
+from os import system
+
+class Codec:
+    def __init__(self, size): self.size = size
+
+def solver(denoise, x, logsnrs, noise): return x
+"""
+
+
+def test_a_users_own_module_is_admitted_by_the_command_line_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "of_mine").mkdir()
+    (tmp_path / "of_mine" / "__init__.py").touch()
+    (tmp_path / "of_mine" / "parts.py").write_text(MINE)
+    (tmp_path / "of_mine_too.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    codec = {"_target_": "of_mine.parts.Codec", "size": 3}
+    refused(lambda: built(codec), "name its module: cascade --trust MODULE")
+    assert "of_mine" not in sys.modules
+    show = ["train", "--show", "stage=decoder_text", "data.path=x", "stage.codec._target_=x"]
+    with monkeypatch.context() as context:
+        context.setattr(allowlist, "_trusted", [])
+        assert cli.main(["--trust", "of_mine.parts", *show]) == 0
+        assert built(codec).size == 3
+        named = {"_target_": "hydra.utils.get_method", "path": "of_mine.parts.solver"}
+        assert built(named).__name__ == "solver"
+        assert trusting() == ["--trust", "of_mine.parts"]
+        for name in ("of_mine.parts.os.system", "of_mine.parts.system", "of_mine_too.Codec"):
+            refused(lambda name=name: built({"_target_": name}), "nothing that a configuration")
+        assert "of_mine_too" not in sys.modules
+        assert cli.main(show) == 0
+        refused(lambda: built(codec), "nothing that a configuration may call")
+    capsys.readouterr()
 
 
 def test_an_interpolation_cannot_smuggle_a_target_or_a_secret(canary, monkeypatch):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from cascade.data.rgb import MAX_PIXELS
 from cascade.errors import UserError
-from cascade.eval import captions, coco
-from cascade.eval.rgb import GREY, PALETTE, TRANSPARENT, TURNED
-from cascade.eval.sets import picture_set
+from cascade.eval.pictures import captions, coco
+from cascade.eval.pictures.conversion import GREY, PALETTE, TRANSPARENT, TURNED
+from cascade.eval.pictures.sets import picture_set
+from cascade.formats.rgb import MAX_PIXELS
 from tests.hostile import refused
 
 
@@ -218,7 +218,7 @@ def test_a_tar_that_is_not_whole_is_refused(folder, tmp_path, cut):
     header = data[: third.offset] + b"x" * 512 + data[third.offset + 512 :]
     for damaged in (data[: end - cut], data[:end], header, data + bytes(2**21)):
         tar.write_bytes(damaged)
-        refused(lambda: picture_set(tar), "no whole tar")
+        refused(lambda: picture_set(tar), "no complete tar")
 
 
 def test_hostile_names_and_links_lead_nowhere(folder, tmp_path):
@@ -371,7 +371,7 @@ def test_an_empty_caption_of_coco_is_passed_over(copy_of_coco, caplog):
             annotation["caption"] = " \n"
     file.write_bytes(json.dumps(whole, ensure_ascii=False).encode("utf-16"))
     after = coco.prompts(copy_of_coco, count=8)
-    assert "1 captions are empty, and passed over" in caplog.text
+    assert "1 empty captions are ignored" in caplog.text
     assert [p for i, p in enumerate(after) if i != 3] == [p for i, p in enumerate(before) if i != 3]
     left = [a["id"] for a in of_image if a["id"] != gone["caption_id"]]
     digest = {i: hashlib.sha256(f"0 caption {i}".encode()).hexdigest() for i in left}

@@ -17,11 +17,12 @@ from PIL import Image
 from cascade.data import items
 from cascade.data import shards as module
 from cascade.data.embeddings import Embeddings, write_embeddings
-from cascade.data.index import scan
+from cascade.data.loading import collate, loader
+from cascade.data.order import sample_numbers
 from cascade.data.precompute import _Samples
-from cascade.data.preflight import preflight
-from cascade.data.shards import SampleNumbers, Shards, collate, loader
+from cascade.data.shards import Shards
 from cascade.data.stream import Stream
+from cascade.data.tars.index import scan
 from cascade.data.transforms import Pictures
 from cascade.errors import UserError
 
@@ -91,7 +92,7 @@ def test_each_sample_comes_once_an_epoch_in_an_order_of_the_seed(folder):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_global_order_is_the_same_for_any_world_size(world):
-    ranks = [iter(SampleNumbers(8 // world, r, world, start=16)) for r in range(world)]
+    ranks = [iter(sample_numbers(8 // world, r, world, start=16)) for r in range(world)]
     blocks = [[n for rank in ranks for n in next(rank)] for _ in range(5)]
     assert blocks == [list(range(n, n + 8)) for n in range(16, 56, 8)]
 
@@ -153,7 +154,7 @@ def test_a_caption_in_an_unknown_encoding_is_a_bad_one_and_named(tmp_path):
     ]
     assert reasons[0].endswith("iconv -f CP1252 -t UTF-8")
     with pytest.raises(UserError, match=r"3 are bad .*iconv -f CP1252 -t UTF-8"):
-        preflight(shards, 1)
+        shards.check(1)
 
 
 def test_a_json_in_an_unknown_encoding_is_a_bad_one_too(tmp_path):
@@ -200,12 +201,12 @@ def test_nobody_chooses_among_several_captions_unasked(lists, caplog):
     """A text is one caption, as ever; a list is none, and both are said."""
     shards = Shards(lists, Pictures(()), shuffle=False)
     assert shards[0]["caption"] == "a0\r\nb0\n\nc0"
-    preflight(shards, 1)
-    assert "2 of 4 samples looked at have several lines in their txt" in caplog.text
+    shards.check(1)
+    assert "2 of 4 samples that were checked have several lines in their txt" in caplog.text
     both = Shards(lists, Pictures(()), shuffle=False, captions={"all": 0.9, "txt": 0.1})
     assert both[0]["caption"] == "a0\r\nb0\n\nc0"
-    preflight(both, 1)
-    assert "2 of 4 samples looked at have a list of captions in all" in caplog.text
+    both.check(1)
+    assert "2 of 4 samples that were checked have a list of captions in all" in caplog.text
     alone = Shards(lists, Pictures(()), shuffle=False, captions={"all": 1.0})
     assert [alone[n]["caption"] for n in (2, 3)] == ["a2", "a3"]
     reason = "captions in a list: choose +data.several=first, drawn or all"
@@ -510,5 +511,5 @@ def test_nearly_white_pictures_are_warned_of_before_a_training(tmp_path, caplog)
         m for n, data in enumerate(pictures) for m in ((f"{n}.png", data), (f"{n}.txt", b"x"))
     ]
     write(tmp_path / "00000.tar", members)
-    preflight(Shards(tmp_path, SMALL), 4)
+    Shards(tmp_path, SMALL).check(4)
     assert "2 of 8 pictures are nearly all white, such as 00000/2" in caplog.text

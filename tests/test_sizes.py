@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from cascade.verbs.configuration import built, composed
+from cascade.config.compose import built, composed
 
 POOL = (
     "+stage.conditioner.embedders.caption.pool="

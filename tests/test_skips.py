@@ -7,10 +7,11 @@ import lightning as L
 import pytest
 import torch
 
-from cascade.data.shards import Shards, loader
+from cascade.data.loading import loader
+from cascade.data.shards import Shards
 from cascade.data.transforms import Pictures
 from cascade.errors import UserError
-from cascade.training.skips import SKIPPED, Skips
+from cascade.training.callbacks.skips import SKIPPED, Skips
 from tests.processes import Job
 from tests.test_shards import sample, write
 
@@ -146,7 +147,7 @@ def test_too_many_stop_the_run_behind_a_checkpoint(folder, tmp_path, accumulate)
     saved, error = fit(folder, tmp_path / "run", 24, accumulate=accumulate, **limits)
     assert "samples are bad, over 10.0% (" in error
     assert any(reason in error for reason in BAD.values())
-    assert ": mend what" in error
+    assert ": repair those in" in error
     assert f"step {saved[0]} is saved" in error
     assert len(saved) == 1
     assert saved[0] % 3 == 0

@@ -3,6 +3,7 @@
 Where what is tested is the batch script, a stand-in takes python's place; one run is real.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -15,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cascade.data.scenes import write_scenes
-from cascade.done import finished
+from cascade.config.compose import built, composed
+from cascade.data.scenes.generate import write_scenes
+from cascade.runs.done import finished
 from cascade.slurm import queue, state
 from cascade.slurm.code import copied
-from cascade.slurm.plan import Link, Task, launch
-from cascade.verbs import train
-from cascade.verbs.configuration import built, composed
+from cascade.slurm.plan import Task, TaskGroup, launch
+from cascade.training import fit
 from tests.cluster import Cluster, free_ports, missing
 from tests.launching import FINISHES
 from tests.processes import Job
@@ -30,8 +31,9 @@ pytestmark = pytest.mark.slow
 
 TINY = ["stage=sr256", "size=16", "low=8", "crop=null", "batch=4", "warmup=8", "grids=0"]
 TINY += ["net.net.channels=8", "net.net.patch=2", "net.net.embed=16", "ema=0.9"]
+TINY += ["net.net.multipliers=[1]", "net.net.blocks=1"]
 TINY += ["learning_rate=constant", "save_seconds=1.0"]
-SWEEP = f"# @package _global_\nname: one\nbase: [{', '.join(TINY)}]\n"
+SWEEP = f"# @package _global_\nname: one\nbase: {json.dumps(TINY)}\n"
 SWEEP += "train: sr\naxes: {a: {b: []}}\n"
 
 
@@ -92,7 +94,7 @@ def test_tasks_of_an_array_requeue_themselves_alone_and_not_without_end(cluster,
     names = ("well", "again", "killed", "capped", "refused")
     tasks = [Task(root / name, ["train"]) for name in names]
     one = slurm(stand_in(root, text), "launcher.max_restarts=2")
-    launch(one, root, [Link("sweep", tasks)])
+    launch(one, root, [TaskGroup("sweep", tasks)])
     cluster.wait(lambda: ended(cluster), "the array")
     assert [attempts(root / name) for name in names] == [1, 2, 2, 3, 1]
     words = {name: state.state(root / name, None) for name in names}
@@ -106,7 +108,7 @@ def test_a_failed_link_stops_what_hangs_on_it_and_is_mended_by_sending_again(clu
         after = {"clip": [], "bad": ["clip"], "good": ["clip"], "more": ["good"]}
         after["report"] = ["bad", "more"]
         return [
-            Link(name, [Task(folder, ["train"], done=finished(folder))], before)
+            TaskGroup(name, [Task(folder, ["train"], done=finished(folder))], before)
             for name, before in after.items()
             for folder in [tmp_path / name]
         ]
@@ -140,8 +142,11 @@ def test_each_goes_on_without_those_beside_it_and_what_failed_is_mended(cluster,
         return [Task(folder, ["train"], done=finished(folder)) for folder in folders]
 
     def links():
-        pairs = [Link("sweep", of(trained)), Link("cells", of(measured), each_after="sweep")]
-        return [*pairs, Link("report", of([report]), after=["cells"])]
+        pairs = [
+            TaskGroup("sweep", of(trained)),
+            TaskGroup("cells", of(measured), each_after="sweep"),
+        ]
+        return [*pairs, TaskGroup("report", of([report]), after=["cells"])]
 
     def counts():
         return [[attempts(f) for f in folders] for folders in (trained, measured, [report])]
@@ -176,7 +181,9 @@ def test_the_environment_changes_neither_what_is_asked_nor_the_code(cluster, tmp
     text = 'echo "$PYTHONPATH" "$@" > told; scontrol show job "$SLURM_JOB_ID" > shown'
     asked = ["launcher.partition=high", "launcher.time=60", "launcher.options=['--mem=1']"]
     root = tmp_path / "run"
-    launch(slurm(stand_in(tmp_path, text), *asked), root, [Link("train", [Task(root, ["train"])])])
+    launch(
+        slurm(stand_in(tmp_path, text), *asked), root, [TaskGroup("train", [Task(root, ["train"])])]
+    )
     cluster.wait(lambda: ended(cluster), "the job")
     code, *command = (root / "told").read_text().split()
     assert code == str(copied(root / "launch"))
@@ -192,7 +199,7 @@ def test_every_name_is_the_name_of_a_run(cluster, tmp_path):
     launch(
         slurm(stand_in(tmp_path, "exit 0")),
         root,
-        [Link(name, [Task(root / name, ["train"])]) for name in names],
+        [TaskGroup(name, [Task(root / name, ["train"])]) for name in names],
     )
     waiting = queue.jobs()
     assert all(root / name in waiting or attempts(root / name) for name in names)
@@ -209,7 +216,7 @@ def test_more_tasks_than_an_array_holds_are_several_arrays(cluster, tmp_path):
     text = f"""
         echo "${{PWD#{tmp_path}/}}" >> {tmp_path}/order
         case $PWD in */3) exit 1 ;; esac"""
-    links = [Link("sweep", trained), Link("cells", cells, each_after="sweep")]
+    links = [TaskGroup("sweep", trained), TaskGroup("cells", cells, each_after="sweep")]
     launch(slurm(stand_in(tmp_path, text)), tmp_path, links)
     cluster.wait(lambda: ended(cluster), "the arrays")
     order = (tmp_path / "order").read_text().split()
@@ -220,8 +227,8 @@ def test_more_tasks_than_an_array_holds_are_several_arrays(cluster, tmp_path):
         slurm(stand_in(tmp_path, "exit 0"), "launcher.at_once=1"),
         tmp_path,
         [
-            Link("all", [Task(tmp_path / "all" / str(i), ["train"]) for i in range(7)]),
-            Link("report", [report], ["all"]),
+            TaskGroup("all", [Task(tmp_path / "all" / str(i), ["train"]) for i in range(7)]),
+            TaskGroup("report", [report], ["all"]),
         ],
     )
     waiting = [folder for folder, job in queue.jobs().items() if job.state == "PENDING"]
@@ -235,11 +242,11 @@ HOLDER = """
 import os, sys, time
 from pathlib import Path
 sys.path[:0] = os.environ["PYTHONPATH"].split(":")
-from cascade.data import claims
-from cascade.data.lease import lease
-from cascade.done import finish
-from cascade.files import write_atomically
-claims.BEAT = 0.2
+from cascade.files import locks
+from cascade.files.lease import lease
+from cascade.runs.done import finish
+from cascade.files.atomic import write_atomically
+locks.BEAT = 0.2
 folder, attempt = Path(os.environ["CASCADE_FOLDER"]), os.environ["CASCADE_ATTEMPT"]
 with (folder / "attempts").open("a") as file:
     file.write(attempt + chr(10))
@@ -261,7 +268,7 @@ def test_a_lost_node_is_no_success_and_two_attempts_never_write_at_once(
     script, folder = tmp_path / "python", tmp_path / "task"
     script.write_text(f"#!{sys.executable}\n{HOLDER}")
     script.chmod(0o755)
-    launch(slurm(script), tmp_path, [Link("one", [Task(folder, ["train"])])])
+    launch(slurm(script), tmp_path, [TaskGroup("one", [Task(folder, ["train"])])])
     cluster.wait((folder / "written").exists, "the first attempt")
     node = cluster("squeue", "-h", "-o", "%N").strip()
     daemon = next(one for one in cluster.daemons if one.args[-1] == node)
@@ -291,7 +298,7 @@ def events(run):
 
 
 def reference(overrides):
-    train.run(composed("train", overrides))
+    fit.train(composed("train", overrides))
 
 
 def test_a_run_outlives_a_dead_rank_its_wall_time_a_preemption_and_edits(cluster, tmp_path):

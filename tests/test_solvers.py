@@ -1,9 +1,7 @@
 """Solvers against reference steps, and on Gaussian data N(0, 0.5^2), whose solution is known."""
 
-import json
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +11,11 @@ from cascade.diffusion.noise import alpha_sigma, cosine, cosine_table, linear_ta
 from cascade.diffusion.posterior import step
 from cascade.diffusion.solvers import ancestral, ddim, ddim_inversion, dpmpp_2m, heun
 from cascade.diffusion.spacing import karras
+from tests.exact import VECTORS, f64
 
-VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 TABLES = {"cosine": cosine_table, "linear": linear_table}
 STD = 0.5  # of the data
 CHURN = partial(heun, s_churn=40.0, s_min=0.05, s_max=50.0)  # EDM's, for ImageNet
-
-
-def f64(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def close(actual, expected, tolerance=1e-10):

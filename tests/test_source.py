@@ -52,7 +52,7 @@ def bad_call(name, arguments, keywords):
 
 JUSTIFIED = {
     # behind the gate, which this file tests
-    ("cascade/verbs/configuration.py", "instantiate"),
+    ("cascade/config/compose.py", "instantiate"),
 }
 
 
@@ -142,63 +142,174 @@ def constant(pattern):
 
 # Which modules make each call: the readers of each kind of a user's files,
 READERS = {
-    "Image.open": "cascade/data/rgb",
-    "ParquetFile": "cascade/data/parquet",
-    "csv.reader": "cascade/data/tables",
-    "decode": "cascade/texts",
-    "from_pretrained": "cascade/encoders/t5 eval/dinov2",
-    "glob.glob": "cascade/files",
-    "json.loads": (
-        "cascade/data/items cascade/data/tables cascade/encoders/sources cascade/encoders/weights "
-        "eval/coco"
-    ),
-    "np.load": "eval/statistics",
-    "open": (
-        "cascade/data/corpus cascade/data/index cascade/data/listing cascade/data/tar "
-        "cascade/encoders/sources cascade/encoders/weights cascade/kinds eval/features eval/sets"
-    ),
-    "read_bytes": "cascade/data/listing cascade/data/pack cascade/texts eval/coco",
-    "safe_open": "cascade/encoders/weights",
-    "tarfile.open": "cascade/data/tar",
-    "torch.load": "cascade/encoders/weights eval/features",
+    "Image.open": """
+        cascade/formats/rgb
+    """,
+    "ParquetFile": """
+        cascade/formats/parquet
+    """,
+    "csv.reader": """
+        cascade/formats/tables
+    """,
+    "decode": """
+        cascade/formats/texts
+    """,
+    "from_pretrained": """
+        cascade/encoders/t5
+        eval/metrics/dinov2
+    """,
+    "glob.glob": """
+        cascade/files/atomic
+    """,
+    "json.loads": """
+        cascade/data/items
+        cascade/encoders/sources
+        cascade/encoders/weights
+        cascade/formats/tables
+        eval/pictures/coco
+    """,
+    "np.load": """
+        eval/metrics/statistics
+    """,
+    "open": """
+        cascade/data/tars/corpus
+        cascade/data/tars/index
+        cascade/data/tars/listing
+        cascade/data/tars/tar
+        cascade/encoders/sources
+        cascade/encoders/weights
+        cascade/formats/kinds
+        eval/metrics/features
+        eval/pictures/sets
+    """,
+    "read_bytes": """
+        cascade/data/tars/listing
+        cascade/data/tars/pack
+        cascade/formats/texts
+        eval/pictures/coco
+    """,
+    "safe_open": """
+        cascade/encoders/weights
+    """,
+    "tarfile.open": """
+        cascade/data/tars/tar
+    """,
+    "torch.load": """
+        cascade/encoders/weights
+        eval/metrics/features
+    """,
 }
 
 # and those whose files Cascade writes itself, or the system.
 OWN = {
-    "Image.open": "cascade/data/bsr eval/page eval/prompts eval/summary",
-    "csv.DictReader": "cascade/training/callbacks cascade/verbs/cells eval/ablation eval/plots",
-    "csv.reader": "slurm/state",
-    "decode": "cascade/data/index cascade/stage eval/bench_data eval/report slurm/state",
-    "from_pretrained": "cascade/nets/ar",
-    "glob": "cascade/verbs/launch cascade/verbs/report",
-    "json.load": "cascade/data/scenes",
-    "json.loads": (
-        "cascade/data/claims cascade/data/dataset cascade/data/embeddings cascade/data/index "
-        "cascade/data/pack cascade/doctor/model cascade/doctor/probe cascade/done cascade/stage "
-        "cascade/training/checkpoint cascade/training/guard cascade/verbs/cells eval/ablation "
-        "eval/generation eval/record slurm/queue slurm/state"
-    ),
-    "load_file": "cascade/encoders/clip",
-    "open": (
-        "cascade/done cascade/training/callbacks cascade/training/checkpoint "
-        "cascade/training/faults cascade/training/skips cascade/verbs/cells cascade/verbs/checks "
-        "eval/ablation eval/generation eval/plots slurm/queue slurm/state"
-    ),
-    "read_bytes": (
-        "cascade/training/checkpoint cascade/training/skips cascade/verbs/signatures "
-        "eval/bench_eval slurm/code"
-    ),
-    "read_text": (
-        "cascade/data/claims cascade/data/dataset cascade/data/embeddings cascade/data/pack "
-        "cascade/doctor/machine cascade/doctor/model cascade/done cascade/training/guard "
-        "cascade/verbs/cells cascade/verbs/sweep eval/ablation eval/bench_nets eval/findings "
-        "eval/generation eval/record eval/statistics slurm/local slurm/plan slurm/queue slurm/state"
-    ),
-    "safe_open": "cascade/data/embeddings cascade/data/index cascade/doctor/model cascade/stage",
-    "tarfile.open": "cascade/data/scenes",
-    "torch.load": (
-        "cascade/doctor/model cascade/training/checkpoint cascade/training/surroundings eval/prior"
-    ),
+    "Image.open": """
+        cascade/data/bsr
+        eval/cascades/summary
+        eval/pictures/prompts
+        eval/sweeps/page
+    """,
+    "csv.DictReader": """
+        cascade/runs/run
+        eval/pages/curves
+        eval/sweeps/folder
+    """,
+    "csv.reader": """
+        slurm/state
+    """,
+    "decode": """
+        cascade/data/tars/index
+        cascade/stage
+        eval/benchmarks/data
+        eval/pages/report
+        slurm/state
+    """,
+    "from_pretrained": """
+        cascade/nets/ar
+    """,
+    "glob": """
+        eval/sweeps/folder
+        slurm/chain
+    """,
+    "json.load": """
+        cascade/data/scenes/generate
+    """,
+    "json.loads": """
+        cascade/data/embeddings
+        cascade/data/tars/dataset
+        cascade/data/tars/index
+        cascade/data/tars/pack
+        cascade/doctor/probe
+        cascade/files/locks
+        cascade/runs/done
+        cascade/runs/run
+        cascade/stage
+        cascade/training/callbacks/guard
+        cascade/training/checkpoint
+        eval/pictures/generation
+        eval/pictures/record
+        eval/sweeps/folder
+        slurm/queue
+        slurm/state
+    """,
+    "load_file": """
+        cascade/encoders/clip
+    """,
+    "open": """
+        cascade/runs/done
+        cascade/runs/resumable
+        cascade/runs/run
+        cascade/training/callbacks/skips
+        cascade/training/checkpoint
+        cascade/training/faults
+        eval/pages/curves
+        eval/pictures/generation
+        eval/sweeps/folder
+        slurm/queue
+        slurm/state
+    """,
+    "read_bytes": """
+        cascade/config/signatures
+        cascade/training/callbacks/skips
+        cascade/training/checkpoint
+        eval/benchmarks/evaluation
+        slurm/code
+    """,
+    "read_text": """
+        cascade/data/embeddings
+        cascade/data/tars/dataset
+        cascade/data/tars/pack
+        cascade/doctor/machine
+        cascade/files/locks
+        cascade/runs/done
+        cascade/runs/run
+        cascade/training/callbacks/guard
+        eval/benchmarks/nets
+        eval/metrics/statistics
+        eval/pictures/generation
+        eval/pictures/record
+        eval/sweeps/findings
+        eval/sweeps/folder
+        eval/sweeps/plan
+        slurm/local
+        slurm/plan
+        slurm/queue
+        slurm/state
+    """,
+    "safe_open": """
+        cascade/data/embeddings
+        cascade/data/tars/index
+        cascade/doctor/model
+        cascade/stage
+    """,
+    "tarfile.open": """
+        cascade/data/scenes/generate
+    """,
+    "torch.load": """
+        cascade/doctor/model
+        cascade/training/checkpoint
+        cascade/training/provenance
+        eval/cascades/prior
+    """,
 }
 
 

@@ -1,20 +1,19 @@
 """Which levels are visited, against the published lists of indices."""
 
-import json
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
+from cascade.config.compose import built, composed
 from cascade.diffusion import spacing
 from cascade.diffusion.noise import cosine, cosine_table, linear_table, lognormal
 from cascade.diffusion.sampling import DiffusionSampler
 from cascade.diffusion.solvers import ancestral
 from cascade.errors import UserError
+from tests.exact import VECTORS
 
-VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 RESPACING = VECTORS["respacing_T1000"]
 
 # DeepFloyd IF's lists as released, from the noisiest on.
@@ -54,12 +53,17 @@ def test_published_lists(name):
     assert visited == expected.get("all", visited)
 
 
+def deepfloyd(name):
+    """A sampler of conf/sampler/, and the indices that it visits, cleanest first."""
+    sampler = built(composed("sampler", [f"sampler=if_{name}"]).sampler)
+    return indices(sampler.spacing, sampler.steps)
+
+
 @pytest.mark.parametrize(
-    ("space", "listed"),
-    [(spacing.smart27, SMART27), (spacing.super27, SUPER27), (spacing.super40, SUPER40)],
+    ("name", "listed"), [("smart27", SMART27), ("super27", SUPER27), ("super40", SUPER40)]
 )
-def test_deepfloyds_lists(space, listed):
-    assert indices(space, len(listed)) == listed[::-1]
+def test_deepfloyds_lists(name, listed):
+    assert deepfloyd(name) == listed[::-1]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,8 @@ def test_deepfloyds_lists(space, listed):
     ],
 )
 def test_deepfloyds_long_lists(name, steps, total, third):
-    visited = indices(getattr(spacing, name), steps)
+    visited = deepfloyd(name)
+    assert len(visited) == steps
     assert sum(visited) == total
     assert [visited[0], visited[-3], visited[-1]] == [0, third, 999]
     assert sorted(set(visited)) == visited
@@ -109,8 +114,7 @@ def test_karras_is_edms_whatever_the_schedule():
     ("space", "steps", "says"),
     [
         (spacing.fast27, 28, "steps=27"),
-        (spacing.smart100, 99, "steps=100"),
-        (partial(spacing.sections, counts=[3, 2]), 6, "sections 3,2 are of 5 steps: set steps=5"),
+        (partial(spacing.sections, counts=[3, 2]), 6, "sections 3,2 have 5 steps: set steps=5"),
         (partial(spacing.sections, table=10), 11, "11 steps in a section of 10"),
         (partial(spacing.sections, counts=[0, 4]), 4, "0 steps in a section"),
         (spacing.strided, 400, "400 steps"),

@@ -6,10 +6,10 @@ import json
 import pytest
 
 from cascade.cli import main
-from cascade.data.dataset import index_folder, read_dataset
 from cascade.data.shards import Shards
-from cascade.data.splits import of_split
 from cascade.data.stream import Stream
+from cascade.data.tars.dataset import index_folder, read_dataset
+from cascade.data.tars.splits import of_split
 from tests.hostile import refused
 from tests.test_shards import SMALL, picture, sample, write
 

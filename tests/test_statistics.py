@@ -6,10 +6,10 @@ import torch
 
 from cascade.encoders.weights import fault
 from cascade.errors import UserError
-from cascade.eval import interval
-from cascade.eval.kernels import cubic, kid
-from cascade.eval.metrics import InceptionScore, frechet
-from cascade.eval.statistics import Moments, Origin, cached_rows, warnings_for
+from cascade.eval.metrics import interval
+from cascade.eval.metrics.distances import frechet, inception_score
+from cascade.eval.metrics.kernels import cubic, kid
+from cascade.eval.metrics.statistics import Moments, Origin, cached_rows, warnings_for
 
 ORIGIN = Origin("a network, 01234567", "0123456789abcdef", "bilinear to 8 px", "fedcba98")
 
@@ -92,7 +92,7 @@ def test_statistics_of_others_are_read_and_said_to_be_unknown(tmp_path):
         assert "unknown extractor" in found.check(Space())[0]
         torch.testing.assert_close(found.cov, ours.cov, rtol=tolerance, atol=tolerance)
         assert found.frechet(ours) == pytest.approx(0, abs=1e-6)
-        with pytest.raises(UserError, match="unknown numbers"):
+        with pytest.raises(UserError, match="unknown counts"):
             found + found
 
 
@@ -225,7 +225,7 @@ def test_features_are_computed_once_for_a_protocol(tmp_path):
     ("batches", "message"),
     [
         ([torch.zeros(4, 4)], "4 of 5"),
-        ([torch.zeros(4, 4), torch.zeros(2, 4)], "are of more"),
+        ([torch.zeros(4, 4), torch.zeros(2, 4)], "or too many"),
         ([torch.full((5, 4), torch.inf)], "not finite"),
     ],
 )
@@ -274,7 +274,7 @@ def test_intervals_hold_the_mean_of_estimates_nineteen_times_of_twenty():
     assert found > 0.85
     found = coverage(
         60,
-        lambda x: kid(x, real, subsets=1)["kid"],
+        lambda x: kid(x, real),
         lambda x: interval.of_kernel(cubic, x, real, unbiased=True, draws=100),
     )
     assert found > 0.85
@@ -307,9 +307,7 @@ def test_in_many_dimensions_an_interval_is_of_the_first_order_and_what_draws_com
 
 
 def score_of(logits, splits=2):
-    metric = InceptionScore(classes=logits.shape[1], splits=splits)
-    metric.update(logits, torch.arange(len(logits)))
-    return metric.compute()["inception_score"]
+    return inception_score([logits], logits.shape[1], splits)[0]
 
 
 def test_the_interval_of_an_inception_score_is_of_scores_of_drawn_pictures(monkeypatch):

@@ -19,14 +19,16 @@ import webdataset
 from PIL import Image
 from webdataset.tariterators import tarfile_samples
 
+from cascade.config.compose import built, composed
 from cascade.data import stream as module
-from cascade.data import urls as tars
 from cascade.data.embeddings import Embeddings, write_embeddings
-from cascade.data.shards import Shards, Skip
-from cascade.data.stream import Stream, loader
+from cascade.data.items import Skip
+from cascade.data.loading import loader
+from cascade.data.shards import Shards
+from cascade.data.stream import Stream
+from cascade.data.tars import urls as tars
 from cascade.data.transforms import Pictures
 from cascade.errors import UserError
-from cascade.verbs.configuration import built, composed
 
 SMALL = Pictures((8,))
 
@@ -179,7 +181,7 @@ def test_what_does_not_end_as_a_tar_does_loses_its_last_sample(tmp_path, damage,
     items = read(in_order(path, write(tmp_path / "1.tar", sample("a", 9))))
     assert keys(items) == [*(f"0/{i}" for i in range(left)), "1/a"]
     assert_paired(items)
-    assert f"breaks off after {left} samples" in caplog.text
+    assert f"reading failed after {left} samples" in caplog.text
 
 
 class Canary:
@@ -229,7 +231,7 @@ def test_bad_samples_are_passed_over_and_named_and_nothing_is_unpickled(tmp_path
 
 
 def test_nobody_waits_for_a_stream_without_good_samples(folder, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE", 50)
+    monkeypatch.setattr(module, "MAX_BAD_IN_A_ROW", 50)
     bad = write(folder / "bad.tar", [("a.jpg", b"no picture"), ("a.txt", b"0")])
     with pytest.raises(UserError, match=r"no good sample from bad/a on \(50 broken picture\)"):
         next(Stream(str(bad), SMALL, False, buffer=1).items(range(1)))

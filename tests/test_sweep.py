@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 
 import cascade.conf
 from cascade.cli import main
+from cascade.config.compose import built, composed
 from cascade.errors import UserError
-from cascade.slurm.plan import Link, launch
-from cascade.verbs.configuration import built, composed
-from cascade.verbs.sending import split
-from cascade.verbs.sweep import describe, grid, joined, points
-from cascade.verbs.whole import stage_runs
+from cascade.eval.sweeps.plan import describe, grid, joined, points
+from cascade.runs.cascade_file import stage_runs
+from cascade.slurm.plan import TaskGroup, launch
+from cascade.slurm.submit import split
 from tests.launching import by_name, in_queue, launcher, tasks
 
 CONF = Path(next(iter(cascade.conf.__path__)))
@@ -190,5 +190,5 @@ def test_a_sweep_is_one_array_and_goes_on_with_what_is_missing(programs, tmp_pat
 
 def test_two_tasks_of_one_directory_are_refused(programs, tmp_path):
     with pytest.raises(UserError, match="b would be the directory of two"):
-        launch(launcher("launcher=slurm"), tmp_path, [Link("sweep", tasks(tmp_path, *"abb"))])
+        launch(launcher("launcher=slurm"), tmp_path, [TaskGroup("sweep", tasks(tmp_path, *"abb"))])
     assert not (programs / "asked").exists()

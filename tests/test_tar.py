@@ -4,17 +4,18 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import tarfile
 from subprocess import run
 
 import pytest
 
-from cascade.data.index import scan
 from cascade.data.shards import Shards
 from cascade.data.stream import Stream
-from cascade.data.tar import LINK, STREAMED_LINK, contents
+from cascade.data.tars.index import scan
+from cascade.data.tars.tar import LINK, STREAMED_LINK, contents
 from cascade.errors import UserError
-from cascade.eval.sets import picture_set
+from cascade.eval.pictures.sets import picture_set
 from tests.hostile import refused
 from tests.test_index import indexed
 from tests.test_shards import SMALL, assert_paired, picture, sample, write
@@ -119,6 +120,24 @@ def test_the_end_of_a_tar_behind_a_hard_link_or_a_sparse_file_is_its_end(tmp_pat
     assert found.whole
     a, b = found.members
     assert (a.offset, a.bytes) == (b.offset, b.bytes)
+
+
+def test_a_hard_link_to_a_symbolic_link_leads_from_where_it_is_itself(tmp_path):
+    """As GNU tar unpacks it: `far/b.txt` leads to `far/a.txt`, and `lost/b.txt` to nothing."""
+    (tmp_path / "in").mkdir()
+    for place in ("a.txt", "far/a.txt"):
+        (tmp_path / "in" / place).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / place).write_text(place)
+    (tmp_path / "in/lost").mkdir()
+    (tmp_path / "in/b.txt").symlink_to("a.txt")
+    for place in ("far", "lost"):
+        os.link(tmp_path / "in/b.txt", tmp_path / "in" / place / "b.txt", follow_symlinks=False)
+    names = ["a.txt", "far/a.txt", "b.txt", "far/b.txt", "lost/b.txt"]
+    tar = packed(tmp_path / "0.tar", tmp_path / "in", *names)
+    found = {member.name: member for member in contents(tar).members}
+    assert found["b.txt"].offset == found["a.txt"].offset
+    assert found["far/b.txt"].offset == found["far/a.txt"].offset
+    assert found["lost/b.txt"].lost == LINK
 
 
 def test_a_tar_under_a_folder_with_brackets_is_that_tar(tmp_path):

@@ -23,9 +23,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from cascade.config.compose import built, composed
 from cascade.encoders.text import FrozenT5, TextTransformer, Tokenizer, token_mask, tokenize
 from cascade.errors import UserError
-from cascade.verbs.configuration import built, composed
 
 START, END = 49406, 49407
 WORDS = [
@@ -362,7 +362,7 @@ def test_the_width_is_known_without_weights(t5, tmp_path):
     (tmp_path / "config.json").write_text((t5 / "config.json").read_text())
     assert frozen.sizes == {"text": frozen.width} == {"text": 16}
     assert FrozenT5("google/t5-v1_1-xxl").sizes == {}
-    for text, words in (("{", "damaged"), ("[1]", "no names and values"), ("{}", "no d_model")):
+    for text, words in (("{", "damaged"), ("[1]", "no JSON object"), ("{}", "no d_model")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=words):
             _ = frozen.width

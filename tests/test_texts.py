@@ -3,7 +3,7 @@
 import pytest
 
 from cascade.errors import UserError
-from cascade.texts import BadText, brief, decoded, encodable, lines, one_line, read
+from cascade.formats.texts import BadText, brief, decoded, encodable, lines, one_line, read
 
 # All that str.splitlines takes for an end of a line, beside the line feed.
 SEPARATORS = "\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"

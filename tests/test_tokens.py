@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from cascade.codecs import Tokens, principal
+from cascade.config.compose import built, composed
 from cascade.errors import UserError
-from cascade.verbs.configuration import built, composed
 
 
 def embeddings(n=2000, d=8, seed=0):

@@ -10,30 +10,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cascade.data import shards as shards_module
-from cascade.data.scenes import write_scenes
-from cascade.data.shards import Shards, loader
+from cascade.config.compose import built, composed, saved
+from cascade.data import loading
+from cascade.data.loading import loader
+from cascade.data.scenes.generate import write_scenes
+from cascade.data.shards import Shards
 from cascade.encoders.clip import save_clip
 from cascade.errors import UserError
+from cascade.runs.progress import bar
+from cascade.runs.run import Run
 from cascade.stage import Stage
-from cascade.training import callbacks
-from cascade.training.callbacks import bar
-from cascade.verbs import train
-from cascade.verbs.configuration import built, composed, saved
+from cascade.training import fit
+from cascade.training.callbacks import history
+from tests import small
 
-SMALL = [
-    "stage=sr256",
-    "size=16",
-    "low=8",
-    "crop=null",
-    "batch=4",
-    "warmup=8",
-    "grids=0",
-    "net.net.channels=8",
-    "net.net.patch=2",
-    "net.net.embed=16",
-    "ema=0.9",
-]
+SMALL = [*small.SR, "ema=0.9"]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +61,7 @@ class Stop(Exception):
 
 def interrupted_after(monkeypatch, step):
     """The next run saves at `step` and dies at the one after."""
-    save = train.Checkpoints.on_train_batch_end
+    save = fit.Checkpoints.on_train_batch_end
 
     def die(self, trainer, module, *args):
         if trainer.global_step == step:
@@ -79,17 +70,17 @@ def interrupted_after(monkeypatch, step):
             raise Stop
         save(self, trainer, module, *args)
 
-    monkeypatch.setattr(train.Checkpoints, "on_train_batch_end", die)
+    monkeypatch.setattr(fit.Checkpoints, "on_train_batch_end", die)
 
 
 @pytest.mark.slow  # `test_resume.py` has all but the grids
 def test_a_killed_run_equals_an_unkilled_one(config, monkeypatch):
-    whole = train.run(config("images=48", "grids=3", run="whole"))
+    whole = fit.train(config("images=48", "grids=3", run="whole"))
     with monkeypatch.context() as patch:
         interrupted_after(patch, 5)
         with pytest.raises(Stop):
-            train.run(config("images=48", "grids=3", run="killed"))
-    killed = train.run(config("images=48", "grids=3", run="killed"))
+            fit.train(config("images=48", "grids=3", run="killed"))
+    killed = fit.train(config("images=48", "grids=3", run="killed"))
     assert equal(weights(whole), weights(killed))
     rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (whole, killed)]
     assert rows[0][-1]["images"] == rows[1][-1]["images"] == "48"
@@ -98,7 +89,7 @@ def test_a_killed_run_equals_an_unkilled_one(config, monkeypatch):
 
 
 def test_the_loss_falls_and_a_run_is_complete(config):
-    folder = train.run(config("images=400", "optim.lr=3e-3", "grids=2"))
+    folder = fit.train(config("images=400", "optim.lr=3e-3", "grids=2"))
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert float(rows[-1]["loss"]) < 0.9 * float(rows[0]["loss"])
     assert json.loads((folder / "status.json").read_text()) == {"images": 400, "total": 400}
@@ -106,7 +97,7 @@ def test_the_loss_falls_and_a_run_is_complete(config):
     assert len(list((folder / "samples").glob("0*.png"))) == 2
     for name in ("config.yaml", "tensorboard", "samples/truth.png"):
         assert (folder / name).exists(), name
-    loaded = train.load(folder)
+    loaded = Run(folder).load()
     assert not loaded.training
     assert equal(dict(loaded.state_dict()), weights(folder))
 
@@ -124,25 +115,25 @@ def test_the_share_of_waiting_for_data_is_told(config, monkeypatch, capfd):
         clock.now += 4 * len(batch["sample"])
         return step(self, batch, number)
 
-    for module in (shards_module, callbacks):
+    for module in (loading, history):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(Shards, "item", read)
     monkeypatch.setattr(Stage, "training_step", trained)
-    folder = train.run(config("images=160"))
+    folder = fit.train(config("images=160"))
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [row["waiting"] for row in rows] == ["0.429", "0.429"]  # 3 / 7
     assert "43% of the time waiting for data" in capfd.readouterr().err
 
 
 def test_a_finished_run_is_passed_over_and_another_configuration_refused(config):
-    folder = train.run(config("images=8"))
+    folder = fit.train(config("images=8"))
     before = (folder / "weights.safetensors").stat().st_mtime_ns
-    train.run(config("images=8"))
+    fit.train(config("images=8"))
     assert (folder / "weights.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"net\.net\.channels: 8 -> 16"):
-        train.run(config("images=8", "net.net.channels=16"))
+        fit.train(config("images=8", "net.net.channels=16"))
     with pytest.raises(UserError, match=r"optim\.lr"):
-        train.run(config("images=16", "optim.lr=1"))
+        fit.train(config("images=16", "optim.lr=1"))
 
 
 def test_a_log_file_gets_lines_now_and_then(capsys, monkeypatch):
@@ -164,23 +155,23 @@ def test_a_log_file_gets_lines_now_and_then(capsys, monkeypatch):
 
 
 def test_accumulation_changes_nothing(config):
-    a = weights(train.run(config("images=16", run="a")))
-    b = weights(train.run(config("images=16", "micro_batch=2", run="b")))
+    a = weights(fit.train(config("images=16", run="a")))
+    b = weights(fit.train(config("images=16", "micro_batch=2", run="b")))
     for key in a:
         torch.testing.assert_close(a[key], b[key], atol=2e-5, rtol=1e-3)
 
 
 def test_a_batch_is_shared_among_ranks_and_accumulated():
-    assert train.shares(64, None, 1) == (64, 1)
-    assert train.shares(64, None, 4) == (16, 1)
-    assert train.shares(64, 8, 2) == (8, 4)
+    assert fit.accumulation(64, None, 1) == (64, 1)
+    assert fit.accumulation(64, None, 4) == (16, 1)
+    assert fit.accumulation(64, 8, 2) == (8, 4)
     for batch, micro_batch, ranks in ((64, 24, 1), (64, None, 3), (8, 8, 2)):
         with pytest.raises(UserError, match=rf"batch={batch} is not ranks \({ranks}\)"):
-            train.shares(batch, micro_batch, ranks)
+            fit.accumulation(batch, micro_batch, ranks)
 
 
 def test_weights_of_another_configuration_are_refused(config):
-    folder = train.run(config("images=8"))
+    folder = fit.train(config("images=8"))
     other = built(config("net.net.channels=16").stage)
     with pytest.raises(UserError, match=r"conv_in.weight is \[8, .*, not \[16, "):
         other.restore(folder)
@@ -254,11 +245,11 @@ def test_a_model_can_be_moved_but_not_given_another_clip(tmp_path):
     built(prior.stage).export(old / "prior")
     saved(prior, old / "prior" / "config.yaml")
     old.rename(new)
-    moved = train.load(new / "prior")
-    assert moved.completed({"caption": ["a red circle"]})["clip_text"].shape == (1, clip.dim)
+    moved = Run(new / "prior").load()
+    assert moved.encoded({"caption": ["a red circle"]})["clip_text"].shape == (1, clip.dim)
     save_clip(clip, clip.build(), new / "clip")
     with pytest.raises(UserError, match="another encoder"):
-        train.load(new / "prior")
+        Run(new / "prior").load()
 
 
 @pytest.mark.parametrize(
@@ -280,6 +271,6 @@ def test_other_processes_than_the_trainer_is_told_of_are_refused(
     with pytest.raises(
         UserError, match=r"srun --nodes=1 --ntasks-per-node=\d and trainer"
     ) as error:
-        train.run(config)
+        fit.train(config)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,15 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import cascade.conf
+from cascade.config.compose import composed, loaded
+from cascade.config.overrides import assigned
+from cascade.config.signatures import parameters
 from cascade.errors import UserError
+from cascade.eval.sweeps.plan import grid
+from cascade.runs import cascade_file
 from cascade.slurm.batch import Slurm
-from cascade.verbs import whole
-from cascade.verbs.configuration import composed, loaded
-from cascade.verbs.launch import chain
-from cascade.verbs.overrides import assigned
-from cascade.verbs.signatures import parameters
-from cascade.verbs.sweep import grid
-from cascade.verbs.targets import TARGETS
+from cascade.slurm.chain import chain
 from tests.launching import launcher
 
 STREAM = ["data=stream", "data.urls=x", "stage=sr256"]
@@ -52,7 +53,7 @@ def of_training(*overrides):
         (["net.multipliers=2"], r"net.multipliers=2: give a list, as \[1\]"),
         (["stage.conditioner.drop={caption: off}"], r"drop.caption=off: give a number"),
         (["stage.conditioner.drop={caption: 0.1"], r"give names with values, as \{a: 1\}"),
-        (["+a.b=c(d"], r"put what is a text into quotes, as '\+a.b=\"...\"'"),
+        (["+a.b=c(d"], r"put a text into quotes, as '\+a.b=\"...\"'"),
         (["run=a${b"], r"run: names cannot have '\$\{'"),
     ],
 )
@@ -92,7 +93,7 @@ def test_what_can_be_read_in_one_way_is_read():
 def test_choices_in_a_file_have_types_as_well(tmp_path):
     def read(text, *choices):
         (tmp_path / "cascade.yaml").write_text(f"stages: {{decoder: {text}}}\n")
-        return whole.stage_choices(tmp_path / "cascade.yaml", choices)["decoder"]
+        return cascade_file.stage_choices(tmp_path / "cascade.yaml", choices)["decoder"]
 
     assert read("{interval: [0.3, inf], steps: 16.0}") == {"interval": [0.3, math.inf], "steps": 16}
     assert read("null", "decoder.run=1_000", "decoder.scale=2") == {"run": "1_000", "scale": 2}
@@ -113,12 +114,15 @@ def test_a_configuration_of_before_is_read_as_it_is(tmp_path):
 
 
 def test_signatures_are_those_that_python_has():
-    """By name, of all targets, against the imported ones."""
+    """By name, of all that conf/ calls, against the imported ones."""
     import inspect
 
     from hydra.utils import get_object
 
-    for target in sorted(TARGETS - {"hydra.utils.get_method"}):
+    texts = [path.read_text() for path in Path(cascade.conf.__path__[0]).rglob("*.yaml")]
+    targets = {name for text in texts for name in re.findall(r"_target_: ([\w.]+)", text)}
+    assert len(targets) > 40
+    for target in sorted(targets - {"hydra.utils.get_method"}):
         found = [name for name in parameters(target) if name != "self"]
         real = [
             name

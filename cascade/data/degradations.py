@@ -1,8 +1,8 @@
-"""How the low-resolution input of a super-resolution stage is corrupted.
+"""Corrupts the low-resolution input of a super-resolution stage: blur, and noise augmentation.
 
-In training and in sampling the picture is corrupted once per sample, before the conditioner reads
-it: both branches of the guidance and all steps see the same. What changes its size is elsewhere:
-BSR (`cascade.data.bsr`) makes the picture in the data workers.
+The picture is corrupted once per sample, in training and in sampling, before the conditioner reads
+it: both branches of guidance and all steps see the same. BSR (`cascade.data.bsr`), which changes
+the size, runs in the data workers instead.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from cascade.batch import image_key
 from cascade.conditioning import Batch
 from cascade.diffusion.noise import Noise, Schedule, alpha_sigma, cosine_table
 from cascade.errors import UserError
@@ -23,11 +24,11 @@ def even_logsnr(level: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
 
 
 def indexed_cosine(level: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-    """DeepFloyd-IF's: index int(1000 level), 999 at most, of iDDPM's 1000 cosine steps.
+    """DeepFloyd-IF's schedule: index int(1000 level), at most 999, of iDDPM's 1000 cosine steps.
 
-    So level 0 adds the noise of index 0.
+    So even level 0 adds some noise, that of index 0.
     """
-    # The 1e-4 keeps a multiple of 1 / 1000, which float32 may lower, at its own index.
+    # The 1e-4 keeps multiples of 1 / 1000, which float32 may round down, at their own index.
     index = (1000 * level.double() + 1e-4).floor().clamp(max=999)
     return cosine_table((index + 0.5) / 1000).to(level.dtype)
 
@@ -49,12 +50,12 @@ def blur(
 class Blur:
     """Gaussian blur, in training only.
 
-    SR3's and unCLIP's (appendix C) is of sigma 0.6, always; that of cascaded diffusion models
-    (2106.15282) is of a sigma drawn from a range, for half of the samples.
+    SR3 and unCLIP (appendix C) always blur with sigma 0.6; cascaded diffusion models (2106.15282)
+    blur half of the samples, with a sigma drawn from a range.
 
     Args:
         least, most: sigma is uniform between them, in pixels of the low-resolution picture.
-        share: of the samples that are blurred.
+        share: fraction of samples that are blurred.
         kernel: side of the kernel in pixels, odd.
     """
 
@@ -66,30 +67,30 @@ class Blur:
     def __call__(
         self, x: Float[Tensor, "b c h w"], u: Float[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        """One uniform draw u in [0, 1] for each sample says whether and how much."""
-        sigma = self.least + (self.most - self.least) * u / self.share  # uniform, where u <= share
+        """Blur each sample as its uniform draw u in [0, 1] decides: whether, and how much."""
+        sigma = self.least + (self.most - self.least) * u / self.share  # uniform given u <= share
         chosen = (u <= self.share)[:, None, None, None]
         return torch.where(chosen, blur(x, sigma, self.kernel), x)
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """Blur, then variance-preserving Gaussian noise whose level the network is told.
+    """Blur, then variance-preserving Gaussian noise of a level that the network is told.
 
-    The level s in [0, 1] stands for a logsnr (Imagen, section 2.5: conditioning augmentation; the
-    same as the corrupted z_s of cascaded diffusion models). In training it is uniform in
-    [0, `most`]; in sampling it is `level`, which may be chosen after training.
+    The level s in [0, 1] maps to a logsnr (noise conditioning augmentation: Imagen, section 2.5;
+    the corrupted z_s of cascaded diffusion models). In training it is uniform in [0, `most`]; in
+    sampling it is `level`, which may be chosen after training.
 
     Args:
-        low: side of the low-resolution picture; the level becomes `image_{low}_level` [b], from 0
-            to 10.
+        low: side of the low-resolution picture; the network reads the level, scaled to 0 to 10, as
+            `image_{low}_level` [b].
         most: the greatest level in training.
         level: the level in sampling.
-        schedule: maps the level to logsnr; None for no noise at all.
+        schedule: maps the level to logsnr; None adds no noise.
         blur: in training.
 
     Raises:
-        UserError: a level in sampling that training never met.
+        UserError: a level in sampling that does not occur in training.
     """
 
     low: int
@@ -102,11 +103,12 @@ class Corruption:
         most = self.most if self.schedule else 0
         if not 0 <= self.level <= most:
             raise UserError(
-                f"level={self.level} for image_{self.low}: this stage is trained for 0 to {most}"
+                f"level={self.level} for {image_key(self.low)}: this stage was trained for 0 to "
+                f"{most}"
             )
 
     def __call__(self, batch: Batch, noise: Noise, training: bool) -> Batch:
-        key = f"image_{self.low}"
+        key = image_key(self.low)
         x = batch[key]
         level = torch.full((len(x),), self.level, dtype=x.dtype, device=x.device)
         if training:

@@ -1,9 +1,9 @@
-"""Precomputed rows beside shards, joined to samples by (shard, key), never by row.
+"""Precomputed embeddings of shards, joined to samples by (shard, key), never by row number.
 
-A folder is of one encoder: a manifest, and a `{shard}.safetensors` for each tar. Its tensors are
-named by batch key (`clip_image`), those made of captions by field and batch key (`txt/text`). Rows
-of unequal length lie one behind the other, and `txt/text.offsets` [rows + 1] says where each
-begins; one without length stands for a caption that is not there. The metadata holds the keys.
+A folder holds one encoder's output: a manifest, and a `{shard}.safetensors` for each tar. Its
+tensors are named by batch key (`clip_image`), those of captions by field and batch key
+(`txt/text`). Rows of unequal length are concatenated, and `txt/text.offsets` [rows + 1] holds the
+start of each; an empty row stands for a missing caption. The metadata holds the keys.
 """
 
 import json
@@ -22,28 +22,29 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
-from cascade.files import write_atomically
+from cascade.files.atomic import write_atomically
 
 MANIFEST = "manifest.json"
+EMBEDDINGS, TEXT = "embeddings", "text"  # default folders next to shards, as in conf/
 OFFSETS = ".offsets"
-OPEN_FILES = 64  # of a folder at a time: at least as many as samples of a batch may come from
+OPEN_FILES = 64  # per folder: at least as many tars as the samples of a batch come from
 
 COMMAND = "run `cascade data precompute`"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What made the rows of a folder.
+    """How the rows of a folder were made.
 
     Attributes:
-        encoder: a name or a directory.
-        hash: of its weights and architecture; earlier versions: of the weights alone.
-        sizes: how many numbers a row has, or each of its states, by batch key.
+        encoder: its name or directory.
+        hash: of its weights and architecture; in earlier versions, of the weights alone.
+        sizes: the width of a row, or of each of its states, by batch key.
         dtypes: of the rows, by batch key.
-        unit_norm: batch keys of rows with a norm of 1; others are as the encoder gives them.
-        captions: the fields that have rows; none where rows are of pictures.
+        unit_norm: batch keys whose rows have norm 1; others are as the encoder returns them.
+        captions: the caption fields that were encoded; empty for pictures.
         length: the most tokens that the encoder reads of a caption.
-        several: which of several captions in a field has the row (`data.several`).
+        several: which of several captions in a field was encoded (`data.several`).
     """
 
     encoder: str
@@ -57,11 +58,11 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=2) + "\n"
-        write_atomically(folder / MANIFEST, lambda beside: beside.write_text(text))
+        write_atomically(folder / MANIFEST, lambda partial: partial.write_text(text))
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder, None if it has none. Raises UserError if it is damaged."""
+    """Read the manifest of a folder, None if it has none. Raises UserError if it is damaged."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -75,22 +76,22 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 class Embeddings:
-    """The rows of a folder. Nothing is opened before it is asked for, and few files at a time."""
+    """The rows of a folder. Files are opened on first use, and few are open at a time."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._files: dict[str, _Rows] = {}  # the one used last comes last
+        self._files: dict[str, _Rows] = {}  # least recently used first
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_files": {}}  # open files do not travel to a worker
+        return {"folder": self.folder, "_files": {}}  # open files cannot be sent to workers
 
     @cached_property
     def about(self) -> Manifest | None:
-        """What made them, None if there is no manifest. Raises UserError if it is damaged."""
+        """The manifest, None if there is none. Raises UserError if it is damaged."""
         return read_manifest(self.folder)
 
     def require(self, shards: Collection[str]) -> None:
-        """Lists the folder, and opens nothing. Raises UserError if some shards have no file."""
+        """Raise UserError if some shards have no file. Lists the folder without opening files."""
         there = {path.stem for path in self.folder.glob("*.safetensors")}
         if lacking := sorted(set(shards) - there):
             raise UserError(
@@ -99,14 +100,14 @@ class Embeddings:
             )
 
     def row(self, shard: str, key: str, caption: str = "txt") -> dict[str, Tensor]:
-        """What belongs to a sample, by batch key; `text` [n, w] has the caption's own length.
+        """Return a sample's rows by batch key; `text` [n, w] has the caption's own length.
 
         Args:
-            caption: the field that its caption was taken from.
+            caption: the field that its caption was drawn from.
 
         Raises:
-            BadSample: there is no row for it.
-            UserError: the shard's file is missing or broken, or has no rows for any such caption.
+            BadSample: the sample has no row.
+            UserError: the shard's file is missing or broken, or has no rows for that field.
         """
         file, found = self._open(shard), {}
         for name in file.names:
@@ -131,7 +132,7 @@ class Embeddings:
 
 
 class _Rows:
-    """An open file: `names` of its tensors, and their rows by key."""
+    """An open file: the `names` of its tensors, and their rows by key."""
 
     def __init__(self, path: Path, about: Manifest | None):
         self.path = path
@@ -151,7 +152,7 @@ class _Rows:
         }
         if about and metadata.get("hash", about.hash) != about.hash:
             raise UserError(
-                f"{path} was made by another encoder ({metadata['hash']}) than its manifest says "
+                f"{path} was made by another encoder ({metadata['hash']}) than its manifest names "
                 f"({about.hash}): remove it, then {COMMAND}"
             )
         for name in self.names:
@@ -185,7 +186,7 @@ class _Rows:
 
 
 def _count(length: int, offsets: Tensor | None) -> int:
-    """Of how many rows a tensor of this length consists; -1 if the offsets are not of it."""
+    """Count the rows of a tensor of this length; -1 if the offsets do not fit it."""
     if offsets is None:
         return length
     rising = len(offsets) > 0 and bool((offsets.diff() >= 0).all())
@@ -199,11 +200,11 @@ def write_embeddings(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes the rows of a shard, whole or not at all.
+    """Write the rows of a shard atomically.
 
     Args:
-        tensors: [rows, ...] each; where there are `offsets` of a tensor, the rows that they cut.
-        metadata: what made them: the `hash` of the encoder.
+        tensors: [rows, ...] each; with `.offsets`, concatenated rows.
+        metadata: the `hash` of the encoder.
     """
     counts = {
         _count(len(tensor), tensors.get(name + OFFSETS))
@@ -215,13 +216,13 @@ def write_embeddings(
     rows = {name: tensor.contiguous() for name, tensor in tensors.items()}
     about = {**metadata, "keys": json.dumps(list(keys))}
     path = folder / f"{shard}.safetensors"
-    write_atomically(path, lambda beside: save_file(rows, beside, about))
+    write_atomically(path, lambda partial: save_file(rows, partial, about))
 
 
 def padded(
     states: Sequence[Float[Tensor, "_ w"]],
 ) -> dict[str, Float[Tensor, "b n w"] | Bool[Tensor, "b n"]]:
-    """`text` and `text_mask` of a batch: states of unequal length, padded to the longest."""
+    """Return `text` and `text_mask` of a batch: states padded to the longest."""
     lengths = torch.tensor([len(s) for s in states])
     text = pad_sequence(list(states), batch_first=True)
     return {"text": text, "text_mask": torch.arange(text.shape[1]) < lengths[:, None]}

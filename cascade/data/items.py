@@ -1,11 +1,11 @@
-"""From a sample, wherever it was read, to the item that training is given.
+"""Turns a sample, from a file or a stream, into the item that training gets.
 
-What is drawn of it, the crop and the caption, follows from the number under which it comes.
+The random choices, crop and caption, are functions of the seed and the sample number.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,16 +14,19 @@ from cascade.data.embeddings import Embeddings
 from cascade.data.transforms import BadSample, Pictures, decode
 from cascade.draws import generator
 from cascade.errors import UserError
-from cascade.texts import BadText, encodable, lines
-from cascade.texts import decoded as text_of
+from cascade.formats.texts import BadText, encodable, lines
+from cascade.formats.texts import decoded as text_of
 
-SEVERAL = (None, "first", "drawn", "all")  # which captions of a list, or of the lines of a `txt`
+SEVERAL = (None, "first", "drawn", "all")  # which captions of a list, or lines of a `txt`, to use
 
 CHOOSE = "choose +data.several=first, drawn or all"
 
-IDLE = np.random.default_rng(0)  # where nothing is drawn: to make a stream takes a while
+MAX_BAD_IN_A_ROW = 1000  # bad samples after which the search for a good one is given up
 
-# EXIF's numbers of the orientations, as img2dataset writes them: in exifread's words.
+# Passed where nothing is drawn: creating a generator is slow, and this happens for each sample.
+UNUSED = np.random.default_rng(0)
+
+# EXIF's orientation numbers by exifread's names, which img2dataset writes.
 _ORIENTATIONS = {
     "Horizontal (normal)": 1,
     "Mirrored horizontal": 2,
@@ -36,9 +39,17 @@ _ORIENTATIONS = {
 }
 
 
+class Skip(NamedTuple):
+    """A bad sample ("shard/key") that was skipped in favour of the next one for number `sample`."""
+
+    sample: int
+    key: str
+    reason: str
+
+
 @runtime_checkable
 class Sample(Protocol):
-    """A key of a shard, and the members of that name."""
+    """A key of a shard, and its members (files)."""
 
     @property
     def shard(self) -> str: ...
@@ -47,12 +58,12 @@ class Sample(Protocol):
     def key(self) -> str: ...
 
     def read(self, member: str) -> bytes:
-        """The bytes of "picture", "txt" or "json", b"" if there is none. May raise BadSample."""
+        """Return the bytes of "picture", "txt" or "json", b"" if absent. May raise BadSample."""
         ...
 
 
 class Items:
-    """Makes items; for the arguments see `Shards`."""
+    """Makes items from samples; `Shards` documents the arguments."""
 
     def __init__(
         self,
@@ -64,7 +75,7 @@ class Items:
         several: str | None = None,
     ):
         if several not in SEVERAL:
-            raise UserError(f"data.several={several}: choose first, drawn or all, or leave it out")
+            raise UserError(f"data.several={several}: choose first, drawn or all, or omit it")
         self.pictures, self.json_fields, self.seed = pictures, tuple(json_fields), seed
         self.several = several
         self.captions = {f: p for f, p in (captions or {"txt": 1.0}).items() if p > 0}
@@ -76,13 +87,13 @@ class Items:
         n: int,
         decoded: Callable[[], UInt8[np.ndarray, "s s 3"]] | None = None,
     ) -> dict[str, Any]:
-        """A sample as number n shows it.
+        """Make the item of a sample under number n, which determines its crop and caption.
 
         Args:
-            decoded: gives its picture, where it need not be decoded.
+            decoded: returns its picture from a cache; None: decode it.
 
         Raises:
-            BadSample: it cannot be used.
+            BadSample: the sample cannot be used.
         """
         field, caption = self._drawn(captions_of(sample, self.captions, self.several), n)
         key = sample.key
@@ -93,18 +104,20 @@ class Items:
         if self.pictures.sizes:
             picture = decoded() if decoded else self.decoded(sample)
             drawn = self.pictures.crop or self.pictures.degrade
-            item |= self.pictures.views(picture, generator(self.seed, "crop", n) if drawn else IDLE)
+            item |= self.pictures.views(
+                picture, generator(self.seed, "crop", n) if drawn else UNUSED
+            )
         for store in self.embeddings:
             item |= store.row(sample.shard, key, field)
         return item
 
     def decoded(self, sample: Sample) -> UInt8[np.ndarray, "s s 3"]:
-        """Its picture at the largest size. Raises BadSample."""
+        """Decode the sample's picture at the largest size. Raises BadSample."""
         return picture_of(sample, self.pictures.largest)
 
     def _drawn(self, texts: Mapping[str, Sequence[str]], n: int) -> tuple[str, str]:
-        """A field, by its rate, and one of its captions, each as often."""
-        fields, rng = list(texts), generator(self.seed, "caption", n) if _choice(texts) else IDLE
+        """Draw a caption field by its rate, then one of its captions uniformly."""
+        fields, rng = list(texts), generator(self.seed, "caption", n) if _choice(texts) else UNUSED
         if len(fields) > 1:
             p = np.array([self.captions[field] for field in fields])
             fields = [fields[rng.choice(len(p), p=p / p.sum())]]
@@ -113,21 +126,21 @@ class Items:
 
 
 def picture_of(sample: Sample, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """The picture of a sample as `decode` gives it, turned as its JSON says if it does not itself.
+    """Decode a sample's picture, rotated by its own EXIF orientation or else by that in its JSON.
 
-    (img2dataset writes pictures as they are stored, and the camera's orientation into the JSON.)
+    (img2dataset stores pictures unrotated, and the camera's orientation in the JSON.)
     Raises BadSample.
     """
     data = sample.read("picture")
     try:
         fields = sample.read("json")
-    except BadSample:  # whoever asks for a caption of it is told so
+    except BadSample:  # reported where a caption is read from the JSON
         fields = b""
     return decode(data, size, stated=stated_orientation(fields))
 
 
 def stated_orientation(fields: bytes) -> int | None:
-    """EXIF's number of an orientation in the `exif` of img2dataset's JSON, if there is one."""
+    """Return EXIF's orientation number from the `exif` of img2dataset's JSON, if there is one."""
     if b'"exif"' not in fields or b"Image Orientation" not in fields:
         return None
     try:
@@ -143,15 +156,15 @@ def _choice(texts: Mapping[str, Sequence[str]]) -> bool:
 def captions_of(
     sample: Sample, captions: Iterable[str], several: str | None = None
 ) -> dict[str, list[str]]:
-    """The captions that a sample has, by field, of "txt" and fields of the JSON.
+    """Return the captions of a sample by field: "txt", or a field of its JSON.
 
     Args:
-        several: which captions of a list in the JSON, or of the lines of a `txt`: "first", "all"
-            (as one), or "drawn", for which alone a field has more than one here. None: a `txt` is
-            one caption, whatever lines it has, and a list with more than one is none.
+        several: which captions of a list in the JSON, or of the lines of a `txt`, to return:
+            "first", "all" (joined into one), or "drawn" (each of them; the caller draws). None: a
+            `txt` is one caption, however many lines it has, and a longer list is ignored.
 
     Raises:
-        BadSample: it has none, a text of unknown encoding, or a broken JSON.
+        BadSample: no caption, a text of unknown encoding, or broken JSON.
     """
     values: dict[str, Any] = dict.fromkeys(captions)
     if values.keys() - {"txt"}:
@@ -186,10 +199,10 @@ def _text(sample: Sample, member: str, what: str) -> str:
 
 
 def fields_of(sample: Sample) -> dict[str, Any]:
-    """The JSON of a sample, empty if it has none.
+    """Return the JSON of a sample, {} if it has none.
 
     Raises:
-        BadSample: it is broken, or cannot be read.
+        BadSample: the JSON is broken or cannot be read.
     """
     try:
         fields = json.loads(_text(sample, "json", "JSON") or "{}")

@@ -1,11 +1,12 @@
 """The order of samples: a pure function of (seed, epoch), shuffled within blocks of tars.
 
-Sample n is place n mod N of epoch n div N. Each epoch deals the tars anew into blocks of `block`,
-and the samples of a block come in random order before those of the next, so that few tars are open
-at a time. Neither ranks nor workers nor the batch have a part in it.
+Sample n is at place n mod N of epoch n div N. Each epoch redistributes the tars over blocks of
+`block` tars, and reads the samples of one block in random order before those of the next, so that
+few tars are open at a time. The order depends on neither ranks nor workers nor batch size.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 import numpy as np
 from jaxtyping import Int64
@@ -13,14 +14,29 @@ from jaxtyping import Int64
 from cascade.draws import generator
 
 
+def sample_numbers(
+    batch: int, rank: int = 0, world: int = 1, start: int = 0, batches: int | None = None
+) -> Iterator[list[int]]:
+    """Yield the sample numbers of each batch of a rank.
+
+    Batch k begins at start + (k world + rank) batch.
+
+    So the k-th batches of all ranks together cover one contiguous range of sample numbers, the same
+    one for any number of ranks. With `batches=None` they never end.
+    """
+    for k in count() if batches is None else range(batches):
+        first = start + (k * world + rank) * batch
+        yield list(range(first, first + batch))
+
+
 class Order:
-    """Which sample comes when.
+    """Maps sample numbers to places in tars.
 
     Args:
-        counts: of the samples of each tar.
+        counts: the number of samples in each tar.
         seed: of the permutations.
         block: how many tars are shuffled together.
-        shuffle: whether there is an order of each epoch's own; otherwise that of the tars.
+        shuffle: whether each epoch has its own random order; False keeps the order of the tars.
     """
 
     def __init__(self, counts: Sequence[int], seed: int, block: int, shuffle: bool):
@@ -37,7 +53,10 @@ class Order:
         return int(self.counts.sum())
 
     def places(self, n: int) -> Iterator[tuple[int, int]]:
-        """(tar, place in it) of sample n, then of those to take if it is bad, its block's once."""
+        """Yield (tar, place in it) of sample n, then the replacements to try if it is bad.
+
+        Replacements are the samples that follow in the same block, wrapping around, each once.
+        """
         epoch, place = divmod(n, len(self))
         dealt, ends = self._dealt(epoch)
         b = int(np.searchsorted(ends, place, side="right"))
@@ -49,12 +68,12 @@ class Order:
             yield int(dealt[b][t]), at - int(starts[t])
 
     def _dealt(self, epoch: int) -> tuple[list[Int64[np.ndarray, " t"]], Int64[np.ndarray, " b"]]:
-        """The tars of each block, and where in the epoch it ends."""
+        """Return the tars of each block, and the place in the epoch where it ends."""
         if self._epoch is None or self._epoch[0] != epoch:
             tars = np.arange(len(self.counts))
             if self.shuffle and self.blocks > 1:
                 tars = generator(self.seed, "shards", epoch).permutation(tars)
-            # Within a block in their own order: a folder of one block needs no dealing.
+            # Sorted within a block, which is why a single block needs no permutation above.
             dealt = [np.sort(tars[i : i + self.block]) for i in range(0, len(tars), self.block)]
             ends = np.cumsum([self.counts[block].sum() for block in dealt])
             self._epoch = epoch, dealt, ends
@@ -63,7 +82,7 @@ class Order:
     def _shuffled(
         self, epoch: int, b: int
     ) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " t"]]:
-        """The order of a block's samples, and with which of them each of its tars starts."""
+        """Return the order of a block's samples, and the index at which each of its tars starts."""
         number = epoch * self.blocks + b
         if self._block is None or self._block[0] != number:
             counts = self.counts[self._dealt(epoch)[0][b]]

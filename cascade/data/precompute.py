@@ -1,9 +1,9 @@
-"""Rows of a frozen encoder for every sample of a folder of shards, a file for each shard.
+"""Encodes every sample of a folder of shards with a frozen encoder, into one file per shard.
 
-Any number of processes, on any machines, may do the same work on the same folder: each shard is
-made by whoever claims it first, and a shard whose maker died by the next one. What a file holds is
-what training would have made of the same sample: the whole centre square, the caption as it is
-drawn, and no more of it than the encoder reads.
+Any number of processes, on any machines, may share the work on a folder: each shard is encoded by
+the first to lock it, and the shards of a process that died by others. A file holds what training
+would have computed for the same samples: from the whole centre square, and from captions as
+training draws them, truncated to what the encoder reads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,22 +15,21 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cascade.data.claims import Claims
-from cascade.data.corpus import OpenTar, Placed
-from cascade.data.dataset import read_dataset
 from cascade.data.embeddings import MANIFEST, OFFSETS, Manifest, read_manifest, write_embeddings
-from cascade.data.index import scan
-from cascade.data.items import IDLE, captions_of, picture_of
-from cascade.data.keys import FIRST_DOT
-from cascade.data.rgb import suspicious, warn_of_white
-from cascade.data.tar import tars_of
+from cascade.data.items import UNUSED, captions_of, picture_of
+from cascade.data.tars.corpus import OpenTar, Placed
+from cascade.data.tars.dataset import read_dataset
+from cascade.data.tars.index import scan
+from cascade.data.tars.keys import FIRST_DOT
+from cascade.data.tars.tar import tars_of
 from cascade.data.transforms import BadSample, Pictures
 from cascade.encoders.clip import FrozenCLIP
-from cascade.encoders.identity import differs
-from cascade.encoders.text import FrozenT5
+from cascade.encoders.identity import Encoder, differs
 from cascade.errors import UserError
+from cascade.files.locks import Claims
+from cascade.formats.rgb import suspicious, warn_of_white
 
-Rows = Callable[[Path], tuple[list[str], dict[str, Tensor]]]  # of a tar: keys, tensors by name
+Rows = Callable[[Path], tuple[list[str], dict[str, Tensor]]]  # tar -> keys, tensors by name
 
 BATCH = 64
 
@@ -42,27 +41,28 @@ def precompute(
     rows: Rows,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes the rows of every shard into a folder; returns when all are there.
+    """Write the rows of every shard into a folder; return when all are there.
 
-    What others are at is passed over, and waited for at the end: they may die.
+    Shards that other processes are encoding are left for last, and encoded here if those die.
 
     Args:
+        rows: encodes a tar.
         progress: called with (shards done, shards in all).
 
     Raises:
-        UserError: `data` holds no tars, or `out` the rows of another encoder, or it cannot be
+        UserError: `data` holds no tars, or `out` holds the rows of another encoder or cannot be
             written to.
     """
     tars = tars_of(data)
     if not tars:
         raise UserError(f"{data} holds no .tar shards")
     if read_manifest(out) and all((out / f"{tar.stem}.safetensors").exists() for tar in tars):
-        _agree(out, about)  # nothing is written, so that the place may be read-only
+        _check_manifest(out, about)  # without writing: the folder may be read-only
         return
     try:
         with Claims(out) as claims:
             with claims.held(MANIFEST, wait=True):
-                _agree(out, about)
+                _check_manifest(out, about)
             _share(tars, out, about, rows, claims, progress or (lambda *_: None))
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to {out}: {error}") from error
@@ -88,12 +88,13 @@ def _share(
                     progress(len(tars) - len(left), len(tars))
 
 
-def _agree(out: Path, about: Manifest) -> None:
+def _check_manifest(out: Path, about: Manifest) -> None:
+    """Write the manifest, or raise UserError if the folder has a different one."""
     before = read_manifest(out)
     if before is None:
         about.write(out)
         return
-    ours = replace(about, encoder=before.encoder)  # the same weights may lie elsewhere
+    ours = replace(about, encoder=before.encoder)  # the same weights may be at another path
     for field in fields(Manifest):
         theirs, own = getattr(before, field.name), getattr(ours, field.name)
         if theirs != own:
@@ -105,26 +106,26 @@ def _agree(out: Path, about: Manifest) -> None:
 
 def _make(tar: Path, out: Path, about: Manifest, rows: Rows) -> None:
     path = out / f"{tar.stem}.safetensors"
-    if path.exists():  # another made it, before it let go of its claim
+    if path.exists():  # another process wrote it, and then released the lock
         return
-    for half in out.glob(".*"):
-        if half.name.startswith(f".{path.name}."):  # left by one that was killed
-            half.unlink(missing_ok=True)
+    for partial in out.glob(".*"):
+        if partial.name.startswith(f".{path.name}."):  # left by a process that was killed
+            partial.unlink(missing_ok=True)
     keys, tensors = rows(tar)
     write_embeddings(out, tar.stem, keys, tensors, {"hash": about.hash})
 
 
 def about_pictures(clip: FrozenCLIP, out: Path | None = None) -> Manifest:
-    """Of the rows that `picture_rows` makes; the folder's name for its encoder stays."""
+    """Return the manifest of `picture_rows`, with the encoder's hash as `out` records it."""
     sizes, kind = {"clip_image": clip.dim}, {"clip_image": "float32"}
-    return Manifest(clip.name, _noted(clip, out), sizes, kind, ["clip_image"])
+    return Manifest(clip.name, _recorded_hash(clip, out), sizes, kind, ["clip_image"])
 
 
-def _noted(encoder: FrozenT5 | FrozenCLIP, out: Path | None) -> str:
-    """The hash by which a folder knows an encoder: one that an earlier version began has another.
+def _recorded_hash(encoder: Encoder, out: Path | None) -> str:
+    """Return an encoder's hash, in the form of an earlier version if that one began the folder.
 
     Raises:
-        UserError: the folder is of the same weights, and perhaps of another encoder.
+        UserError: the folder's encoder has the same weights, but may differ in architecture.
     """
     before = out and read_manifest(out)
     if not before or before.hash not in (encoder.hash, encoder.former.hash):
@@ -138,7 +139,7 @@ def _noted(encoder: FrozenT5 | FrozenCLIP, out: Path | None) -> str:
 def picture_rows(
     tar: Path, clip: FrozenCLIP, captions: Sequence[str], workers: int = 0
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """`clip_image` of each good picture that has one of some captions; warns of white ones."""
+    """Encode `clip_image` of each sample with a picture and a caption; warn of white pictures."""
     keys, rows, white = [], [torch.empty(0, clip.dim)], []
     for samples in _samples(tar, captions, "first", clip.image_size, workers):
         keys += [key for key, _, _ in samples]
@@ -151,30 +152,30 @@ def picture_rows(
 
 
 def about_captions(
-    encoder: FrozenT5 | FrozenCLIP,
+    encoder: Encoder,
     captions: Sequence[str],
     several: str | None = None,
     out: Path | None = None,
 ) -> Manifest:
-    """Of the rows that `caption_rows` makes; the folder's name for its encoder stays."""
+    """Return the manifest of `caption_rows`, with the encoder's hash as `out` records it."""
     unit = sorted(encoder.sizes.keys() & {"clip_text"})
     dtypes = {"text": "bfloat16", **dict.fromkeys(unit, "float32")}
-    length, names, known = encoder.length, list(captions), _noted(encoder, out)
+    length, names, known = encoder.length, list(captions), _recorded_hash(encoder, out)
     return Manifest(encoder.name, known, encoder.sizes, dtypes, unit, names, length, several)
 
 
 @torch.inference_mode()
 def caption_rows(
     tar: Path,
-    encoder: FrozenT5 | FrozenCLIP,
+    encoder: Encoder,
     captions: Sequence[str],
     workers: int = 0,
     several: str | None = None,
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """For each caption field its `text` [n, w] in bfloat16, and a CLIP's `clip_text`.
+    """Encode each caption field: `text` [n, w] in bfloat16, and a CLIP's `clip_text`.
 
-    The states of a whole shard are held in memory. A sample without a caption in some field has an
-    empty row there.
+    Holds the states of a whole shard in memory. A sample without a caption in a field gets an empty
+    row there.
     """
     samples = [s for batch in _samples(tar, captions, several, None, workers) for s in batch]
     tensors = {}
@@ -184,12 +185,12 @@ def caption_rows(
     return [key for key, _, _ in samples], tensors
 
 
-def _encoded(encoder: FrozenT5 | FrozenCLIP, captions: Sequence[str | None]) -> dict[str, Tensor]:
+def _encoded(encoder: Encoder, captions: Sequence[str | None]) -> dict[str, Tensor]:
     sizes = encoder.sizes
     states = [torch.empty(0, sizes["text"], dtype=torch.bfloat16)] * len(captions)
     out = {key: torch.zeros(len(captions), sizes[key]) for key in sizes.keys() - {"text"}}
     there = [i for i, caption in enumerate(captions) if caption]
-    there.sort(key=lambda i: len(captions[i]))  # captions of a length need little padding
+    there.sort(key=lambda i: len(captions[i]))  # equal lengths need little padding
     for start in range(0, len(there), BATCH):
         chosen = there[start : start + BATCH]
         found = encoder({"caption": [captions[i] for i in chosen]})
@@ -204,7 +205,7 @@ def _encoded(encoder: FrozenT5 | FrozenCLIP, captions: Sequence[str | None]) -> 
 
 
 class _Samples(Dataset):
-    """The samples of a tar: key, captions by field, the picture if a size is given; None: bad."""
+    """The samples of a tar: key, captions by field, and picture if a size is given; None if bad."""
 
     def __init__(self, tar: Path, captions: Sequence[str], several: str | None, size: int | None):
         members = {"txt" if field == "txt" else "json" for field in captions}
@@ -220,7 +221,7 @@ class _Samples(Dataset):
         try:
             texts = captions_of(sample, self.captions, self.several)
             largest = self.pictures.largest
-            views = self.pictures.views(picture_of(sample, largest), IDLE) if largest else {}
+            views = self.pictures.views(picture_of(sample, largest), UNUSED) if largest else {}
         except BadSample:
             return None
         firsts = {field: found[0] for field, found in texts.items()}
@@ -235,7 +236,7 @@ def _keys(folder: Path) -> str:
 def _samples(
     tar: Path, captions: Sequence[str], several: str | None, size: int | None, workers: int
 ) -> Iterator[list[tuple[str, dict[str, str], Tensor | None]]]:
-    """The good samples of a tar, some at a time."""
+    """Yield the good samples of a tar, some at a time."""
     samples = _Samples(tar, captions, several, size)
     for batch in DataLoader(samples, BATCH, collate_fn=list, num_workers=workers):
         if good := [sample for sample in batch if sample]:

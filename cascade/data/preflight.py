@@ -1,4 +1,4 @@
-"""What can be known about a configuration's data before a device is taken: seconds, not hours."""
+"""Checks of the training data that take seconds, before a run occupies a device for hours."""
 
 import logging
 import os
@@ -8,100 +8,97 @@ from typing import Any
 
 import numpy as np
 
-from cascade.data.corpus import Placed
-from cascade.data.index import counted
 from cascade.data.items import CHOOSE, Items, fields_of
-from cascade.data.rgb import suspicious, warn_of_white
-from cascade.data.shards import Shards
+from cascade.data.tars.corpus import Corpus, Placed
+from cascade.data.tars.index import counted
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
-from cascade.texts import decoded, lines
+from cascade.formats.rgb import suspicious, warn_of_white
+from cascade.formats.texts import decoded, lines
 
 log = logging.getLogger(__name__)
 
-LOOKS = 32  # samples that are looked at, evenly over the tars
+SAMPLES = 32  # how many samples are read, evenly spaced over the tars
 
 
-def preflight(shards: Shards, batch: int) -> None:
-    """Looks at every tar's rights and at some samples, as training would read them.
+def preflight(corpus: Corpus, make_item: Items, batch: int) -> None:
+    """Check every tar's permissions, and read some samples as training would.
 
-    Pictures among them that are nearly all white are warned of.
-
-    How many workers there are plays no part: each may read any tar.
+    Warns of pictures that are nearly all white.
 
     Args:
-        batch: of all ranks together.
+        batch: global batch size.
 
     Raises:
-        UserError: tars that cannot be read, fewer samples than a batch, over a quarter of those
-            looked at are bad (damaged pictures, no embeddings), or fields that none of them has.
+        UserError: unreadable tars, fewer samples than a batch, over a quarter of the samples read
+            are bad (damaged pictures, no embeddings), or fields that none of them has.
     """
-    closed = [tar for tar in shards.corpus.paths if not os.access(tar, os.R_OK)]
+    closed = [tar for tar in corpus.paths if not os.access(tar, os.R_OK)]
     if closed:
-        raise UserError(f"cannot read {closed[0]} ({len(closed)} such tars): change their rights")
-    if len(shards) < batch:
         raise UserError(
-            f"batch={batch}, but there are {len(shards)} samples: choose a smaller batch, as no "
-            "sample may come twice in one"
+            f"cannot read {closed[0]} ({len(closed)} such tars): change their permissions"
+        )
+    if (total := sum(corpus.counts)) < batch:
+        raise UserError(
+            f"batch={batch}, but there are {total} samples: choose a smaller batch, as no "
+            "sample may occur twice in one"
         )
     reasons: Counter[str] = Counter()
     undecided: Counter[str] = Counter()
     found: set[str] = set()
     white: list[str] = []
-    ends = np.cumsum(shards.corpus.counts)
-    for n in range(looks := min(LOOKS, len(shards))):
-        at = n * len(shards) // looks
+    ends = np.cumsum(corpus.counts)
+    for n in range(read := min(SAMPLES, total)):
+        at = n * total // read
         tar = int(np.searchsorted(ends, at, side="right"))
         try:
-            place = at - int(ends[tar] - shards.corpus.counts[tar])
-            found |= _look(shards, tar, place, undecided, white)
+            sample = Placed(corpus[tar], at - int(ends[tar] - corpus.counts[tar]))
+            found |= _check(sample, make_item, undecided, white)
         except BadSample as reason:
             reasons[str(reason)] += 1
-    warn_of_white(shards.corpus.paths[0].parent, white, looks)
-    if too_many(reasons.total(), looks):
+    warn_of_white(corpus.paths[0].parent, white, read)
+    if too_many(reasons.total(), read):
         raise UserError(
-            f"of {looks} samples looked at {reasons.total()} are bad ({counted(reasons)}): mend "
-            "the shards, or what was precomputed of them"
+            f"of {read} samples that were checked, {reasons.total()} are bad "
+            f"({counted(reasons)}): repair the shards, or precompute their embeddings again"
         )
     for what, number in undecided.items():
-        log.warning("%d of %d samples looked at have %s: %s", number, looks, what, CHOOSE)
-    if missing := sorted({*shards.make_item.captions, *shards.make_item.json_fields} - found):
+        log.warning("%d of %d samples that were checked have %s: %s", number, read, what, CHOOSE)
+    if missing := sorted({*make_item.captions, *make_item.json_fields} - found):
         raise UserError(
-            f"none of {looks} samples looked at has {missing[0]}, but {', '.join(sorted(found))}: "
-            "set data.captions and data.json_fields to what there is"
+            f"none of {read} samples that were checked has {missing[0]}, but "
+            f"{', '.join(sorted(found))}: set data.captions and data.json_fields to existing fields"
         )
 
 
-def too_many(bad: int, looks: int) -> bool:
-    """Whether no training begins where so many samples are bad, of those looked at."""
-    return 4 * bad > looks
+def too_many(bad: int, checked: int) -> bool:
+    """Return whether too many of the checked samples are bad to start training: over a quarter."""
+    return 4 * bad > checked
 
 
-def _look(
-    shards: Shards, tar: int, place: int, undecided: Counter[str], white: list[str]
-) -> set[str]:
-    """Reads a sample as training would. Returns the names of its fields, and "txt".
+def _check(sample: Placed, make_item: Items, undecided: Counter[str], white: list[str]) -> set[str]:
+    """Read a sample as training would. Returns the names of its JSON's fields, and "txt".
 
-    Adds to `undecided` what it has several captions in, and to `white` its name if its picture is
-    suspicious.
+    Counts fields with several captions in `undecided`, and adds suspiciously white pictures to
+    `white`.
     """
-    shards.item(tar, place, 0)
-    sample, reads = Placed(shards.corpus[tar], place), shards.make_item
-    if reads.pictures.sizes and suspicious(reads.decoded(sample)):
+    make_item(sample, 0)
+    if make_item.pictures.sizes and suspicious(make_item.decoded(sample)):
         white.append(f"{sample.shard}/{sample.key}")
-    fields = fields_of(sample) if {*reads.captions, *reads.json_fields} - {"txt"} else {}
-    undecided.update(several(sample, fields, reads))
+    wanted = {*make_item.captions, *make_item.json_fields} - {"txt"}
+    fields = fields_of(sample) if wanted else {}
+    undecided.update(several(sample, fields, make_item))
     there = {name for name, value in fields.items() if value is not None}
     return there | ({"txt"} if sample.read("txt") else set())
 
 
-def several(sample: Placed, fields: Mapping[str, Any], reads: Items) -> Iterator[str]:
-    """Where a sample has several captions, and nobody said which to take, in words."""
-    if reads.several is not None:
+def several(sample: Placed, fields: Mapping[str, Any], make_item: Items) -> Iterator[str]:
+    """Describe the caption fields with several captions, if `data.several` does not say which."""
+    if make_item.several is not None:
         return
-    for name in reads.captions:
+    for name in make_item.captions:
         if isinstance(value := fields.get(name), list) and len(value) > 1:
-            yield f"a list of captions in {name}, which is passed over"
-    text = decoded(sample.read("txt")) if "txt" in reads.captions else ""
+            yield f"a list of captions in {name}, which is ignored"
+    text = decoded(sample.read("txt")) if "txt" in make_item.captions else ""
     if sum(bool(line.strip()) for line in lines(text)) > 1:
-        yield "several lines in their txt, which are taken for one caption"
+        yield "several lines in their txt, which are used as one caption"

@@ -1,79 +1,71 @@
-"""Training samples from WebDataset tars: the sample number alone says what is read.
+"""Training samples from WebDataset tars on disk, indexed by sample number.
 
-Neither batch, rank nor the number of workers has a part in it, so that a run that goes on needs one
-integer. What is joined to a sample is joined by (shard, key), never by row. A bad sample is
-replaced by the next good one of its block, and named. Nothing here unpickles: shards yield bytes,
-JSON and safetensors.
+The sample number alone determines what is read: batch size, ranks and workers play no part, so that
+resuming a run needs one integer. Embeddings are joined by (shard, key), never by row. A bad sample
+is replaced by the next good one of its block and reported. Nothing here unpickles: shards contain
+pictures, text, JSON and safetensors.
 """
 
 import logging
 import mmap
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
-from itertools import count, islice
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int64, UInt8
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
-from cascade.conditioning import Batch
-from cascade.data.corpus import Corpus, Placed
-from cascade.data.embeddings import Embeddings, padded
-from cascade.data.index import counted
-from cascade.data.items import Items
+from cascade.data.embeddings import Embeddings
+from cascade.data.items import MAX_BAD_IN_A_ROW, Items, Skip
 from cascade.data.order import Order
-from cascade.data.tar import Paths
+from cascade.data.preflight import preflight
+from cascade.data.tars.corpus import Corpus, Placed
+from cascade.data.tars.index import counted
+from cascade.data.tars.tar import Paths
 from cascade.data.transforms import BadSample, Pictures
 from cascade.errors import UserError
 
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 2 * 2**30
-PATIENCE = 1000  # bad samples in a row, and nobody waits for a good one
-
-
-class Skip(NamedTuple):
-    """A bad sample ("shard/key") that was met on the way to the item of number `sample`."""
-
-    sample: int
-    key: str
-    reason: str
 
 
 class Shards(Dataset):
     """The samples of a folder of shards, indexed by sample number n = 0, 1, 2, ... without end.
 
-    An item has `sample`, `key` ("shard/key"), `caption`, the `image_{size}` of `pictures`, the
-    rows of `embeddings`, the `json_fields`, and `skipped`: the bad samples in whose place it
-    stands. The attribute `skipped` counts those that were never in the order.
+    These are `Samples`. An item has `sample`, `key` ("shard/key"), `caption`, the `image_{size}` of
+    `pictures`, the rows of `embeddings`, the `json_fields`, and `skipped`: the bad samples that it
+    replaces.
 
     Args:
         path: a folder, a glob, or a list of tars.
-        pictures: which sizes, and which crop.
+        pictures: sizes, crop and degradation.
         split, keys, hold_out: see `Corpus`.
-        captions: caption fields, "txt" or a field of the JSON, and how often each is taken. A
-            sample that lacks some of them is captioned by the others. None: the `txt`.
+        captions: the rate at which each caption field ("txt", or a field of the JSON) is used. A
+            sample that lacks some fields draws from the others. None: the `txt`.
         seed: of the order, the crops and the captions.
-        shuffle: whether each epoch has an order of its own; otherwise that of the tars.
-        block: how many tars are shuffled together, and open at a time.
-        embeddings: precomputed folders; their names are there for a configuration to override.
-        json_fields: what else of the JSON the items carry, as it is; None where it is missing.
-        cache: whether to keep the decoded pictures in memory, if all fit into `CACHE_BYTES`;
-            forked workers share them.
-        max_skip_fraction: of all samples, how many may be left out, and in training be bad.
-        several: of a list of captions in the JSON, or of several lines of a `txt`: "first", "drawn"
-            (one for each sample number), or "all" as one. None: a `txt` is one caption, whatever
-            lines it has, and a list is none.
+        shuffle: whether each epoch has its own random order; False keeps the order of the tars.
+        block: how many tars are shuffled together, and are open at a time.
+        embeddings: precomputed folders, by name so that a configuration can override one.
+        json_fields: further fields of the JSON to copy into the items; None where missing.
+        cache: keep the decoded pictures in memory, shared by forked workers, if all of them fit
+            into `CACHE_BYTES`.
+        max_skip_fraction: the greatest fraction of samples that may be left out of the order, and
+            that may turn out bad in training.
+        several: which captions of a list in the JSON, or of several lines of a `txt`, are used:
+            "first", "drawn" (one for each sample number), or "all" joined into one. None: a `txt`
+            is one caption, however many lines it has, and a list is ignored.
+
+    Attributes:
+        skipped: how many samples were left out of the order, by reason.
 
     Raises:
-        UserError: no tars, no usable sample in them, too many left out, tars that are not as they
-            were indexed, or embeddings that lack a tar.
+        UserError: no tars, no usable sample in them, too many left out, tars that changed since
+            they were indexed, or embeddings that lack a tar.
     """
 
     def __init__(
@@ -99,6 +91,7 @@ class Shards(Dataset):
         if block < 1:
             raise UserError(f"data.block={block}: shuffle at least 1 tar at a time")
         self.corpus = Corpus(path, split, members, block, keys, hold_out)
+        self.held_out = self.corpus.share
         self.order = Order(self.corpus.counts, seed, block, shuffle)
         self.skipped = self.corpus.left_out
         self._check_left_out(path)
@@ -112,16 +105,20 @@ class Shards(Dataset):
         if left_out > max(1, share * whole):
             raise UserError(
                 f"{path}: {left_out} of {whole} samples are left out ({self.corpus.lost}), over "
-                f"{share:.1%}: mend the shards, or allow more with +data.max_skip_fraction=..."
+                f"{share:.1%}: repair the shards, or allow more with +data.max_skip_fraction=..."
             )
 
     def __len__(self) -> int:
-        """Samples in an epoch."""
+        """Return the number of samples in an epoch."""
         return len(self.order)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return len(self)
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         skipped = []
-        for tar, place in islice(self.order.places(n), PATIENCE):
+        for tar, place in islice(self.order.places(n), MAX_BAD_IN_A_ROW):
             try:
                 return {**self.item(tar, place, n), "skipped": skipped}
             except BadSample as reason:
@@ -130,134 +127,58 @@ class Shards(Dataset):
         reasons = counted(Counter(skip.reason for skip in skipped))
         raise UserError(f"all samples are bad from {skipped[0].key} on ({reasons}): check them")
 
-    def showing(self, sizes: Sequence[int]) -> "Shards":
-        """The same samples with whole pictures of other sizes."""
+    def items(
+        self, numbers: Iterable[int], part: int = 0, parts: int = 1, start: int = 0
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the item of each sample number, whichever process asks for it."""
+        return map(self.__getitem__, numbers)
+
+    def preview(self, count: int, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Yield `count` evenly spaced items of the first epoch, with whole pictures of `sizes`."""
         other = copy(self)
         other.make_item, other._cache = copy(self.make_item), None
         other.make_item.pictures = Pictures(tuple(sizes))
-        return other
+        return (other[n * len(self) // count] for n in range(count))
+
+    def check(self, batch: int) -> None:
+        """Check the tars' permissions and read some samples (`preflight`). Raises UserError."""
+        preflight(self.corpus, self.make_item, batch)
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what identifies the tars and, with the seed, their order."""
+        corpus = self.corpus
+        return {"shards": corpus.fingerprint, "content": corpus.identity, "held_out": corpus.share}
 
     def item(self, tar: int, place: int, n: int) -> dict[str, Any]:
-        """A sample of the corpus as number n shows it. Raises BadSample if it cannot be used."""
+        """Return a sample of the corpus under number n. Raises BadSample if it cannot be used."""
         sample = Placed(self.corpus[tar], place)
-        at_hand = None if self._cache is None else partial(self._picture, tar, sample)
-        return self.make_item(sample, n, at_hand)
+        cached = None if self._cache is None else partial(self._picture, tar, sample)
+        return self.make_item(sample, n, cached)
 
     def _picture(self, tar: int, sample: Placed) -> UInt8[np.ndarray, "s s 3"]:
         pixels, filled, starts = self._cache
         at = starts[tar] + sample.place
         if not filled[at]:
             pixels[at] = self.make_item.decoded(sample)
-            filled[at] = True  # last, as another worker may be looking
+            filled[at] = True  # last: another worker may read the cache at the same time
         return pixels[at]
 
 
 def _cache(
     counts: Sequence[int], size: int
 ) -> tuple[UInt8[np.ndarray, "n s s 3"], Bool[np.ndarray, " n"], Int64[np.ndarray, " t"]] | None:
-    """Room for all pictures, whether each is there yet, and where those of each tar start.
+    """Allocate the cache: pixels, whether each picture is filled in, and each tar's first index.
 
-    None if there are none to keep, or too many.
+    None if the items have no pictures, or too many to keep.
     """
     n = sum(counts)
     room = n * size * size * 3
     if room > CACHE_BYTES:
-        log.warning("cache: %d pictures of %d px take %.1f GiB; not kept", n, size, room / 2**30)
+        log.warning("cache: %d pictures of %d px need %.1f GiB; off", n, size, room / 2**30)
         return None
     if not room:
         return None
-    # Anonymous and shared: forked workers fill one cache between them.
+    # Anonymous shared memory: forked workers fill and read one cache together.
     pixels = np.frombuffer(mmap.mmap(-1, room), np.uint8).reshape(n, size, size, 3)
     filled = np.frombuffer(mmap.mmap(-1, n), np.bool_)
     return pixels, filled, np.cumsum([0, *counts[:-1]], dtype=np.int64)
-
-
-def collate(items: Sequence[dict[str, Any]]) -> Batch:
-    """Tensors stacked, `sample` an int64 tensor, `skipped` one list, the rest lists of values.
-
-    `text` may be longer in one item than in another: it is padded, and `text_mask` joins it.
-    """
-    batch = {}
-    for key, first in items[0].items():
-        values = [item[key] for item in items]
-        if not isinstance(first, Tensor):
-            batch[key] = values
-        elif key == "text":
-            batch |= padded(values)
-        else:
-            batch[key] = torch.stack(values)
-    batch["sample"] = torch.tensor(batch["sample"])
-    batch["skipped"] = [skip for skipped in batch["skipped"] for skip in skipped]
-    return batch
-
-
-def put_rows(whole: dict[str, Tensor], part: Mapping[str, Tensor], start: int, count: int) -> None:
-    """Puts rows into tensors of `count` rows, made on first use: no picture is held twice."""
-    for key, rows in part.items():
-        if key not in whole:
-            whole[key] = rows.new_empty((count, *rows.shape[1:]))
-        whole[key][start : start + len(rows)] = rows
-
-
-class SampleNumbers(Sampler[list[int]]):
-    """The batches of a rank: batch k has the numbers start + (k world + rank) batch + 0, 1, ...
-
-    So the k-th batches of all ranks together are one block of the same global order for any world
-    size. `batches=None`: without end, and without a length.
-    """
-
-    def __init__(
-        self, batch: int, rank: int = 0, world: int = 1, start: int = 0, batches: int | None = None
-    ):
-        self.batch, self.batches = batch, batches
-        self.first, self.stride = start + rank * batch, world * batch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for k in count() if self.batches is None else range(self.batches):
-            first = self.first + k * self.stride
-            yield list(range(first, first + self.batch))
-
-    def __len__(self) -> int:
-        if self.batches is None:
-            raise TypeError("endless")
-        return self.batches
-
-
-class Loader(DataLoader):
-    """A DataLoader that counts the seconds that its batches were waited for, in `waited`."""
-
-    waited = 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self._counted(super().__iter__())
-
-    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            begun = time.monotonic()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            finally:
-                self.waited += time.monotonic() - begun
-            yield batch
-
-
-def loader(
-    shards: Shards,
-    batch: int,
-    rank: int = 0,
-    world: int = 1,
-    start: int = 0,
-    batches: int | None = None,
-    workers: int = 0,
-) -> Loader:
-    """Collated batches of `batch` samples for one rank, from global sample number `start` on."""
-    return Loader(
-        shards,
-        batch_sampler=SampleNumbers(batch, rank, world, start, batches),
-        collate_fn=collate,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )

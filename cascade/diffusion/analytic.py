@@ -1,8 +1,8 @@
-"""Analytic-DPM's variance (2201.06503): optimal for a trained network, and not trained.
+"""Analytic-DPM (2201.06503): the optimal variance of a trained network's reverse process.
 
-The variance of x0 given x_t, a mean over dimensions and data, is sigma^2 / alpha^2 (1 - ms_eps),
-where ms_eps is the mean square of eps_hat. A function of the noise level alone, it is measured on
-training samples when training has finished. unCLIP's prior is sampled with it (appendix C).
+Averaged over dimensions and data, the variance of x0 given x_t is sigma^2 / alpha^2 (1 - ms_eps),
+where ms_eps is the mean square of eps_hat (theorem 1). It depends on the noise level alone and is
+measured on training samples after training. unCLIP samples its prior with it (appendix C).
 """
 
 from collections.abc import Iterable
@@ -20,21 +20,28 @@ from cascade.diffusion.noise import Noise, Schedule, alpha_sigma, table, table_i
 def x0_variance(
     unexplained: Float[Tensor, "*b"], logsnr: Float[Tensor, "*b"]
 ) -> Float[Tensor, "*b"]:
-    """Of x0 given x_t, from 1 - ms_eps; at most 1, the greatest variance of numbers in [-1, 1]."""
+    """Variance of x0 given x_t, from 1 - ms_eps.
+
+    Clamped to at most 1, the greatest variance that numbers in [-1, 1] can have.
+    """
     return ((-logsnr).exp() * unexplained).clamp(0, 1)
 
 
 class AnalyticVariance(nn.Module):
-    """A `Process`: another one, whose denoiser tells the variance of x0 too.
+    """Wraps a `Process` so that its denoiser returns the variance of x0 as well.
 
-    A module, so that what is measured is saved with the stage's weights: log((1 - ms_eps) / ms_eps)
-    at levels even in u, between which it is interpolated. That is linear in logsnr on Gaussian
-    data. Before `measure` the variance is 0, and the process is the one inside.
+    It is a module, so that the measurement is saved with the stage's weights:
+    log((1 - ms_eps) / ms_eps) at levels even in u, with linear interpolation in between, since on
+    Gaussian data it is linear in logsnr. Until `measure` is called the variance is 0, and sampling
+    equals that of the wrapped process.
 
     Args:
-        process: trained as it is.
-        levels: at which ms_eps is measured.
+        process: the wrapped process, whose training does not change.
+        levels: number of noise levels at which ms_eps is measured.
     """
+
+    process: Process
+    log_odds: Tensor
 
     def __init__(self, process: Process, levels: int = 64):
         super().__init__()
@@ -53,7 +60,7 @@ class AnalyticVariance(nn.Module):
     def denoise(
         self, net: Net, x_t: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""], cond: Any
     ) -> Denoised:
-        """As the process inside, and `var`."""
+        """Denoises as the wrapped process does, and adds `var`."""
         denoised = self.process.denoise(net, x_t, logsnr, cond)
         place = table_index(logsnr, table(self.schedule, len(self.log_odds)))
         left, right = self.log_odds[place.floor().long()], self.log_odds[place.ceil().long()]
@@ -65,23 +72,24 @@ class AnalyticVariance(nn.Module):
     def measure(
         self, net: Net, examples: Iterable[tuple[Tensor, Any, Noise]], rounds: int = 2
     ) -> None:
-        """Measures the trained network, with `rounds` batches at each level.
+        """Measures the trained network on `rounds` batches at each level.
 
-        For a conditional mean, 1 - ms_eps is the mean square of eps - eps_hat, which is measured
-        instead: where it is small the difference drowns in noise.
+        If eps_hat is the conditional mean, 1 - ms_eps equals the mean square of eps - eps_hat. That
+        is measured instead, because 1 - ms_eps is lost in sampling noise where it is small.
 
         Args:
-            examples: x0 [b, ...], condition and noise of one batch after another, as many as asked.
+            examples: x0 [b, ...], condition and noise of successive batches; as many are taken as
+                needed.
         """
         count = len(self.log_odds)
         levels = table(self.schedule, count)
-        missed, said = torch.zeros(2, count, dtype=torch.float64)
+        residual, predicted = torch.zeros(2, count, dtype=torch.float64)
         for k, (x0, cond, noise) in enumerate(islice(examples, rounds * count)):
             logsnr = levels[k % count]
             alpha, sigma = alpha_sigma(logsnr)
             eps = noise(tuple(x0.shape)).to(x0)
             x0_hat = self.process.denoise(net, alpha * x0 + sigma * eps, logsnr, cond).x0
             error = alpha / sigma * (x0_hat - x0)  # eps - eps_hat
-            missed[k % count] += error.square().mean().cpu()
-            said[k % count] += (eps - error).square().mean().cpu()
-        self.log_odds.copy_((missed / said).log().clamp(-1e4, 1e4))
+            residual[k % count] += error.square().mean().cpu()
+            predicted[k % count] += (eps - error).square().mean().cpu()
+        self.log_odds.copy_((residual / predicted).log().clamp(-1e4, 1e4))

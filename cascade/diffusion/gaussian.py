@@ -1,7 +1,8 @@
 """The central page: a Gaussian diffusion, its training loss and its denoiser.
 
-A network is called F = net(c_in x_t, logsnr [b], cond); the loss is computed on F and weighted in
-x0 space, since |x0_hat - x0|^2 = c_out^2 |F - F*|^2. Coefficients are float64, data stays as it is.
+A network is called as F = net(c_in x_t, logsnr [b], cond). The loss is computed on F and weighted
+in x0 space, since |x0_hat - x0|^2 = c_out^2 |F - F*|^2. Coefficients are float64; data keeps its
+dtype.
 """
 
 from collections.abc import Callable
@@ -18,22 +19,25 @@ Net = Callable[[Float[Tensor, "b *d"], Float[Tensor, " b"], Any], Float[Tensor, 
 
 
 def per_sample(c: Float[Tensor, " b"], x: Float[Tensor, "b *d"]) -> Float[Tensor, "b ..."]:
-    """One number for each sample, in the precision of x and shaped to multiply it."""
+    """Casts one number per sample to the dtype of x, and shapes it to broadcast against x."""
     return c.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 def call(
     net: Net, x: Float[Tensor, "b *d"], logsnr: Float[Tensor, " b"], cond: Any
 ) -> Float[Tensor, "b ..."]:
-    """What the network says, in the precision of the data: autocast may give half of that."""
+    """Calls the network, and casts its output back to the dtype of x in case of autocast."""
     return net(x, logsnr.clamp(-LIMIT, LIMIT).to(x), cond).to(x.dtype)
 
 
 class Denoised(NamedTuple):
-    """What is known of x0 given x_t: its mean, and a variance if one was learned or measured.
+    """A denoiser's estimate of x0 given x_t: its mean, and a variance if one is known.
 
-    `var` is that of x0. `range` is what iDDPM learns (`posterior.log_variance`): where the log
-    variance of a step lies, from 0, the least that it can be, to 1, the most.
+    Attributes:
+        x0: the mean.
+        var: the variance of x0 (Analytic-DPM).
+        range: iDDPM's learned variance of a step, as a position in [0, 1] between the logarithms of
+            its lower and upper bound (`posterior.log_variance`).
     """
 
     x0: Float[Tensor, "b *d"]
@@ -46,7 +50,7 @@ Denoiser = Callable[[Float[Tensor, "b *d"], Float[Tensor, ""]], Denoised]
 
 @runtime_checkable
 class Process(Protocol):
-    """What a stage trains with and a sampler inverts."""
+    """A noising process: a stage trains on its loss, and a sampler inverts it."""
 
     schedule: Schedule
 
@@ -64,9 +68,10 @@ class Diffusion:
     """A variance-preserving diffusion: a `Process`.
 
     Args:
-        schedule: u -> logsnr; training draws u uniformly.
-        prediction: what F is.
-        weight: of |x0_hat - x0|^2, a function of logsnr; None: plain MSE on F.
+        schedule: maps u to logsnr; training draws u uniformly.
+        prediction: which quantity F predicts, as coefficients (`prediction`).
+        weight: weight of |x0_hat - x0|^2 as a function of logsnr (`weighting`); None: plain MSE on
+            F.
     """
 
     schedule: Schedule = cosine
@@ -79,7 +84,7 @@ class Diffusion:
         """The loss of each sample, a mean over its dimensions.
 
         Args:
-            noise: drawn from twice: one number per sample for u, then eps.
+            noise: called twice: for one number per sample, which gives u, then for eps.
         """
         logsnr = self.schedule(uniform(noise, (len(x0),)))
         x, F_star = self.task(x0, noise(tuple(x0.shape)).to(x0), logsnr)
@@ -88,14 +93,14 @@ class Diffusion:
     def task(
         self, x0: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], logsnr: Float[Tensor, " b"]
     ) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *d"]]:
-        """What the network sees, c_in x_t, and what it should say, F* = (x0 - c_skip x_t) / c_out.
+        """The network's input, c_in x_t, and its target, F* = (x0 - c_skip x_t) / c_out.
 
-        (x0_hat - x0) / c_out is F - F*.
+        So F - F* = (x0_hat - x0) / c_out.
         """
         alpha, sigma = alpha_sigma(logsnr)
         c_in, c_skip, c_out = self.prediction(logsnr)
         x_t = per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * eps
-        # The large terms of F* are cancelled before data is rounded.
+        # With x_t expanded, the large terms of F* cancel in float64, before data is rounded.
         F_star = (
             per_sample((1 - alpha * c_skip) / c_out, x0) * x0
             - per_sample(c_skip * sigma / c_out, x0) * eps
@@ -105,7 +110,7 @@ class Diffusion:
     def weighted(
         self, error: Float[Tensor, "b *d"], logsnr: Float[Tensor, " b"]
     ) -> Float[Tensor, " b"]:
-        """The mean square of F - F*, with the weight."""
+        """The mean square of the error F - F*, weighted."""
         loss = error.square().flatten(1).mean(1)
         if self.weight is None:
             return loss
@@ -115,10 +120,10 @@ class Diffusion:
     def denoise(
         self, net: Net, x_t: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""], cond: Any
     ) -> Denoised:
-        """x0_hat at one noise level for all of the batch.
+        """Estimates x0 at one noise level, which is the same for the whole batch.
 
         Raises:
-            ValueError: eps-prediction is asked at logsnr = -inf.
+            ValueError: eps-prediction at logsnr = -inf, where F does not determine x0.
         """
         c_in = self.prediction(logsnr).c_in
         F = call(net, c_in * x_t, logsnr.expand(len(x_t)), cond)
@@ -127,7 +132,7 @@ class Diffusion:
     def x0_hat(
         self, F: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""]
     ) -> Float[Tensor, "b *d"]:
-        """What F says of x0; raises as `denoise` does."""
+        """c_skip x_t + c_out F; raises as `denoise` does."""
         _, c_skip, c_out = self.prediction(logsnr)
         if not c_skip.isfinite():
             raise ValueError("eps-prediction at logsnr = -inf: start from a finite one, or use v")

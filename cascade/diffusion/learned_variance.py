@@ -1,7 +1,8 @@
-"""iDDPM's process (2102.09672): the network learns the variance of each step beside the mean.
+"""iDDPM's process (2102.09672): the network learns each step's variance as well as its mean.
 
-It has twice the channels. The first half is F, as in `Diffusion`; the second is v, which says where
-in between those of the posterior (-1) and beta (1) the log variance of a step lies (equation 15).
+The network has twice the channels of x. The first half is F, as in `Diffusion`. The second is v,
+which interpolates a step's log variance between those of the posterior (v = -1) and of beta (v = 1)
+(equation 15).
 """
 
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ class LearnedVariance:
     """A `Process`: the hybrid objective (iDDPM, equation 16), for every prediction type.
 
     Args:
-        mean: schedule, prediction and weight of the first half.
-        steps: T; training draws from the T levels u = 1 / T, 2 / T ... 1.
+        mean: schedule, prediction and weight for the first half.
+        steps: T; training draws from the levels u = 1 / T, 2 / T ... 1.
     """
 
     mean: Diffusion
@@ -36,13 +37,13 @@ class LearnedVariance:
     def loss(
         self, net: Net, x0: Float[Tensor, "b *d"], cond: Any, noise: Noise
     ) -> Float[Tensor, " b"]:
-        """The loss of the mean, plus T / 1000 times a term of the bound in bits per dimension.
+        """The loss of the mean, plus T / 1000 times one term of the bound in bits per dimension.
 
-        T times that term estimates the whole bound, so its factor is iDDPM's 0.001. It teaches the
-        variance alone: the mean is detached.
+        T times the term at a random level estimates the whole bound, which iDDPM weighs by 0.001.
+        The mean is detached in it, so it trains the variance alone.
 
         Args:
-            noise: drawn from twice: one number per sample for the level, then eps.
+            noise: called twice: for one number per sample, which gives the level, then for eps.
         """
         u = uniform(noise, (len(x0),))
         levels, down = ladder(self.schedule, self.steps, u.device)
@@ -60,10 +61,10 @@ class LearnedVariance:
     def denoise(
         self, net: Net, x_t: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""], cond: Any
     ) -> Denoised:
-        """x0_hat and the learned range at one noise level for all of the batch.
+        """Estimates x0 and the range at one noise level, which is the same for the whole batch.
 
         Raises:
-            ValueError: eps-prediction is asked at logsnr = -inf.
+            ValueError: eps-prediction at logsnr = -inf, where F does not determine x0.
         """
         c_in = self.mean.prediction(logsnr).c_in
         F, range = _halves(call(net, c_in * x_t, logsnr.expand(len(x_t)), cond), x_t)
@@ -73,7 +74,7 @@ class LearnedVariance:
 def _halves(
     out: Float[Tensor, "b ..."], x: Float[Tensor, "b *d"]
 ) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *d"]]:
-    """F, and the range (v + 1) / 2."""
+    """Splits the output into F and the range (v + 1) / 2."""
     if out.shape[1] != 2 * x.shape[1]:
         raise UserError(
             f"a learned variance needs a network with {2 * x.shape[1]} output channels, "

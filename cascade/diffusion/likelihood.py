@@ -1,7 +1,8 @@
 """The variational bound on -log p(x0), in bits per dimension (DDPM, equation 5; iDDPM, section 2).
 
-L_T + L_{T-1} + ... + L_0 for a process of T steps: the last state against pure noise, each step of
-the sampler against the true posterior, and the first against pictures of 8 bits in [-1, 1].
+For a process of T steps it is L_T + L_{T-1} + ... + L_0: the KL divergence of the last state from
+pure noise, that of each sampler step from the true posterior, and the likelihood of 8-bit pictures
+in [-1, 1] under the final step.
 """
 
 import math
@@ -18,7 +19,7 @@ from cascade.diffusion.posterior import Step, ladder, log_variance
 
 
 class Bound(NamedTuple):
-    """In bits per dimension, for each sample: L_T, and L_0 to L_{T-1}."""
+    """The bound of each sample, in bits per dimension: L_T, and L_0 to L_{T-1}."""
 
     prior: Float[Tensor, " b"]
     steps: Float[Tensor, "b t"]
@@ -34,7 +35,7 @@ def normal_kl(
     other_mean: Float[Tensor, "*#d"],
     other_log_var: Float[Tensor, "*#d"],
 ) -> Float[Tensor, "..."]:
-    """KL divergence from the first Gaussian to the other, in nats."""
+    """KL(first || other) of two diagonal Gaussians, elementwise, in nats."""
     ratio = log_var - other_log_var
     moved = (mean - other_mean).square() * (-other_log_var).exp()
     return 0.5 * (ratio.exp() - 1 - ratio + moved)
@@ -43,10 +44,10 @@ def normal_kl(
 def discretized_nll(
     x0: Float[Tensor, "b *d"], mean: Float[Tensor, "b *d"], log_var: Float[Tensor, "..."]
 ) -> Float[Tensor, "b *d"]:
-    """-log of a Gaussian's mass in the bin, 2 / 255 wide, of each 8-bit value, in nats.
+    """Negative log of a Gaussian's mass in the bin, 2 / 255 wide, of each 8-bit value, in nats.
 
-    DDPM, equation 13, with the exact normal CDF. The outermost bins reach to infinity; a mass
-    below 1e-12 counts as that.
+    DDPM, equation 13, with the exact normal CDF. The outermost bins extend to infinity; the mass is
+    clamped to at least 1e-12.
     """
     precision = (-log_var / 2).exp()
     above = torch.special.ndtr((x0 - mean + 1 / 255) * precision)
@@ -59,11 +60,11 @@ def discretized_nll(
 def term(
     x0: Float[Tensor, "b *d"], denoised: Denoised, step: Step, first: Bool[Tensor, "..."]
 ) -> Float[Tensor, " b"]:
-    """L_t of one step down, in bits per dimension.
+    """L_t of one reverse step, in bits per dimension.
 
     Args:
-        step: of numbers, or of tensors that can multiply x0.
-        first: where the step leads to clean data, and is L_0.
+        step: its entries broadcast against x0.
+        first: true where the step leads to clean data, so that the term is L_0.
     """
     log_var = log_variance(denoised, step)
     kl = normal_kl(step.of_x0 * x0, step.log_clipped, step.of_x0 * denoised.x0, log_var)
@@ -75,10 +76,12 @@ def term(
 def bound(
     process: Process, net: Net, x0: Float[Tensor, "b *d"], cond: Any, noise: Noise, steps: int
 ) -> Bound:
-    """The bound of each sample for an ancestral sampler of so many steps; one call to net for each.
+    """The bound of each sample for an ancestral sampler of this many steps.
+
+    Calls the network once per step.
 
     Args:
-        noise: drawn from once for each step.
+        noise: called once per step.
     """
     levels, down = ladder(process.schedule, steps)
     terms = []

@@ -1,7 +1,7 @@
-"""One step back, from level t to a cleaner level s, in closed form (DDPM, equations 6 and 7).
+"""The reverse step from level t to a cleaner level s, in closed form (DDPM, equations 6 and 7).
 
-q(x_s | x_t, x0) is Gaussian, its mean affine in x0 and x_t. A sampler draws from p(x_s | x_t): the
-same with x0_hat in place of x0, and a variance that may be larger.
+q(x_s | x_t, x0) is Gaussian, with a mean affine in x0 and x_t. A sampler draws from p(x_s | x_t),
+which has x0_hat in place of x0, and possibly a larger variance.
 """
 
 import math
@@ -17,10 +17,10 @@ from cascade.diffusion.noise import Schedule, alpha_sigma, table
 
 
 class Step(NamedTuple):
-    """q(x_s | x_t, x0) = N(of_x0 x0 + of_xt x_t, exp(log_small)).
+    """Coefficients of q(x_s | x_t, x0) = N(of_x0 x0 + of_xt x_t, exp(log_small)).
 
-    exp(log_large) is beta, the variance of the noise that is added from s to t. log_clipped is
-    log_small, but for the last step of a sampler (`ladder`).
+    exp(log_large) is beta, the variance of the noise that the forward step from s to t adds.
+    log_clipped equals log_small, except in the last step of a sampler (`ladder`).
     """
 
     of_x0: Tensor
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 
 def step(t: Float[Tensor, "*b"], s: Float[Tensor, "*b"]) -> Step:
-    """From logsnr t, which may be -inf, to s > t, which may be +inf: there log_small is -inf."""
+    """The step from logsnr t, maybe -inf, to s > t; at s = +inf its log_small is -inf."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
     beta = -(logsigmoid(t) - logsigmoid(s)).expm1()  # 1 - (alpha_t / alpha_s)^2
     small = beta.log() + logsigmoid(-s) - logsigmoid(-t)
@@ -42,9 +42,10 @@ def step(t: Float[Tensor, "*b"], s: Float[Tensor, "*b"]) -> Step:
 def ladder(
     schedule: Schedule, steps: int, device: torch.device | str = "cpu"
 ) -> tuple[Float64[Tensor, " steps"], Step]:
-    """The levels of a process of at least two steps, cleanest first, and the step down from each.
+    """The levels of a process of at least two steps, cleanest first, and the step from each.
 
-    The first leads to clean data: log_small is -inf, and log_clipped that of the second (iDDPM).
+    The first step leads to clean data, so its log_small is -inf; as in iDDPM, its log_clipped is
+    that of the second.
     """
     levels = table(schedule, steps, device)
     down = step(levels, torch.cat([levels.new_tensor([math.inf]), levels[:-1]]))
@@ -53,11 +54,11 @@ def ladder(
 
 
 def log_variance(denoised: Denoised, step: Step) -> Float[Tensor, "..."]:
-    """The log variance of p(x_s | x_t), from what is known of x0.
+    """The log variance of p(x_s | x_t).
 
-    With no more than its mean, that of q. A learned range interpolates from there to beta (iDDPM,
-    equation 15). A variance of x0 widens q by its part (Analytic-DPM, 2201.06503, theorem 1),
-    which is (dx_s / dx0)^2 var.
+    If only the mean of x0 is known, it is that of q. A learned range interpolates between that and
+    beta (iDDPM, equation 15). A variance of x0 adds (dx_s / dx0)^2 var (Analytic-DPM, 2201.06503,
+    theorem 1).
     """
     if denoised.range is not None:
         return denoised.range * step.log_large + (1 - denoised.range) * step.log_clipped

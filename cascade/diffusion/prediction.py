@@ -1,6 +1,6 @@
-"""What a network predicts, as three coefficients: x0_hat = c_skip x_t + c_out F(c_in x_t, logsnr).
+"""Prediction types, as three coefficients: x0_hat = c_skip x_t + c_out F(c_in x_t, logsnr).
 
-On unit-variance data EDM's preconditioning is `v`, up to the sign of F.
+On unit-variance data, EDM's preconditioning equals `v` up to the sign of F.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from cascade.diffusion.noise import alpha_sigma
 
 
 class Coeffs(NamedTuple):
-    """Each of the shape of logsnr."""
+    """Coefficients, each of the shape of logsnr."""
 
     c_in: Tensor
     c_skip: Tensor
@@ -21,7 +21,7 @@ class Coeffs(NamedTuple):
 
 
 def eps(logsnr: Float[Tensor, "*b"]) -> Coeffs:
-    """F is the noise (DDPM). It says nothing of x0 at logsnr = -inf, where c_skip is infinite."""
+    """F is the noise (DDPM). At logsnr = -inf it does not determine x0, and c_skip is infinite."""
     alpha, sigma = alpha_sigma(logsnr)
     return Coeffs(torch.ones_like(alpha), 1 / alpha, -sigma / alpha)
 
@@ -39,7 +39,7 @@ def v(logsnr: Float[Tensor, "*b"]) -> Coeffs:
 
 
 def flow(logsnr: Float[Tensor, "*b"]) -> Coeffs:
-    """F is eps - x0, and it sees x_t / (alpha + sigma), the straight path of rectified flow."""
+    """F is eps - x0, and its input x_t / (alpha + sigma), the straight path of rectified flow."""
     alpha, sigma = alpha_sigma(logsnr)
     scale = 1 / (alpha + sigma)
     return Coeffs(scale, scale, -sigma * scale)

@@ -1,4 +1,4 @@
-"""Everything that is decided at inference, in one object."""
+"""`DiffusionSampler`: every decision of sampling, in one object."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ Solver = Callable[[Denoiser, Tensor, Tensor, Noise], Tensor]
 
 @runtime_checkable
 class Joinable(Protocol):
-    """A condition: two can be joined into one batch."""
+    """A condition that can be concatenated with another along the batch."""
 
     def cat(self, other: "Joinable") -> "Joinable": ...
 
 
-# A network and its condition: the same network told nothing, or another one (autoguidance).
+# A network and its condition: the same network, unconditional, or a weaker one (autoguidance).
 Weaker = tuple[Net, Joinable]
 
 
@@ -33,18 +33,19 @@ class DiffusionSampler:
     """Draws x0 from a trained process.
 
     Args:
-        steps: of the solver.
+        steps: number of solver steps.
         solver: one of `solvers`.
-        scale: of guidance; 1 is none, and costs one branch.
-        guide: makes the guided denoiser of the two branches and the scale.
-        interval: EDM noise levels (low, high] outside of which there is no guidance; high may be
-            infinite.
+        scale: guidance scale; 1 is no guidance and costs one branch.
+        guide: combines the two branches into a guided denoiser, given the scale.
+        interval: noise levels (low, high] in sigma / alpha that are guided; high may be infinite.
+            None: all.
         threshold: wraps the guided denoiser.
         spacing: (schedule, steps) -> logsnrs [steps + 1].
-        init: factor of the first noise (GLIDE's upsampler: 0.997).
+        init: factor of the initial noise (GLIDE's upsampler: 0.997).
 
     Raises:
-        UserError: no steps, or a number that `spacing` cannot give; an empty interval.
+        UserError: fewer than one step, a number of steps that `spacing` does not support, or an
+            empty interval.
     """
 
     steps: int
@@ -61,7 +62,7 @@ class DiffusionSampler:
             raise UserError(f"a sampler of {self.steps} steps: it needs at least 1")
         if self.interval and self.interval[0] >= self.interval[1]:
             raise UserError(f"guidance in the interval {self.interval}: give [low, high]")
-        self.spacing(cosine, self.steps)  # a wrong number of steps is refused before training
+        self.spacing(cosine, self.steps)  # refuses a wrong number of steps before training starts
 
     @torch.no_grad()
     def __call__(
@@ -74,12 +75,12 @@ class DiffusionSampler:
         noise: Noise,
         progress: Callable[[int, int], None] | None = None,
     ) -> Float[Tensor, "b *d"]:
-        """x0 of this shape [b, ...].
+        """Draws x0 of this shape [b, ...].
 
         Args:
-            weaker: the branch that guidance leads away from; None: no guidance.
-            noise: drawn from for the start and in each step of a stochastic solver.
-            progress: called with (steps done, steps in all).
+            weaker: the branch that guidance extrapolates away from; None: no guidance.
+            noise: called for the initial noise, and in each step of a stochastic solver.
+            progress: called with (steps done, total steps).
         """
         logsnrs = self.logsnrs(process)
         denoise, done = self.denoiser(process, net, cond, weaker), 1
@@ -87,7 +88,8 @@ class DiffusionSampler:
         def reported(x: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""]) -> Denoised:
             nonlocal done
             denoised = denoise(x, logsnr)
-            done = max(done, int((logsnrs <= logsnr).sum()))  # churn goes back to noisier levels
+            # It never falls, although churn revisits noisier levels.
+            done = max(done, int((logsnrs <= logsnr).sum()))
             if progress:
                 progress(done, self.steps)
             return denoised
@@ -98,15 +100,15 @@ class DiffusionSampler:
     def logsnrs(self, process: Process) -> Float64[Tensor, " n"]:
         """The levels [steps + 1], on the CPU, from the noisiest to clean (+inf).
 
-        The first is at least -`LIMIT`, the lowest that a network is told: there Heun's x / alpha
-        and eps-prediction's 1 / alpha are still finite.
+        The first is clamped to -`LIMIT`, the lowest that networks read, so that Heun's x / alpha
+        and eps-prediction's 1 / alpha are finite.
         """
         return self.spacing(process.schedule, self.steps).clamp(min=-LIMIT)
 
     def denoiser(
         self, process: Process, net: Net, cond: Joinable, weaker: Weaker | None
     ) -> Denoiser:
-        """The denoiser that is solved: guided and thresholded."""
+        """The denoiser given to the solver, guided and thresholded."""
 
         def plain(x: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""]) -> Denoised:
             return process.denoise(net, x, logsnr, cond)
@@ -120,15 +122,17 @@ class DiffusionSampler:
 
 
 def _pair(process: Process, net: Net, cond: Joinable, weaker: Weaker) -> Pair:
-    """Both branches: of one network in one doubled batch, of two one after the other."""
-    other, told = weaker
-    both = cond.cat(told) if other is net else None
+    """Both branches: one doubled batch if they share a network, else two calls."""
+    other, other_cond = weaker
+    both = cond.cat(other_cond) if other is net else None
 
     def pair(x: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""]) -> tuple[Denoised, Denoised]:
         if both is None:
-            return process.denoise(net, x, logsnr, cond), process.denoise(other, x, logsnr, told)
+            own = process.denoise(net, x, logsnr, cond)
+            return own, process.denoise(other, x, logsnr, other_cond)
         denoised = process.denoise(net, torch.cat([x, x]), logsnr, both)
         halves = [(None, None) if part is None else part.chunk(2) for part in denoised]
-        return tuple(Denoised(*parts) for parts in zip(*halves))
+        first, second = zip(*halves)
+        return Denoised(*first), Denoised(*second)
 
     return pair

@@ -1,8 +1,8 @@
-"""Solvers: from noise to data with a denoiser, (denoise, x, logsnrs, noise) -> x.
+"""Solvers: functions (denoise, x, logsnrs, noise) -> x that carry noise to data.
 
-x is at level logsnrs[0], the noisiest, and is carried to logsnrs[-1], which may be +inf: clean,
-where no noise is added and the result is the last x0_hat. All but Heun may start at -inf.
-Coefficients are 0-d tensors on the CPU, in the precision of logsnrs (float64 from the sampler).
+x is at level logsnrs[0], the noisiest, and is carried to logsnrs[-1]. That may be +inf, clean data:
+the last step then adds no noise and returns x0_hat. All but Heun may start at -inf. Coefficients
+are 0-d tensors on the CPU, in the precision of logsnrs (float64 from the sampler).
 """
 
 import math
@@ -22,9 +22,9 @@ def ancestral(
 ) -> Float[Tensor, "b *d"]:
     """DDPM's sampler: draws from q(x_s | x_t, x0_hat) (DDPM, equations 6 and 7).
 
-    The variance is that of q, or what `log_variance` makes of what the denoiser knows: iDDPM's
-    learned range, or Analytic-DPM's variance of x0. It is that of the step that is taken here,
-    whatever steps were trained.
+    The variance is that of q, or follows from the denoiser's learned range (iDDPM) or variance of
+    x0 (Analytic-DPM), by `log_variance`. It belongs to the step taken here, whatever the steps of
+    training.
     """
     for t, s in pairwise(logsnrs):
         down, denoised = step(t, s), denoise(x, t)
@@ -45,6 +45,9 @@ def ddim(
 
     Args:
         eta: 0 is deterministic and needs no noise; 1 is `ancestral`.
+
+    Raises:
+        ValueError: eta is above 0, and there is no noise.
     """
     for t, s in pairwise(logsnrs):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
@@ -52,9 +55,11 @@ def ddim(
         eps = (x - alpha_t * x0) / sigma_t
         if eta == 0 or s.isposinf():
             x = alpha_s * x0 + sigma_s * eps
+        elif noise is None:
+            raise ValueError("DDIM with eta above 0 needs noise")
         else:
             std = eta * sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).sqrt()
-            kept = (sigma_s**2 - std**2).clamp(min=0).sqrt()  # may round below 0 at alpha_t = 0
+            kept = (sigma_s**2 - std**2).clamp(min=0).sqrt()  # at alpha_t = 0 it may round below 0
             x = alpha_s * x0 + kept * eps + std * noise(tuple(x.shape)).to(x)
     return x
 
@@ -62,12 +67,12 @@ def ddim(
 def ddim_inversion(
     denoise: Denoiser, x: Float[Tensor, "b *d"], logsnrs: Float[Tensor, " n"]
 ) -> Float[Tensor, "b *d"]:
-    """The way back: the x at logsnrs[0] from which `ddim` leads to x at logsnrs[-1].
+    """Inverts `ddim`: the x at logsnrs[0] from which it leads to the given x at logsnrs[-1].
 
-    Each step takes eps at its cleaner end, so it is the inverse up to first order.
+    Each step evaluates eps at its cleaner end, so the inversion is exact to first order.
 
     Raises:
-        ValueError: logsnrs[-1] is infinite: eps cannot be told from a clean x.
+        ValueError: logsnrs[-1] is infinite, where a clean x does not determine eps.
     """
     if logsnrs[-1].isposinf():
         raise ValueError("inversion starts from a finite logsnr, such as that of u = 0")
@@ -84,20 +89,20 @@ def heun(
     s_max: Annotated[float, "inf"] = math.inf,
     s_noise: float = 1.0,
 ) -> Float[Tensor, "b *d"]:
-    """EDM's sampler (2206.00364, algorithms 1 and 2): second order, two calls a step.
+    """EDM's sampler (2206.00364, algorithms 1 and 2): second order, two calls per step.
 
-    Integrates y = x / alpha over tau = sigma / alpha, dy / dtau = (y - x0_hat) / tau. A change of
-    x0_hat over a step is multiplied by half of tau_t / tau_s: space the levels by `karras`, not by
-    a schedule that plunges to logsnr -20.
+    Integrates dy / dtau = (y - x0_hat) / tau for y = x / alpha and tau = sigma / alpha. A step
+    multiplies the change of x0_hat by half of tau_t / tau_s, so space the levels by `karras`, and
+    not by a schedule that drops to logsnr -20.
 
     Args:
-        s_churn: over all steps, by how much tau is raised with fresh noise before a step; 0 is
-            deterministic and needs no noise.
-        s_min, s_max: the tau at which this is done; s_max may be infinite.
+        s_churn: total churn over all steps, which raises tau with fresh noise before each step; 0
+            is deterministic and needs no noise.
+        s_min, s_max: range of tau with churn; s_max may be infinite.
         s_noise: factor of the fresh noise.
 
     Raises:
-        ValueError: logsnrs[0] is infinite.
+        ValueError: logsnrs[0] is infinite, or there is churn and no noise.
     """
     if logsnrs[0].isneginf():
         raise ValueError("Heun starts from a finite logsnr")
@@ -106,6 +111,8 @@ def heun(
     for t, s in pairwise(logsnrs):
         tau_t, tau_s = (-t / 2).exp(), (-s / 2).exp()
         if gamma and s_min <= tau_t <= s_max:
+            if noise is None:
+                raise ValueError("Heun with churn needs noise")
             spread = s_noise * tau_t * ((1 + gamma) ** 2 - 1) ** 0.5
             y = y + spread * noise(tuple(y.shape)).to(y)
             t, tau_t = t - 2 * math.log1p(gamma), tau_t * (1 + gamma)
@@ -125,11 +132,11 @@ def dpmpp_2m(
     logsnrs: Float[Tensor, " n"],
     noise: Noise | None = None,
 ) -> Float[Tensor, "b *d"]:
-    """DPM-Solver++(2M) (2211.01095, algorithm 2): second order, one call a step.
+    """DPM-Solver++(2M) (2211.01095, algorithm 2): second order, one call per step.
 
-    The first step, and one from or to an infinite logsnr, is of first order.
+    The first step, and any step from or to an infinite logsnr, is first order.
     """
-    previous = None  # x0_hat of the step before, and that step's h
+    previous = None  # the previous step's x0_hat and h
     for t, s in pairwise(logsnrs):
         (_, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
         h = (s - t) / 2

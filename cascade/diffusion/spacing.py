@@ -1,12 +1,11 @@
-"""Which levels a sampler visits: (schedule, steps) -> logsnrs [steps + 1], from noise to clean.
+"""Spacings: functions (schedule, steps) -> logsnrs [steps + 1], from noise to +inf, clean.
 
-The last of them is +inf. Published samplers name indices of a table of T steps; index i is
-u = (i + 1) / T of the schedule, so the same choices serve continuous schedules.
+They choose the levels that a sampler visits. Published samplers choose indices of a table of T
+steps. Index i is u = (i + 1) / T of any schedule, so their choices apply to continuous ones, too.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from jaxtyping import Float64
@@ -19,7 +18,7 @@ Spacing = Callable[[Schedule, int], Float64[Tensor, " n"]]
 
 
 def even(schedule: Schedule, steps: int) -> Float64[Tensor, " n"]:
-    """Even in u, from 1; clean even where the schedule keeps some noise at u = 0."""
+    """Levels even in u, from 1 to clean, even if the schedule keeps some noise at u = 0."""
     return _to_clean(schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]))
 
 
@@ -31,16 +30,16 @@ def karras(
     sigma_max: float = 80.0,
     rho: float = 7.0,
 ) -> Float64[Tensor, " n"]:
-    """EDM's levels in sigma / alpha, whatever the schedule (2206.00364, equation 5)."""
+    """EDM's levels (2206.00364, equation 5), in sigma / alpha; the schedule is not used."""
     ramp = torch.linspace(1, 0, steps, dtype=torch.float64)
     ends = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return _to_clean(-2 * ((ends[0] + ramp * (ends[1] - ends[0])) ** rho).log())
 
 
 def strided(schedule: Schedule, steps: int, *, table: int = 1000) -> Float64[Tensor, " n"]:
-    """`ddimN` of guided-diffusion: indices 0, k, 2k..., with the least k that gives so many.
+    """guided-diffusion's `ddimN`: indices 0, k, 2k..., with the least k that gives this many steps.
 
-    It may start well below the noisiest level: 27 steps of 1000 at index 988, 15 at 938.
+    It may start well below the noisiest level: 27 steps of 1000 start at index 988, 15 at 938.
 
     Raises:
         UserError: no whole stride gives this number of steps.
@@ -54,42 +53,26 @@ def strided(schedule: Schedule, steps: int, *, table: int = 1000) -> Float64[Ten
 def sections(
     schedule: Schedule, steps: int, *, counts: Sequence[int] | None = None, table: int = 1000
 ) -> Float64[Tensor, " n"]:
-    """Sections of equal length, evenly strided from first to last index (guided-diffusion, GLIDE).
+    """Sections of equal length, each with evenly spaced indices (guided-diffusion, GLIDE, IF).
 
     Args:
-        counts: of steps in each section, the cleanest first; None: one section.
+        counts: number of steps in each section, the cleanest first; None: one section.
 
     Raises:
-        UserError: `counts` are of another number of steps, or more than a section has indices.
+        UserError: `counts` do not sum to `steps`, or exceed the indices of a section.
     """
     return _at(schedule, _indices(steps, counts or (steps,), table), table)
 
 
 def fast27(schedule: Schedule, steps: int) -> Float64[Tensor, " n"]:
-    """GLIDE's upsampler: 10, 10, 3, 2 and 2 steps; its code starts at 997, not 999."""
+    """GLIDE's upsampler: sections of 10, 10, 3, 2 and 2 steps, from 997 as in its code, not 999."""
     return _at(schedule, [*_indices(steps, (10, 10, 3, 2, 2), 1000)[:-1], 997], 1000)
-
-
-# DeepFloyd IF's, named after their numbers of steps: most of "super" are at the noisiest levels.
-smart27 = partial(sections, counts=(7, 4, 2, 1, 2, 4, 7))
-smart50 = partial(sections, counts=(10, 6, 4, 3, 2, 2, 3, 4, 6, 10))
-smart100 = partial(
-    sections,
-    counts=(1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7, 8, 9, 10, 13),
-)
-smart185 = partial(
-    sections,
-    counts=(1, 1, 2, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20),
-)
-super27 = partial(sections, counts=(1, 1, 1, 1, 1, 1, 1, 2, 5, 13))
-super40 = partial(sections, counts=(2, 2, 2, 2, 2, 2, 3, 4, 6, 15))
-super100 = partial(sections, counts=(4, 4, 6, 6, 8, 8, 10, 10, 14, 30))
 
 
 def _indices(steps: int, counts: Sequence[int], table: int) -> list[int]:
     if sum(counts) != steps:
         named = ",".join(map(str, counts))
-        raise UserError(f"sections {named} are of {sum(counts)} steps: set steps={sum(counts)}")
+        raise UserError(f"sections {named} have {sum(counts)} steps: set steps={sum(counts)}")
     indices, start = [], 0
     for i, count in enumerate(counts):
         size = table // len(counts) + (i < table % len(counts))
@@ -98,7 +81,7 @@ def _indices(steps: int, counts: Sequence[int], table: int) -> list[int]:
         place, stride = 0.0, (size - 1) / max(count - 1, 1)
         for _ in range(count):
             indices.append(start + round(place))
-            place += stride  # summed, not multiplied: halves are rounded as the published code does
+            place += stride  # summed, so that halves round as in the published code
         start += size
     return indices
 

@@ -1,6 +1,6 @@
 """Loss weights: functions of logsnr that multiply |x0_hat - x0|^2, whatever the network predicts.
 
-In these terms plain MSE on eps is SNR, on v it is 1 + SNR, on x0 it is 1.
+In these terms, plain MSE on eps has the weight SNR, on v 1 + SNR, on x0 1.
 """
 
 from jaxtyping import Float
@@ -13,9 +13,9 @@ def min_snr(logsnr: Float[Tensor, "*b"], *, gamma: float = 5.0) -> Float[Tensor,
 
 
 def clipped_v(logsnr: Float[Tensor, "*b"], *, gamma: float = 5.0) -> Float[Tensor, "*b"]:
-    """min(1 + SNR, gamma): what plain MSE on v weighs, clipped as Min-SNR clips.
+    """min(1 + SNR, gamma): the weight of plain MSE on v, clipped as in Min-SNR.
 
-    Unlike min(SNR, gamma) it keeps a weight of 1 at the noisiest levels, where all that a network
-    can learn is what the condition says.
+    Unlike min(SNR, gamma) it keeps a weight of 1 at the noisiest levels, where the condition is the
+    only thing to learn from.
     """
     return (1 + logsnr.exp()).clamp(max=gamma)

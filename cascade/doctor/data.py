@@ -1,6 +1,6 @@
-"""Shards: whether their index is theirs, what they hold, and what is odd about their samples.
+"""Check shards: whether the index matches them, what they hold, and odd samples.
 
-Of many tars some are read, evenly over all, and the findings say so.
+Of many tars, an evenly spaced selection is read, and the findings say so.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,10 +8,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cascade.data.corpus import MEND
-from cascade.data.dataset import Dataset, read_dataset, remedy, total
 from cascade.data.embeddings import MANIFEST, Embeddings
-from cascade.data.index import (
+from cascade.data.tars.corpus import MEND
+from cascade.data.tars.dataset import Dataset, read_dataset, remedy, total
+from cascade.data.tars.index import (
     CUT,
     Index,
     Summary,
@@ -21,24 +21,24 @@ from cascade.data.index import (
     read_through,
     scan,
 )
-from cascade.data.keys import CAPTIONS, DOTTED, PICTURES, REMEDY
-from cascade.data.splits import HELD_OUT, TRAIN, chosen, lacking, split_of
-from cascade.data.tar import tars_of
+from cascade.data.tars.keys import CAPTIONS, DOTTED, PICTURES, REMEDY
+from cascade.data.tars.splits import HELD_OUT, TRAIN, chosen, lacking, split_of
+from cascade.data.tars.tar import tars_of
 from cascade.doctor.finding import Budget, Finding, note, problem, some, spread, told, warning
 from cascade.doctor.looks import looks
 from cascade.errors import UserError
 
-TARS = 8  # that are read, without --full
+TARS = 8  # read without --full
 
-_EMBEDDINGS = "embeddings"  # the folder of what was precomputed, if nobody chose another
+_EMBEDDINGS = "embeddings"  # the default folder of precomputed embeddings
 
 
 def data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
-    """Of a folder of shards, or of one tar.
+    """Check a folder of shards, or one tar.
 
     Args:
         full: read all tars.
-        budget: of reading headers, where there is no index, and tars that were copied.
+        budget: for reading headers without an index, and for comparing copied tars.
     """
     folder = path if path.is_dir() else path.parent
     tars = tars_of(folder) if path.is_dir() else [path]
@@ -69,10 +69,10 @@ def data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
 def index(
     tars: Sequence[Path], dataset: Dataset | None, whole: bool, budget: Budget
 ) -> Iterator[Finding]:
-    """Whether the index of the folder is of these tars.
+    """Check that the folder's index matches the tars.
 
     Args:
-        whole: these are all of the folder.
+        whole: whether `tars` are all tars of the folder.
     """
     folder = tars[0].parent
     if dataset is None:
@@ -128,7 +128,7 @@ def _changed(
 
 
 def splits(tars: Sequence[Path], dataset: Dataset | None) -> Iterator[Finding]:
-    """Which there are, and whether anything is held out."""
+    """List the splits, and check that something is held out."""
     folder = tars[0].parent
     shares = {tar.stem: dataset.share(tar.stem) if dataset else 0.0 for tar in tars}
     named = sorted({split_of(name) for name in shares} - {None, TRAIN, HELD_OUT})
@@ -161,7 +161,7 @@ def splits(tars: Sequence[Path], dataset: Dataset | None) -> Iterator[Finding]:
 def _read(
     tars: Sequence[Path], dataset: Dataset | None, full: bool, budget: Budget
 ) -> tuple[list[Index], list[Finding]]:
-    """The indexes of some tars, and what is wrong with them."""
+    """The indexes of some tars, and a problem for each tar that cannot be read."""
     read, bad = [], []
     for tar in tars:
         try:
@@ -174,7 +174,7 @@ def _read(
 
 
 def _index_of(tar: Path, dataset: Dataset | None, full: bool) -> Index:
-    """Raises UserError if it is not what the index of the folder says."""
+    """Index a tar. Raises UserError if the result differs from the folder's index."""
     if dataset is None or tar.name not in dataset.tars:
         return scan(tar)
     noted = dataset.tars[tar.name]
@@ -187,7 +187,7 @@ def _index_of(tar: Path, dataset: Dataset | None, full: bool) -> Index:
 
 
 def samples(summaries: Mapping[str, Summary], tars: int, read: int) -> Iterator[Finding]:
-    """How many there are, and what was left out or has no caption."""
+    """Count the samples, those that are left out, and those without a caption."""
     sums = total(summaries.values())
     more = "" if read == tars else f"; {read} of {some(tars, 'tar')} opened, --full reads all"
     yield note(f"{some(sums.samples, 'sample')} in {some(len(summaries), 'tar')}{more}")
@@ -215,7 +215,7 @@ def samples(summaries: Mapping[str, Summary], tars: int, read: int) -> Iterator[
 
 
 def embeddings(folder: Path, shards: Sequence[str]) -> Iterator[Finding]:
-    """Whether what was precomputed is there for every tar."""
+    """Check that every tar has precomputed embeddings."""
     try:
         rows = Embeddings(folder)
         about = rows.about

@@ -1,6 +1,6 @@
-"""A CLIP or a T5 in a folder: whether it would load, and by what it is known.
+"""Check a CLIP or a T5 in a folder: whether it loads, and what its hash is.
 
-Of safetensors only the headers are read, until the hash is taken.
+Only the headers of safetensors are read, until the hash is computed.
 """
 
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ from cascade.encoders.text import FrozenT5
 
 
 def encoder(folder: Path, budget: Budget) -> Iterator[Finding]:
-    """A folder in open_clip's format, or else in that of transformers.
+    """Check a folder in open_clip's format, or else in that of transformers.
 
     Args:
-        budget: of what has to read all of a file.
+        budget: for reading whole files.
 
     Raises:
-        UserError: it would not load.
+        UserError: the encoder cannot be loaded.
     """
     is_clip = (folder / CLIP_CONFIG).exists()
     yield from clip(folder, budget) if is_clip else t5(folder, budget)
 
 
 def clip(folder: Path, budget: Budget) -> Iterator[Finding]:
-    """Of open_clip's format."""
+    """Check a CLIP in open_clip's format."""
     source = clip_source(str(folder))
     try:
         budget.within(lambda: check_clip(source, folder.name))
@@ -43,7 +43,7 @@ def clip(folder: Path, budget: Budget) -> Iterator[Finding]:
 
 
 def t5(folder: Path, budget: Budget) -> Iterator[Finding]:
-    """Of transformers' format."""
+    """Check a T5 in transformers' format."""
     source = t5_source(str(folder))
     try:
         budget.within(lambda: check_t5(source, folder.name))

@@ -1,8 +1,8 @@
-"""What a check finds, and how long a check may take.
+"""Findings of the doctor's checks, and the time that checks may take.
 
-A check is a function that yields findings. A problem will fail or give wrong numbers, a warning may
-surprise, a note is a fact. No module of this package imports at its top what an installation may
-lack, but those that look at what only a sound installation can read.
+A check is a function that yields findings: a problem will fail or give wrong numbers, a warning may
+surprise, a note is a fact. The checks that must run on a broken installation import only the
+standard library at their top.
 """
 
 import threading
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finding:
-    """One of them: what is there, and what to do about it."""
+    """What a check found, and what to do about it."""
 
     level: Literal["problem", "warning", "note"]
     what: str
@@ -35,47 +35,47 @@ def some(count: int, what: str) -> str:
 
 
 def spread(things: Sequence[T], most: int) -> list[T]:
-    """At most so many of them, evenly."""
+    """At most `most` of the things, evenly spaced."""
     count = min(most, len(things))
     return [things[i * len(things) // count] for i in range(count)]
 
 
 def told(error: Exception, remedy: str = "") -> Finding:
-    """The problem that an error describes.
+    """Turn an error into a problem.
 
     Args:
-        remedy: where the error does not name one, as most of ours do, behind their last colon.
+        remedy: if the message does not end with one, after its last colon, as UserErrors do.
     """
     what, _, own = str(error).rpartition(": ")
     return problem(str(error), remedy) if remedy else problem(what or own, own)
 
 
 def guarded(check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """The findings of a check. Whatever ends it is the last of them."""
+    """The findings of a check. If it raises, the error becomes the last finding."""
     try:
         yield from check()
     except UserError as error:
         yield told(error)
-    except Exception as error:  # of a broken installation it may be anything
+    except Exception as error:  # a broken installation may raise anything
         first = str(error).strip().split("\n")[0] or "no message"
         yield problem(
-            f"this check broke off ({type(error).__name__}: {first})",
-            "mend what is found wrong with the installation, then ask again",
+            f"this check failed ({type(error).__name__}: {first})",
+            "fix the problems of the installation, then run the doctor again",
         )
 
 
 class Budget:
-    """Seconds that what takes long may take, all of it together.
+    """The total time for slow checks.
 
     Args:
-        seconds: None: as long as it likes.
+        seconds: None: no limit.
     """
 
     def __init__(self, seconds: float | None):
         self.left = seconds
 
     def within(self, call: Callable[[], T]) -> T:
-        """What a call returns or raises. Raises TimeoutError if it is not over in time."""
+        """The result of a call, in a thread. Raises TimeoutError if the time is used up."""
         done: list[Callable[[], T]] = []
 
         def work() -> None:

@@ -1,4 +1,4 @@
-"""What is installed: read from the packages' metadata, so that nothing broken is imported here.
+"""Check the installed packages by their metadata, so that nothing broken is imported here.
 
 Whether it can be imported, and what its CUDA finds, is asked in a process of its own (`probe`).
 """
@@ -17,14 +17,14 @@ INSTALL = "set the environment up again (`make setup`, or `pip install` of that 
 
 
 class Bound(NamedTuple):
-    """A package and the versions of it that are asked for, such as ">=2.6.6,<2.7"."""
+    """A package and the versions that are required, such as ">=2.6.6,<2.7"."""
 
     name: str
     versions: str
 
 
 def bounds() -> list[Bound]:
-    """What Cascade needs, without what only its developers do. None if it is not installed."""
+    """The requirements of Cascade without extras; None if it is not installed as a package."""
     try:
         lines = metadata.requires(OURS) or []
     except metadata.PackageNotFoundError:
@@ -34,7 +34,7 @@ def bounds() -> list[Bound]:
 
 
 def version(name: str) -> str | None:
-    """Of an installed package."""
+    """The version of an installed package."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -42,7 +42,7 @@ def version(name: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, of the system, and of every package that Cascade needs."""
+    """The versions of Python, the system, and every package that Cascade requires."""
     system = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -51,17 +51,17 @@ def versions() -> dict[str, str | None]:
 
 
 def packages() -> Iterator[Finding]:
-    """Packages that are missing, of a wrong version, or known to be malicious."""
+    """Report packages that are missing, have a wrong version, or are known to be malicious."""
     for name, bad in STOLEN.items():
         if (found := version(name)) in bad:
             yield problem(
-                f"{name} {found} was published by thieves and steals credentials",
+                f"{name} {found} is a malicious release that steals credentials",
                 "remove this environment, and replace every password and key that it could read",
             )
     needed = bounds()
     if not needed:
         yield warning(
-            f"{OURS} is not installed as a package, so nothing says which versions it needs",
+            f"{OURS} is not installed as a package, so its requirements are unknown",
             "`pip install -e .` in its folder",
         )
         return

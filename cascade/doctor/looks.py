@@ -1,35 +1,35 @@
-"""A look at some samples: what is odd about them, or makes training leave them out."""
+"""Decode some samples, and report what is odd about them or makes training skip them."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from cascade.data.corpus import OpenTar, Placed
-from cascade.data.index import Index
 from cascade.data.items import CHOOSE, Items, captions_of, fields_of, picture_of, stated_orientation
-from cascade.data.keys import CAPTIONS
 from cascade.data.preflight import several, too_many
-from cascade.data.rgb import BadSample, opened, orientation, suspicious
+from cascade.data.tars.corpus import OpenTar, Placed
+from cascade.data.tars.index import Index
+from cascade.data.tars.keys import CAPTIONS
 from cascade.data.transforms import Pictures
 from cascade.doctor.finding import Finding, note, problem, some, spread, warning
+from cascade.formats.rgb import BadSample, opened, orientation, suspicious
 
 LOOKS = 64  # samples whose pictures are decoded
 TINY = 64  # pixels of the shorter side
-_SEEN_AS = 256  # pixels: the picture of which the colours are looked at
+_SEEN_AS = 256  # pixels of the picture whose colours are checked
 
-# What is read rightly, and worth knowing,
+# What is read correctly, and worth knowing,
 _PLAIN = ("not in RGB, and converted", "turned upright, as their EXIF says")
-# and what may be wrong, with what to do.
+# and what may be wrong, with the remedy.
 _SMALL, _WHITE, _BLACK = f"under {TINY} px", "nearly all white", "nearly all black"
 _ODD = {
     _SMALL: "leave them out: they teach a stage to blur",
     _WHITE: "look at them: 16-bit pictures may have been written as 8-bit ones",
     _BLACK: "look at them",
 }
-_READS = Items(Pictures(()), None, None, (), seed=0)  # the txt, as whoever chooses nothing
+_READS = Items(Pictures(()), None, None, (), seed=0)  # the txt, as by default
 
 
 def looks(read: Sequence[Index]) -> Iterator[Finding]:
-    """What is odd about some of the samples, or makes training leave them out."""
+    """Report oddities of a selection of samples, and reasons for which training skips some."""
     odd: Counter[str] = Counter()
     bad: Counter[str] = Counter()
     such: dict[str, str] = {}
@@ -62,7 +62,7 @@ def looks(read: Sequence[Index]) -> Iterator[Finding]:
 
 
 def _oddities(sample: Placed) -> Iterator[str]:
-    """Raises BadSample if it cannot be used."""
+    """Yield the oddities of a sample. Raises BadSample if it cannot be used."""
     image = opened(sample.read("picture"))
     side = min(image.size)
     square = picture_of(sample, min(side, _SEEN_AS))

@@ -1,4 +1,4 @@
-"""The machine as this process sees it: processors, memory, disks, and the environment."""
+"""Check the machine as this process sees it: CPUs, memory, disks and environment variables."""
 
 import errno
 import fcntl
@@ -13,18 +13,18 @@ from pathlib import Path
 from cascade.doctor.finding import Finding, note, problem, warning
 
 GIB = 2**30
-FULL, TIGHT = 1 * GIB, 10 * GIB  # free bytes of a disk: a checkpoint may fail; it soon will
-SHARED = 256 * 2**20  # bytes of /dev/shm; a container has 64 MiB if nobody asks for more
+FULL, TIGHT = 1 * GIB, 10 * GIB  # free bytes of a disk: a problem, a warning
+SHARED = 256 * 2**20  # bytes of /dev/shm; a container has 64 MiB by default
 FILES = 1024  # open files: tars, embeddings, and the workers' pipes
 
 _GROUPS = Path("/sys/fs/cgroup")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-# Of SLURM_*, what says where Slurm is; all else tells srun and sbatch what to do.
+# The SLURM_* variables that locate Slurm. All others are read by srun and sbatch as options.
 _HARMLESS = {"SLURM_CONF", "SLURM_ROOT", "SLURM_TIME_FORMAT"}
 
 
 def machine(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """All that does not depend on a path."""
+    """Run the checks that do not depend on a path."""
     yield from threads(environment)
     yield from memory()
     yield from slurm(environment)
@@ -32,12 +32,12 @@ def machine(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def processors() -> float:
-    """CPUs that this process may use: of its affinity mask, and of its cgroup's quota."""
+    """The number of CPUs in this process's affinity mask, and the limit of its cgroups."""
     return min(float(len(os.sched_getaffinity(0))), _quota())
 
 
 def _quota() -> float:
-    """CPUs that the cgroups of this process allow it, the strictest counts; infinity: all."""
+    """The number of CPUs that the strictest cgroup of this process allows; infinity: no limit."""
     found = [math.inf]
     try:
         lines = Path("/proc/self/cgroup").read_text().split("\n")
@@ -57,7 +57,7 @@ def _quota() -> float:
 
 
 def _limit(folder: Path) -> float:
-    """CPUs that one cgroup allows, of version 2 or 1."""
+    """The number of CPUs that one cgroup allows (versions 1 and 2)."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()
@@ -65,12 +65,12 @@ def _limit(folder: Path) -> float:
             names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
             quota, period = ((folder / name).read_text() for name in names)
         return int(quota) / int(period) if int(quota) > 0 else math.inf
-    except (OSError, ValueError):  # "max", or there is none
+    except (OSError, ValueError):  # "max", or no quota
         return math.inf
 
 
 def threads(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Threads that torch will start, beside the CPUs that there are for them."""
+    """Compare the number of threads that torch will start with the CPUs available."""
     allowed, mask = processors(), len(os.sched_getaffinity(0))
     whole = max(1, math.floor(allowed))
     yield note(f"{allowed:g} of {os.cpu_count()} CPUs may be used")
@@ -92,7 +92,7 @@ def threads(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def memory() -> Iterator[Finding]:
-    """Shared memory, which data workers pass batches through, and open files."""
+    """Check shared memory, through which data workers pass batches, and the limit of open files."""
     shared = Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total) < SHARED:
         yield warning(
@@ -107,19 +107,19 @@ def memory() -> Iterator[Finding]:
 
 
 def slurm(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Variables that change what jobs get. Names alone: values may say who somebody is."""
+    """Report variables that change jobs, by name only: values may identify a person."""
     ours = sorted(name for name in environment if name.startswith("SBATCH_"))
     if ours:
         yield warning(
-            f"{', '.join(ours)}: sbatch ranks such a variable above what a script asks for",
-            f"unset {' '.join(ours)}, and ask by launcher.KEY=VALUE",
+            f"{', '.join(ours)}: for sbatch such a variable overrides the options in a script",
+            f"unset {' '.join(ours)}, and set launcher.KEY=VALUE instead",
         )
     theirs = sorted(n for n in environment if n.startswith("SLURM_") and n not in _HARMLESS)
     if "SLURM_JOB_ID" in environment:
         yield warning(
-            f"this is inside a job of Slurm, whose {len(theirs)} SLURM_* variables go along with "
-            "whatever is sent from here",
-            "send jobs from a shell outside of any job",
+            f"this is inside a Slurm job, whose {len(theirs)} SLURM_* variables are inherited by "
+            "jobs submitted from here",
+            "submit jobs from a shell outside of any job",
         )
     elif theirs:
         yield warning(
@@ -129,13 +129,13 @@ def slurm(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def hugging_face(environment: Mapping[str, str]) -> Path:
-    """Where models are looked for by name."""
+    """The folder of models that are given by name."""
     home = environment.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     return Path(environment.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
 def caches(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Where models and URLs are looked for, as the environment says it."""
+    """Report where models are looked for, according to the environment."""
     cache = hugging_face(environment)
     named = [name for name in ("HF_HUB_CACHE", "HF_HOME") if environment.get(name)]
     if named and not cache.is_dir():
@@ -154,7 +154,7 @@ def caches(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def disks(places: Iterable[Path]) -> Iterator[Finding]:
-    """Free room where something may be written, once for each disk."""
+    """Report the free space of each disk that may be written to."""
     seen = set()
     for place in places:
         there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
@@ -175,7 +175,7 @@ def disks(places: Iterable[Path]) -> Iterator[Finding]:
 
 
 def locks(folder: Path) -> Iterator[Finding]:
-    """Whether processes that share the folder can claim their shares of work by locks."""
+    """Check that processes that share a folder can claim work by file locks."""
     if not os.access(folder, os.W_OK):
         yield note("it cannot be written to: nothing can be added to it from here")
         return
@@ -187,16 +187,16 @@ def locks(folder: Path) -> Iterator[Finding]:
             if error.errno not in _NO_LOCKS:
                 raise
             yield warning(
-                f"the file system of {folder} has no locks: jobs that share work wait for three "
-                "minutes for one that died",
+                f"the file system of {folder} has no locks: jobs that share work wait three "
+                "minutes before they take over from one that died",
                 remedy,
             )
             return
     kind, options = _mount(folder)
     if {"localflock", "nolock", "local_lock=all", "local_lock=posix"} & {*options.split(",")}:
         yield warning(
-            f"{folder} is on {kind} with local locks, which hold among processes of one machine "
-            "alone: two machines may do the same work",
+            f"{folder} is on {kind} with local locks, which processes of other machines do not "
+            "see: two machines may do the same work",
             remedy,
         )
     else:
@@ -204,7 +204,7 @@ def locks(folder: Path) -> Iterator[Finding]:
 
 
 def _mount(folder: Path) -> tuple[str, str]:
-    """Kind and options of the file system of a folder."""
+    """The type and the mount options of a folder's file system."""
     best, found = -1, ("", "")
     try:
         lines = Path("/proc/self/mounts").read_text().split("\n")

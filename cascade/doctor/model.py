@@ -1,10 +1,9 @@
-"""A run, or the runs of a model: whether it can be read, goes on, and is what it was.
+"""Check a run, or the runs of a cascade: whether each can be read and resumed, and is unchanged.
 
-Nothing is computed, and no weights are copied: modules are built without memory.
+Modules are built on the meta device: nothing is computed, and no weights are copied.
 """
 
 import io
-import json
 import os
 import shutil
 import time
@@ -18,55 +17,52 @@ import torch
 from omegaconf import DictConfig
 from safetensors import safe_open
 
-from cascade.data.lease import holders
 from cascade.doctor.finding import Budget, Finding, note, problem, told, warning
-from cascade.done import STATUS
 from cascade.errors import UserError
-from cascade.files import matching
-from cascade.slurm.state import CONFIG, state
+from cascade.files.atomic import matching
+from cascade.files.lease import holders
+from cascade.runs.cascade_file import stage_choices, stage_runs
+from cascade.runs.choices import SamplingChoices
+from cascade.runs.run import Run
+from cascade.slurm.state import state
 from cascade.stage import WEIGHTS, Stage
-from cascade.training.checkpoint import FOLDER, STATE, Checkpoint, newest_checkpoint
-from cascade.verbs.configuration import loaded
-from cascade.verbs.sample import chosen, known
-from cascade.verbs.train import untrained
-from cascade.verbs.whole import stage_choices, stage_runs
+from cascade.training.checkpoint import STATE, Checkpoint, newest_checkpoint
 
-# What `restore` compares is of use here, and not what it copies.
+# `restore` is called for what it compares; into a module on meta it copies nothing.
 warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
 
 T = TypeVar("T")
 
-SILENT = 600.0  # seconds: as long as the watchdog lets a step last
+SILENT = 600.0  # seconds: the watchdog's limit of a step
 
 _SLOW = "ask again with --full"
 _GONE = "train it again, or put the old one back"
 
 
 def model(file: Path) -> Iterator[Finding]:
-    """A `cascade.yaml`: whether its runs are there, and its sampling choices are theirs."""
+    """Check a `cascade.yaml`: whether its runs exist and have what its choices need."""
     stages = stage_choices(file, ())
     yield note(f"stages: {', '.join(stages)}")
     for name, run in stage_runs(file).items():
-        if not (run / CONFIG).exists():
+        if not Run(run).config_file.exists():
             yield problem(f"{name}: {run} is not a run", "train it, or name its folder with `run`")
             continue
         try:
-            choices = known(name, stages[name])
-            chosen(_unloaded(run), run, **choices)
+            SamplingChoices.of(name, stages[name]).applied(_unloaded(run), Run(run))
         except UserError as error:
             yield told(error, f"change what {file.name} says of {name}")
 
 
 def _unloaded(run: Path) -> torch.nn.Module:
     with torch.device("meta"):
-        return untrained(run)
+        return Run(run).stage()
 
 
 def run(folder: Path, budget: Budget) -> Iterator[Finding]:
-    """A run's directory.
+    """Check a run's directory.
 
     Args:
-        budget: of what has to read all of a file.
+        budget: for reading whole files.
     """
     now = state(folder.absolute(), None)
     far = "" if now.images is None else f", {now.images:,} of {now.total or 0:,} images"
@@ -83,12 +79,12 @@ def run(folder: Path, budget: Budget) -> Iterator[Finding]:
         yield note(f"{now.word}{by}{far}")
     for holder in holders(folder):
         yield note(f"written to by {holder}, who holds its lease")
-    if not (folder / CONFIG).exists():
+    if not Run(folder).config_file.exists():
         return
-    config = loaded(folder / CONFIG)
+    config = Run(folder).config
     yield from status(folder)
-    beats = [path.stat().st_mtime for path in folder.glob("heartbeats/rank*.json")]
-    if now.word == "running" and beats and (silent := time.time() - max(beats)) > SILENT:
+    beat = Run(folder).last_heartbeat()
+    if now.word == "running" and beat and (silent := time.time() - beat) > SILENT:
         yield warning(
             f"it is said to be running, but was silent for {silent:,.0f} s",
             "see its log; if it hangs, end it, and give the same command again",
@@ -108,19 +104,17 @@ def run(folder: Path, budget: Budget) -> Iterator[Finding]:
 
 
 def status(folder: Path) -> Iterator[Finding]:
-    """Whether `status.json`, if it is there, can be read."""
-    path = folder / STATUS
-    try:
-        if path.exists() and not {"images", "total"} <= json.loads(path.read_text()).keys():
-            raise ValueError
-    except (OSError, ValueError, AttributeError):
+    """Check that the status of a run can be read, if there is one."""
+    run = Run(folder)
+    if run.status_file.exists() and not {"images", "total"} <= run.status().keys():
         yield problem(
-            f"{path.name} is damaged, which says how far it is", "remove it, and start it again"
+            f"{run.status_file.name} is damaged, which says how far it is",
+            "remove it, and start it again",
         )
 
 
 def _quietly(call: Callable[[], T], budget: Budget) -> tuple[T, list[str]]:
-    """What a call returns, and the lines that it prints."""
+    """The result of a call, and the lines that it printed."""
     said = io.StringIO()
     with redirect_stdout(said):
         found = budget.within(call)
@@ -128,10 +122,11 @@ def _quietly(call: Callable[[], T], budget: Budget) -> tuple[T, list[str]]:
 
 
 def going_on(folder: Path, config: DictConfig) -> Iterator[Finding]:
-    """What a run that is not finished needs: room, rights, and its data."""
+    """Check what an unfinished run needs: disk space, permissions and its data."""
     if not os.access(folder, os.W_OK):
         yield problem("its folder cannot be written to", "change its rights")
-    sizes = [path.stat().st_size for path in (folder / FOLDER).glob(f"step-*/{STATE}")]
+    files = [path / STATE for _, path in Run(folder).checkpoints()]
+    sizes = [file.stat().st_size for file in files if file.exists()]
     free = shutil.disk_usage(folder).free
     if sizes and free < max(sizes):
         need = f"{max(sizes) / 2**20:,.0f} MiB"
@@ -140,7 +135,7 @@ def going_on(folder: Path, config: DictConfig) -> Iterator[Finding]:
     if isinstance(data, str) and not matching(data):
         yield problem(f"its data, {data}, is not there", "put it back, or ask elsewhere")
     pictures = (config.data.get("pictures") or {}).get("sizes") or []
-    batches = 2 * config.get("workers", 0)  # that wait in shared memory
+    batches = 2 * config.get("workers", 0)  # prefetched, in shared memory
     need = batches * config.batch * sum(12 * size**2 for size in pictures)
     if Path("/dev/shm").exists() and need > (room := shutil.disk_usage("/dev/shm").free):
         yield problem(
@@ -151,9 +146,9 @@ def going_on(folder: Path, config: DictConfig) -> Iterator[Finding]:
 
 
 def weights(folder: Path, checkpoint: Checkpoint | None, budget: Budget) -> Iterator[Finding]:
-    """Whether the weights are of this configuration, these encoders, and this checkpoint."""
+    """Check that the weights fit the configuration, its encoders and the newest checkpoint."""
     module = _unloaded(folder)
-    if not checkpoint and not any(folder.glob("*.safetensors")):
+    if not checkpoint and not Run(folder).weights:
         yield note("it has no weights yet")
         return
     try:
@@ -171,10 +166,10 @@ def weights(folder: Path, checkpoint: Checkpoint | None, budget: Budget) -> Iter
 
 
 def _average(folder: Path, checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Whether the exported weights are finite, and equal the checkpoint's average."""
+    """Check that the exported weights are finite, and equal the checkpoint's average."""
     saved = torch.load(checkpoint.path / STATE, map_location="cpu", weights_only=True, mmap=True)
-    if saved["position"]["images"] != json.loads((folder / STATUS).read_text())["images"]:
-        return  # killed behind the weights, and before the checkpoint
+    if saved["position"]["images"] != Run(folder).status().get("images"):
+        return  # killed after it exported the weights, and before it saved the checkpoint
     expected = {**saved["state_dict"], **saved["callbacks"]["EMA"]["average"]}
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (not a mapping)

@@ -1,7 +1,7 @@
-"""Whether torch can be imported, and what its CUDA finds: asked in a process of its own.
+"""Import torch and query CUDA in a separate process.
 
-What hangs there (a driver, a network disk) or dies there ends that process alone. The process runs
-this module, and prints what it saw as JSON.
+A driver or a network disk that hangs or crashes then affects that process alone. It runs this
+module, and prints what it found as JSON.
 """
 
 import ctypes
@@ -25,17 +25,17 @@ MODULES = (
 
 
 def started(modules: Sequence[str]) -> subprocess.Popen:
-    """The process that imports these modules, of which the first is torch."""
+    """Start the process that imports these modules, of which the first is torch."""
     command = [sys.executable, "-m", __name__, *modules]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def answer(process: subprocess.Popen, seconds: float) -> dict[str, Any] | str | None:
-    """What it saw, in words how it died, or None if it is not done in time."""
+    """What the process found; a text if it crashed, None if it did not end in time."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()  # and not waited for: in a driver that hangs it does not die
+        process.kill()  # without waiting: a process that hangs in a driver does not die
         return None
     try:
         return json.loads(out.strip().split("\n")[-1])
@@ -45,7 +45,7 @@ def answer(process: subprocess.Popen, seconds: float) -> dict[str, Any] | str | 
 
 
 def imports(saw: dict[str, Any] | str | None) -> Iterator[Finding]:
-    """What cannot be imported, and whether CUDA can be used."""
+    """Report modules that cannot be imported, and whether CUDA works."""
     if saw is None:
         yield warning(
             "torch was not imported in time, or its CUDA hangs",
@@ -63,7 +63,7 @@ def imports(saw: dict[str, Any] | str | None) -> Iterator[Finding]:
 
 
 def cuda(saw: dict[str, Any]) -> Iterator[Finding]:
-    """What torch's CUDA finds, beside what the machine has."""
+    """Compare what torch's CUDA finds with what the machine has."""
     built, driver = saw["built"], saw["driver"]
     if saw["devices"]:
         yield note(f"CUDA {built}: {', '.join(saw['devices'])}")
@@ -120,7 +120,7 @@ def _cuda() -> dict[str, Any]:
 
 
 def _driver() -> int:
-    """The newest CUDA that the driver knows, 13020 for 13.2; 0 without a driver."""
+    """The newest CUDA version that the driver supports (13020: 13.2); 0 without a driver."""
     number = ctypes.c_int(0)
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
@@ -130,7 +130,7 @@ def _driver() -> int:
 
 
 def _runs(capability: tuple[int, int], codes: Sequence[str]) -> bool:
-    """Whether compiled code (sm_90: 9.0 to 9.x) or portable code (compute_80: 8.0 on) runs."""
+    """Whether binary code (sm_90: 9.0 to 9.x) or PTX (compute_80: from 8.0) runs on a device."""
     split = (code.rstrip("af").partition("_") for code in codes)
     known = [(kind, (int(of[:-1]), int(of[-1]))) for kind, _, of in split if of.isdigit()]
     return not known or any(

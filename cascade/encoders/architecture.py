@@ -1,4 +1,4 @@
-"""How large a CLIP that is trained here is: sizes, and what open_clip makes of them."""
+"""The sizes of a CLIP that is trained here, and open_clip's configuration of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ class Architecture:
     """The size of a CLIP.
 
     Args:
-        image_size: side of its pictures, in pixels.
+        image_size: side of the pictures, in pixels.
         dim: d, the size of the embeddings.
         vision_layers: four numbers for a residual network, one for a vision transformer. At 32
             pixels a residual network learns much faster.
-        vision_width: of either.
-        text_width, text_layers, text_heads: of the text transformer.
-        length: its context length, with start and end.
-        patch: side of the vision transformer's patches.
-        head_width: channels to each head of the vision tower (all, where they are fewer).
+        vision_width: width of either.
+        text_width, text_layers, text_heads: sizes of the text transformer.
+        length: context length, with start and end tokens.
+        patch: side of the vision transformer's patches, in pixels.
+        head_width: channels per head of the vision tower, or all channels if there are fewer.
 
     Raises:
-        UserError: heads do not divide a width, or patches a picture.
+        UserError: the heads do not divide a width, or the patches a picture.
     """
 
     image_size: int
@@ -53,7 +53,7 @@ class Architecture:
                 )
 
     def model_config(self) -> dict[str, Any]:
-        """The same in open_clip's words."""
+        """The arguments of `open_clip.CLIP`."""
         vision = {
             "image_size": self.image_size,
             "layers": self.vision_layers,

@@ -1,4 +1,4 @@
-"""CLIP through open_clip: frozen and read from local files, or of any size and trained here.
+"""CLIP, through open_clip: frozen, from local files, or of any size, trained here.
 
 A CLIP trained here is a directory in open_clip's own format (`open_clip_config.json`,
 `open_clip_model.safetensors`; open_clip reads it as `local-dir:`), with open_clip's tokenizer.
@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cascade.conditioning import Batch
+from cascade.batch import Batch, image_key
 from cascade.encoders.architecture import Architecture
 from cascade.encoders.contrastive import contrastive, gathered
 from cascade.encoders.identity import Former, identity
@@ -35,14 +35,14 @@ from cascade.encoders.sources import (
 from cascade.encoders.text import token_mask, tokenize, trimmed
 from cascade.encoders.weights import check_tensors, reading, tensors_of, weights_hash
 from cascade.errors import UserError
-from cascade.files import write_atomically
+from cascade.files.atomic import write_atomically
 
 MAX_LOGIT_SCALE = math.log(100)
-_OF_ARCHIVES = ("input_resolution", "context_length", "vocab_size")  # OpenAI's: no weights
+_OF_ARCHIVES = ("input_resolution", "context_length", "vocab_size")  # OpenAI stores these, too
 
 
 def save_clip(architecture: Architecture, clip: open_clip.CLIP, folder: Path) -> None:
-    """Writes a CLIP trained here; each of the two files is whole or not there."""
+    """Writes a CLIP trained here, as two files, each atomically."""
     half = [0.5, 0.5, 0.5]  # pictures in [-1, 1] go in as they are
     pictures = {"mean": half, "std": half}
     config = {"model_cfg": architecture.model_config(), "preprocess_cfg": pictures}
@@ -59,7 +59,7 @@ def _text_width(model: dict[str, Any]) -> int:
 def _fitting(
     model: open_clip.CLIP, state: dict[str, Tensor], weights: Path, name: str
 ) -> dict[str, Tensor]:
-    """Weights under open_clip's names. UserError if they are not those of the model."""
+    """Renames weights to open_clip's names. Raises UserError if they do not fit the model."""
     state = open_clip.factory.convert_state_dict(model, state)
     state = {k: v for k, v in state.items() if k not in _OF_ARCHIVES}
     if "logit_scale" in state:  # some write [1]
@@ -69,7 +69,7 @@ def _fitting(
 
 
 def check_clip(source: CLIPSource, name: str) -> None:
-    """Raises UserError if the weights do not fit; of safetensors only the header is read."""
+    """Raises UserError if the weights do not fit. Of safetensors only the header is read."""
     weights = source.weights
     with reading([weights], name):
         with torch.device("meta"):
@@ -82,22 +82,21 @@ def check_clip(source: CLIPSource, name: str) -> None:
 
 
 class FrozenCLIP:
-    """A CLIP that is only read; loaded on first use, and no submodule of whatever holds it.
+    """A frozen CLIP, loaded on first use. It is no module, so nothing that holds it saves it.
 
-    As an encoder of batches it reads `caption` and writes `clip_text`, `text` and `text_mask`.
+    As an `Encoder` it reads `caption` and writes `clip_text`, `text` and `text_mask`.
 
     Args:
         path_or_name: a directory in open_clip's format, or one of open_clip's names ("ViT-L-14").
         checkpoint: with a name: a file of weights, or one of open_clip's tags ("openai") whose
-            weights are in the local Hugging Face cache. A tag knows how its pictures are
-            normalised; for a file they are normalised as OpenAI's, unless its configuration lies
-            beside it.
-        quick_gelu: whether its activation is QuickGELU, x sigmoid(1.702 x), where neither a
-            configuration nor the tag, the name or the SHA-256 of the file says it.
+            weights are in the local Hugging Face cache. A tag determines how pictures are
+            normalised; for a file it is OpenAI's way, unless its configuration lies next to it.
+        quick_gelu: whether the activation is QuickGELU, x sigmoid(1.702 x), if neither a
+            configuration nor the tag, the name or the SHA-256 of the file tells.
 
     Raises (on first use):
         UserError: files are missing or unreadable, the text tower is another library's, or the
-            activation is not known.
+            activation is unknown.
     """
 
     reads = frozenset({"caption"})
@@ -126,33 +125,33 @@ class FrozenCLIP:
 
     @property
     def text_parameters(self) -> int:
-        """Of the text tower, without its table of tokens (as Imagen counts its encoders)."""
+        """Parameters of the text tower without its token embeddings (as Imagen counts them)."""
         named = self._model.named_parameters()
         return sum(p.numel() for k, p in named if not k.startswith(("visual", "token_embedding")))
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures that it looks at, in pixels."""
+        """The side of its input pictures, in pixels."""
         return self._source.model["vision_cfg"]["image_size"]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of `clip_text` and `text`, if known on this machine; nothing is loaded."""
+        """The sizes of `clip_text` and `text`, if known on this machine; loads nothing."""
         model = clip_model(self.name)
         return {"clip_text": model["embed_dim"], "text": _text_width(model)} if model else {}
 
     @cached_property
     def hash(self) -> str:
-        """Of the weights and the architecture."""
+        """Identifies the weights and the architecture."""
         return identity(self._weights, self._source.choices)
 
     @property
     def former(self) -> Former:
-        """What versions noted that hashed the weights alone."""
+        """The hash of earlier versions, which covered the weights alone."""
         return Former(self._weights, self._source.again, self._source.doubtful)
 
     def to(self, device: torch.device | str) -> "FrozenCLIP":
-        """Where it computes."""
+        """Sets the device that it computes on."""
         self.device = torch.device(device)
         if "_model" in vars(self):
             self._model.to(self.device)
@@ -160,7 +159,7 @@ class FrozenCLIP:
 
     @torch.no_grad()
     def image(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Embeddings of pictures of any size: anti-aliased bicubic, then its own normalisation."""
+        """Embeds pictures of any size, resized (anti-aliased bicubic) and normalised for it."""
         x, size = x.to(self.device).float(), (self.image_size, self.image_size)
         if x.shape[2:] != size:
             x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
@@ -169,9 +168,9 @@ class FrozenCLIP:
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`clip_text` [b, d], `text` [b, n, w] after the last norm, its `text_mask`, `tokens`.
+        """Encodes captions: `clip_text` [b, d], `text` [b, n, w], `text_mask` and `tokens` [b, n].
 
-        n is the length of the longest caption.
+        `text` holds the states after the last norm; n is the length of the longest caption.
         """
         tokens = tokenize(captions, self.length).to(self.device)
         found = self._model.forward_intermediates(
@@ -202,7 +201,7 @@ class FrozenCLIP:
         weights = self._source.weights
         with reading([weights], self.name):
             model = open_clip.CLIP(**self._source.model)
-            # Not open_clip.load_checkpoint, which interpolates positions of another size.
+            # open_clip.load_checkpoint would silently interpolate positions of another size.
             state = open_clip.factory.load_state_dict(str(weights), weights_only=True)
             model.load_state_dict(_fitting(model, state, weights, self.name))
         return model.eval().requires_grad_(False).to(self.device)
@@ -212,12 +211,12 @@ class CLIPTraining(L.LightningModule):
     """Trains a CLIP from `image_{size}` and `caption` with the symmetric contrastive loss.
 
     Args:
-        clip: how large.
-        optimizer: makes an optimizer of parameter groups.
-        learning_rate: factor of the learning rate after so many images (None: constant).
-        batch: global batch size, for counting images.
-        sam: takes each gradient where the loss of this rank's samples is worst nearby (unCLIP,
-            appendix C); None: at the weights.
+        clip: the sizes of the CLIP.
+        optimizer: creates an optimizer for parameter groups.
+        learning_rate: factor of the learning rate after a number of images; None: constant.
+        batch: global batch size, to count images.
+        sam: takes each gradient at the worst loss nearby, by this rank's samples (unCLIP, appendix
+            C); None: at the weights.
     """
 
     def __init__(
@@ -234,20 +233,20 @@ class CLIPTraining(L.LightningModule):
         self.sam = sam
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Int64[Tensor, "b n"]]:
-        """Picture and text embeddings, and the tokens."""
+        """Embeds pictures and captions; returns the tokens as well."""
         tokens = tokenize(batch["caption"], self.architecture.length).to(self.device)
-        image = self.clip.encode_image(batch[f"image_{self.architecture.image_size}"])
+        image = self.clip.encode_image(batch[image_key(self.architecture.image_size)])
         text = self.clip.encode_text(tokens)
         return F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1), tokens
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
-        """Mean contrastive loss of this rank's samples, in both directions."""
+        """The mean contrastive loss of this rank's samples, over both directions."""
         image, text, tokens = self.embed(batch)
         images, texts, all_tokens = gathered(image), gathered(text), gathered(tokens)
         captions = torch.unique(all_tokens, dim=0, return_inverse=True)[1]
         own = self.global_rank * len(image) + torch.arange(len(image), device=image.device)
         scale = self.clip.logit_scale.exp()
-        with torch.autocast(image.device.type, enabled=False):  # bfloat16 logits are too coarse
+        with torch.autocast(image.device.type, enabled=False):  # bfloat16 is too coarse for logits
             by_image = contrastive(image, texts, own, captions, scale)
             by_text = contrastive(text, images, own, captions, scale)
         return (by_image + by_text).mean() / 2
@@ -265,12 +264,12 @@ class CLIPTraining(L.LightningModule):
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        with torch.no_grad():  # here, where average and checkpoint are still to come
+        with torch.no_grad():  # before the average and a checkpoint see it
             self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def configure_optimizers(self):
         matrices = [p for p in self.parameters() if p.ndim > 1]
-        others = [p for p in self.parameters() if p.ndim <= 1]  # CLIP: no decay of gains and biases
+        others = [p for p in self.parameters() if p.ndim <= 1]  # no decay, as in CLIP
         optimizer = self.optimizer([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
         if self.learning_rate is None:
             return optimizer
@@ -280,7 +279,7 @@ class CLIPTraining(L.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def export(self, run: Path) -> None:
-        """Writes the weights as they are now, as a directory that `FrozenCLIP` reads."""
+        """Writes the current weights, in the format that `FrozenCLIP` reads."""
         if self.global_rank == 0:
             save_clip(self.architecture, self.clip, run)
 
@@ -288,7 +287,7 @@ class CLIPTraining(L.LightningModule):
         """Loads what `export` wrote.
 
         Raises:
-            UserError: there are no weights, or they are those of another configuration.
+            UserError: there are no weights, or they belong to another configuration.
         """
         if not (run / CLIP_WEIGHTS).exists():
             raise UserError(f"{run} holds no {CLIP_WEIGHTS}: train it first")

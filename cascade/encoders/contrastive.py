@@ -1,4 +1,4 @@
-"""The contrastive loss of CLIP, over the samples of all ranks."""
+"""CLIP's contrastive loss over the samples of all ranks."""
 
 import math
 
@@ -19,11 +19,11 @@ def contrastive(
 ) -> Float[Tensor, " m"]:
     """-log softmax_j(scale a_i . b_j) at j = own_i (CLIP, figure 3), one direction.
 
-    Another sample with an equal caption is no negative: it is left out of the sum.
+    Other samples with the same caption are not negatives: they are left out of the sum.
 
     Args:
-        own: which row of b belongs to which row of a.
-        captions: a number for each row of b, equal where the captions are.
+        own: for each row of a, the row of b that it belongs to.
+        captions: a number for each row of b, equal for equal captions.
     """
     rivals = captions[own][:, None] == captions
     rivals = rivals.scatter(1, own[:, None], False)
@@ -32,5 +32,5 @@ def contrastive(
 
 
 def gathered(x: Float[Tensor, "b *d"] | Int64[Tensor, "b *d"]) -> Tensor:
-    """The rows of all ranks, in the order of ranks, through which gradients flow back."""
+    """Gathers the rows of all ranks, in the order of ranks, with gradients."""
     return torch.cat(all_gather(x)) if dist.is_initialized() else x

@@ -1,23 +1,27 @@
-"""By what an encoder is known: a hash of its weights and of all that they do not show.
+"""The identity of an encoder: a hash of its weights and of every other choice behind its output.
 
-The same weights make other embeddings with another activation. Earlier versions noted a hash of the
-weights alone, which stays valid where it cannot have meant another encoder: where a directory's own
-configuration said the rest, or where there was nothing to choose.
+The same weights give other embeddings with another activation. Earlier versions recorded a hash of
+the weights alone. Such a hash stays valid where it cannot have meant another encoder: where a
+directory's own configuration fixed the rest, or where there was no choice.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+from cascade.batch import Batch
 
 
 class Former(NamedTuple):
-    """What earlier versions noted of an encoder, and what that leaves open.
+    """The hash that earlier versions recorded for an encoder, and what it leaves open.
 
     Attributes:
         hash: of the weights alone.
-        again: whether they made this encoder of the same settings.
-        doubtful: names under which they may have made another one of the same weights.
+        again: whether they built this same encoder from the same settings.
+        doubtful: names under which they may have built another encoder from the same weights.
     """
 
     hash: str
@@ -25,18 +29,37 @@ class Former(NamedTuple):
     doubtful: frozenset[str] = frozenset()
 
 
+@runtime_checkable
+class Encoder(Protocol):
+    """Adds keys to a batch, as a frozen text encoder or a tokenizer does.
+
+    An encoder is no submodule of its stage, so checkpoints do not hold its weights. It has these
+    attributes (undeclared, as a runtime check of the protocol would compute them):
+
+    * `name`, and `hash`, which identifies its weights and all choices that change its output;
+    * `former`: the hash that earlier versions recorded (`Former`);
+    * `reads` and `writes`: its batch keys;
+    * `sizes`: the last dimension of what it writes, by key, as far as known without loading it;
+    * `length`, where it is a choice: the greatest number of tokens.
+    """
+
+    def to(self, device: torch.device) -> "Encoder": ...
+
+    def __call__(self, batch: Batch) -> Batch: ...
+
+
 def identity(weights: str, choices: Mapping[str, Any]) -> str:
-    """The hash of weights with this hash, and of the choices that make a model of them."""
+    """The hash of an encoder, from its weights' hash and the choices that change its output."""
     text = json.dumps([weights, choices], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differs(encoder: Any, noted: str, name: str | None = None) -> str | None:
-    """Why an encoder is not the one that a hash was noted of; None if it is.
+    """Why an encoder is not the one that a hash was recorded for; None if it is.
 
     Args:
         encoder: has a `name`, a `hash` and a `former`.
-        name: what the noted one was called. None: it was made of the same settings.
+        name: the recorded encoder's name. None: it was built from the same settings.
     """
     if noted == encoder.hash:
         return None
@@ -46,11 +69,11 @@ def differs(encoder: Any, noted: str, name: str | None = None) -> str | None:
     if former.again if name is None else name not in former.doubtful:
         return None
     return (
-        f"the weights are the same, but {noted} was noted by a version that read files of weights "
-        "without QuickGELU, whether it belonged to them or not"
+        f"the weights are the same, but {noted} was recorded by a version that read files of "
+        "weights without QuickGELU, even if they need it"
     )
 
 
 def formerly(encoder: Any) -> str:
-    """What earlier versions noted of an encoder that they made of the same settings."""
+    """The hash that earlier versions would have recorded for these settings."""
     return encoder.former.hash if encoder.former.again else encoder.hash

@@ -1,4 +1,4 @@
-"""A caption's states as one vector, by attention; `conditioning.last` and `mean` are the others."""
+"""Attention pooling of a caption's states; `conditioning` has the simpler `last` and `mean`."""
 
 import torch
 import torch.nn.functional as F
@@ -7,18 +7,18 @@ from torch import Tensor, nn
 
 from cascade.conditioning import mean
 from cascade.errors import UserError
-from cascade.nets.layers import split_heads
+from cascade.nets.attention import split_heads
 
 
 class AttentionPool(nn.Module):
-    """What one query finds in the states of a caption (Imagen, section 2.4; DeepFloyd-IF).
+    """Pools a caption's states by one attention query (Imagen, section 2.4; DeepFloyd-IF).
 
-    The query is the mean state plus a learned vector; that sum is attended to beside the states,
-    as in the attention pooling of CLIP's residual networks (2103.00020, section 2.4).
+    The query is the mean state plus a learned vector. It is also a key and value alongside the
+    states, as in the attention pooling of CLIP's residual networks (2103.00020, section 2.4).
 
     Args:
         size: width of the states.
-        heads: of the attention (IF: 64).
+        heads: number of attention heads (IF: 64).
 
     Raises:
         UserError: `heads` does not divide `size`.

@@ -1,9 +1,9 @@
-"""Sharpness-aware minimisation: which gradient is taken, not what an optimizer makes of it.
+"""Sharpness-aware minimisation (SAM, 2010.01412, equations 2 and 3).
 
-SAM (Foret et al., 2010.01412, equations 2 and 3) takes the gradient at w + rho g / |g|, where g is
-that at w. With `torch.autograd.grad` g is no business of DDP and of the accumulated gradients: each
-rank, and each micro-batch, climbs from its own samples ("perturbations applied independently by
-the replicas", unCLIP, appendix C), and only what the optimizer is given is averaged.
+SAM takes the gradient at w + rho g / |g|, where g is the gradient at w. `torch.autograd.grad`
+computes g without DDP and without touching the accumulated gradients. So each rank and micro-batch
+climbs along its own gradient ("perturbations applied independently by the replicas", unCLIP,
+appendix C), and only the gradient for the optimizer is averaged.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class SAM:
-    """Moves weights to where a loss is worst nearby, and back behind the backward pass.
+    """Moves the weights to the worst loss nearby, and back after the backward pass.
 
     Args:
         rho: radius of the neighbourhood (unCLIP: 0.1).
@@ -25,7 +25,7 @@ class SAM:
         self._weights: list[tuple[nn.Parameter, Tensor]] = []
 
     def climb(self, loss: Float[Tensor, ""], parameters: Iterable[nn.Parameter]) -> None:
-        """w <- w + rho g / |g|; g is the gradient of `loss`, and |g| over all parameters."""
+        """Sets w <- w + rho g / |g|, with g the gradient of `loss` and |g| over all parameters."""
         moved = [p for p in parameters if p.requires_grad]
         gradients = torch.autograd.grad(loss, moved)
         norm = torch.stack([g.norm() for g in gradients]).norm()
@@ -33,11 +33,11 @@ class SAM:
         with torch.no_grad():
             for p, g in zip(moved, gradients):
                 p.add_(g * (self.rho / (norm + 1e-12)))
-        torch.clear_autocast_cache()  # or autocast would go on with copies of the old weights
+        torch.clear_autocast_cache()  # it holds copies of the old weights
 
     @torch.no_grad()
     def descend(self) -> None:
-        """Back to w, exactly; gradients stay those of the worse place."""
+        """Restores w exactly; the gradients remain those at the worse point."""
         for p, w in self._weights:
             p.copy_(w)
         self._weights = []

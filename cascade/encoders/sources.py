@@ -1,9 +1,8 @@
-"""Where the files of a pretrained CLIP are on this machine, and what they make.
+"""Finds the files of a pretrained CLIP on this machine, and how to build a model from them.
 
-Nothing is ever fetched: what is missing is a `UserError` that says what to fetch and where to put
-it. A model is a directory, or a name whose files are given or lie in the local Hugging Face cache.
-A file of weights does not show whether its model computes with GELU or QuickGELU, so that has to be
-said by something else.
+Nothing is ever fetched: a `UserError` says which file is missing and where to put it. A model is a
+directory, or a name whose files are given or in the local Hugging Face cache. Weights do not reveal
+whether their model uses GELU or QuickGELU, so another source has to tell.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cascade.errors import UserError
-from cascade.texts import read
+from cascade.formats.texts import read
 
 CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _CLIP_FILES = (CLIP_WEIGHTS, "open_clip_pytorch_model.bin")  # in this order
@@ -27,7 +26,7 @@ class NotHere(UserError):
 class CLIPSource(NamedTuple):
     """Arguments of `open_clip.CLIP`, mean and std of its pictures (values in [0, 1]), weights.
 
-    `again`: whether earlier versions read the same of the same settings.
+    `again`: whether earlier versions built the same model from the same settings.
     """
 
     model: dict[str, Any]
@@ -38,7 +37,7 @@ class CLIPSource(NamedTuple):
 
     @property
     def choices(self) -> dict[str, Any]:
-        """All that decides what is made of the weights; a default counts as not said."""
+        """Everything besides the weights that the output depends on, defaults left out."""
         import open_clip
 
         defaults = {"vision_cfg": open_clip.CLIPVisionCfg(), "text_cfg": open_clip.CLIPTextCfg()}
@@ -51,9 +50,9 @@ class CLIPSource(NamedTuple):
 
     @property
     def doubtful(self) -> frozenset[str]:
-        """The names under which earlier versions may have made another CLIP of the same weights.
+        """Names under which earlier versions may have built another CLIP from the same weights.
 
-        They read a file with the activation of the name, and with OpenAI's normalisation.
+        They used the activation of the name, and OpenAI's normalisation.
         """
         import open_clip
 
@@ -66,15 +65,15 @@ class CLIPSource(NamedTuple):
 def clip_source(
     path_or_name: str, checkpoint: str | None = None, quick_gelu: bool | None = None
 ) -> CLIPSource:
-    """The CLIP in a directory, or one of open_clip's by name and file or tag.
+    """Finds the CLIP in a directory, or one of open_clip's by name and file or tag.
 
     Args:
-        quick_gelu: the activation, where nothing else says it.
+        quick_gelu: the activation, if no other source tells.
 
     Raises:
         NotHere: files are missing.
-        UserError: the text tower or tokenizer is another library's; the activation is not known,
-            or two things say different ones; a checkpoint is given beside a directory.
+        UserError: the text tower or tokenizer is another library's; the activation is unknown, or
+            two sources contradict each other; a checkpoint is given together with a directory.
     """
     import open_clip
 
@@ -92,14 +91,14 @@ def clip_source(
     if model.pop("custom_text", False) or foreign:
         raise UserError(f"{path_or_name} has a text tower of its own: choose another CLIP")
     if "timm_model_name" in model["vision_cfg"]:
-        model["vision_cfg"]["timm_model_pretrained"] = False  # or timm would fetch weights
-        if ":" in model["vision_cfg"]["timm_model_name"]:  # "hf-hub:...": it would fetch as well
+        model["vision_cfg"]["timm_model_pretrained"] = False  # otherwise timm would fetch weights
+        if ":" in model["vision_cfg"]["timm_model_name"]:  # "hf-hub:..." would be fetched as well
             raise UserError(f"{path_or_name} has a picture tower of a hub: choose another CLIP")
     return found
 
 
 def clip_model(path_or_name: str) -> dict[str, Any] | None:
-    """Arguments of `open_clip.CLIP`, as far as they are known without weights.
+    """Arguments of `open_clip.CLIP`, if they are known without the weights.
 
     Raises:
         UserError: the configuration is damaged.
@@ -109,18 +108,18 @@ def clip_model(path_or_name: str) -> dict[str, Any] | None:
     file = Path(path_or_name) / CLIP_CONFIG
     if file.is_file():
         return _configured(file)[0]
-    known = path_or_name in open_clip.list_models()  # others might be looked for in the network
+    known = path_or_name in open_clip.list_models()  # other names would be looked up on the network
     return open_clip.get_model_config(path_or_name) if known else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError if it is damaged."""
+    """Reads a JSON object. Raises UserError if the file is damaged."""
     try:
         found = json.loads(read(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: fetch it again") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds no names and values: fetch it again")
+        raise UserError(f"{path} holds no JSON object: fetch it again")
     return found
 
 
@@ -128,13 +127,13 @@ def _quick(model: dict[str, Any]) -> bool:
     return bool(model.get("quick_gelu", False))
 
 
-def _agreed(file: Path, said: dict[str, bool | None]) -> bool | None:
-    """The activation that all say who say one. UserError if two say different ones."""
-    heard = {who: quick for who, quick in said.items() if quick is not None}
-    if len(set(heard.values())) > 1:
-        words = [f"{who} says {'QuickGELU' if quick else 'GELU'}" for who, quick in heard.items()]
+def _agreed(file: Path, claims: dict[str, bool | None]) -> bool | None:
+    """The activation that all sources agree on, if any tells. UserError if two differ."""
+    known = {who: quick for who, quick in claims.items() if quick is not None}
+    if len(set(known.values())) > 1:
+        words = [f"{who} says {'QuickGELU' if quick else 'GELU'}" for who, quick in known.items()]
         raise UserError(f"{file}: {', but '.join(words)}: correct the one that is wrong")
-    return next(iter(heard.values()), None)
+    return next(iter(known.values()), None)
 
 
 def _clip_directory(folder: Path, checkpoint: str | None, quick_gelu: bool | None) -> CLIPSource:
@@ -189,14 +188,14 @@ def _clip_named(name: str, checkpoint: str | None, quick_gelu: bool | None) -> C
 
 
 def _clip_file(name: str, model: dict, file: Path, quick_gelu: bool | None) -> CLIPSource:
-    """A named CLIP with a file; a configuration that lies beside the file is the file's."""
+    """A named CLIP with a file of weights; a configuration next to the file applies to it."""
     named, (mean, std) = _quick(model), _normalisation({})
-    said = {f"the name {name}": named or None, "quick_gelu": quick_gelu}
+    claims = {f"the name {name}": named or None, "quick_gelu": quick_gelu}
     if file.name in _CLIP_FILES and (file.parent / CLIP_CONFIG).is_file():
-        beside, mean, std = _configured(file.parent / CLIP_CONFIG)
-        said[f"{CLIP_CONFIG} beside it"] = _quick(beside)
-    said["its SHA-256, of a file that is published,"] = _published(file)
-    quick = _agreed(file, said)
+        own, mean, std = _configured(file.parent / CLIP_CONFIG)
+        claims[f"{CLIP_CONFIG} next to it"] = _quick(own)
+    claims["its SHA-256, of a published file,"] = _published(file)
+    quick = _agreed(file, claims)
     if quick is None:
         raise UserError(f"{file} does not show its activation: {_choices(name)}")
     model["quick_gelu"] = quick
@@ -217,7 +216,7 @@ def _choices(name: str) -> str:
 
 
 def _published(file: Path) -> bool | None:
-    """The activation of a file that open_clip knows by its SHA-256."""
+    """The activation of a published file that open_clip knows by its SHA-256."""
     with open(file, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     return next((quick for start, quick in _digests().items() if digest.startswith(start)), None)
@@ -225,7 +224,7 @@ def _published(file: Path) -> bool | None:
 
 @cache
 def _digests() -> dict[str, bool]:
-    """Activations by the SHA-256 of a file, or its first eight digits: open_clip's addresses."""
+    """Activations by SHA-256, or its first eight digits, from the URLs that open_clip lists."""
     import open_clip
 
     found = {}

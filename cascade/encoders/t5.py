@@ -17,7 +17,7 @@ from cascade.errors import UserError
 
 _TABLES = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor by two names
 _UNUSED = ("decoder.", "lm_head.")
-# What the shapes of the weights do not show.
+# Settings that the shapes of the weights do not reveal.
 _CHOICES = (
     *("feed_forward_proj", "num_heads", "d_kv", "layer_norm_epsilon"),
     "relative_attention_max_distance",
@@ -40,13 +40,13 @@ class T5Source(NamedTuple):
 
     @property
     def choices(self) -> dict[str, Any]:
-        """All that decides what is made of the weights."""
+        """Everything besides the weights that the output depends on."""
         config = _config(self.directory)
         return {name: getattr(config, name) for name in _CHOICES}
 
 
 def t5_source(path_or_name: str) -> T5Source:
-    """The T5 in a directory, or in the local Hugging Face cache by name.
+    """Finds the T5 in a directory, or by name in the local Hugging Face cache.
 
     Raises:
         NotHere: files are missing.
@@ -72,7 +72,7 @@ def t5_source(path_or_name: str) -> T5Source:
 
 
 def t5_width(path_or_name: str) -> int:
-    """Width of the states of such a T5; its weights need not be there.
+    """The width of a T5's states, without its weights.
 
     Raises:
         UserError: its config.json is missing or damaged.
@@ -93,16 +93,18 @@ def _config(folder: Path) -> Any:
         return T5Config.from_dict(read_json(folder / "config.json"))
     except UserError:
         raise
-    except Exception as error:  # of transformers, and of any kind
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / 'config.json'} is no T5's ({said}): fetch it again") from error
+    except Exception as error:  # transformers raises errors of any kind
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder / 'config.json'} is no T5's ({reason}): fetch it again"
+        ) from error
 
 
 def check_t5(source: T5Source, name: str) -> None:
-    """Asks whether all weights are there and fit; of safetensors only the headers are read.
+    """Checks that all weights are present and fit; of safetensors only the headers are read.
 
     Raises:
-        UserError: some are missing, left over, or of another shape, or cannot be read.
+        UserError: a weight is missing, superfluous, of another shape, or unreadable.
     """
     from transformers import T5EncoderModel
 
@@ -120,7 +122,7 @@ def check_t5(source: T5Source, name: str) -> None:
 
 
 def t5_network(source: T5Source, name: str, dtype: torch.dtype) -> nn.Module:
-    """The encoder, with every one of its weights from the files. Raises UserError as `check_t5`."""
+    """Loads the encoder with all its weights. Raises UserError as `check_t5`."""
     from transformers import T5EncoderModel
 
     check_t5(source, name)
@@ -129,20 +131,20 @@ def t5_network(source: T5Source, name: str, dtype: torch.dtype) -> nn.Module:
         return T5EncoderModel.from_pretrained(
             folder,
             local_files_only=True,
-            use_safetensors=weights[0].suffix == ".safetensors",  # those that were hashed
+            use_safetensors=weights[0].suffix == ".safetensors",  # the files that were hashed
             weights_only=True,
             dtype=dtype,
         )
 
 
 def t5_tokenizer(folder: Path) -> Any:
-    """T5's tokenizer, compared with the files that it was made of.
+    """Loads T5's tokenizer, and compares it with the files that it was built from.
 
-    `T5Tokenizer` takes the vocabulary of a tokenizer.json and leaves the rest of it aside, such as
-    a lower-casing. (`AutoTokenizer` would offer to run the folder's code.)
+    `T5Tokenizer` takes the vocabulary of a tokenizer.json and ignores the rest, such as
+    lower-casing. (`AutoTokenizer` would offer to run the folder's code.)
 
     Raises:
-        UserError: a file is damaged, or has tokens of another kind.
+        UserError: a file is damaged, or tokenizes in another way.
     """
     from transformers import T5Tokenizer
 
@@ -154,11 +156,11 @@ def t5_tokenizer(folder: Path) -> Any:
         width = read_json(folder / "config.json").get("vocab_size", len(tokenizer))
     except UserError:
         raise
-    except Exception as error:  # of transformers, sentencepiece or tokenizers, and of any kind
+    except Exception as error:  # the libraries raise errors of any kind
         names = " and ".join(map(str, files))
-        said = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{names} cannot be read as T5's tokenizer ({type(error).__name__}: {said}): put the "
+            f"{names} cannot be read as T5's tokenizer ({type(error).__name__}: {reason}): put the "
             "spiece.model of the T5 there"
         ) from error
     for file, theirs in by_file.items():
@@ -181,7 +183,7 @@ def t5_tokenizer(folder: Path) -> Any:
 
 
 def _ids(file: Path) -> list[list[int]]:
-    """The tokens of the probes as the file itself says them."""
+    """Tokenizes the probes with the file itself."""
     if file.suffix == ".json":
         from tokenizers import Tokenizer
 

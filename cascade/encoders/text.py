@@ -1,8 +1,8 @@
-"""Text encoders behind one call: a batch with `caption` in, a batch with what they make of it out.
+"""Text encoders: each reads `caption` from a batch, and adds its tokens or states.
 
-Nothing here is fetched: a model is a local directory, or a name that is in the local cache. Frozen
-encoders are plain objects, so that no state dict, optimizer or average ever holds them, and they
-load on first use. Tokens are those of open_clip, [b, n], zero-padded after the end-of-text token.
+Nothing is fetched: a model is a local directory, or a name in the local cache. Frozen encoders are
+plain objects rather than modules, so that no state dict, optimizer or average holds them, and they
+load on first use. Tokens are open_clip's, [b, n], zero-padded after the end-of-text token.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from cascade.conditioning import Batch
+from cascade.batch import Batch
 from cascade.encoders.identity import Former, identity
 from cascade.encoders.sources import NotHere
 from cascade.encoders.t5 import T5Source, t5_network, t5_source, t5_tokenizer, t5_width
 from cascade.encoders.weights import weights_hash
-from cascade.nets.layers import TransformerBlock, run
+from cascade.nets.attention import TransformerBlock
+from cascade.nets.layers import run
 
 # The longest entry of CLIP's vocabulary: n tokens cannot cover more characters than n times this.
 _LONGEST_TOKEN = 32
@@ -27,9 +28,9 @@ _LONGEST_TOKEN = 32
 def tokenize(captions: Sequence[str], length: int) -> Int64[Tensor, "b {length}"]:
     """CLIP's byte-pair tokens: start of text, the caption, end of text, zeros.
 
-    A caption that is too long is cut, and its last token is still end-of-text. An empty caption is
-    two tokens. (Merging a word takes time quadratic in its length, so what cannot matter goes
-    first; open_clip is slow to import, so that waits for the first caption.)
+    A caption that is too long is cut, and still ends with end-of-text. An empty caption is two
+    tokens. (Merging a word takes time quadratic in its length, so the part that cannot fit is cut
+    first. open_clip is slow to import, so it is imported for the first caption.)
     """
     import open_clip
 
@@ -38,15 +39,15 @@ def tokenize(captions: Sequence[str], length: int) -> Int64[Tensor, "b {length}"
 
 
 def token_mask(tokens: Int64[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
-    """True up to and including end-of-text, which has the greatest number of all tokens.
+    """True up to and including end-of-text, the token with the greatest number.
 
-    Zero does not tell: it is padding, and also the first entry of the vocabulary ("!").
+    Zeros would not do: zero is the padding, but also the first entry of the vocabulary ("!").
     """
     return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(1, keepdim=True)
 
 
 def trimmed(tokens: Int64[Tensor, "b n"]) -> Int64[Tensor, "b m"]:
-    """Without the columns that are padding in every row: what is masked need not be computed."""
+    """Drops the columns that are padding in every row, which need not be computed."""
     return tokens[:, : int(token_mask(tokens).sum(1).max())]
 
 
@@ -60,7 +61,7 @@ class Tokenizer:
     reads = frozenset({"caption"})
     writes = frozenset({"tokens"})
 
-    name, hash, sizes = "CLIP's tokens", "", {}  # any transformer can be trained on tokens
+    name, hash, sizes = "CLIP's tokens", "", {}  # there is one vocabulary, and no weights
     former = Former("")
 
     def __init__(self, length: int):
@@ -68,7 +69,7 @@ class Tokenizer:
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device | str) -> "Tokenizer":
-        """Where the tokens will be."""
+        """Sets the device of the tokens."""
         self.device = torch.device(device)
         return self
 
@@ -79,17 +80,17 @@ class Tokenizer:
 class TextTransformer(nn.Module):
     """A transformer over the caption's tokens, trained with its stage (GLIDE, section 2.1).
 
-    Every token attends to every other, but not to padding. The state of the last token of the
-    mask, end-of-text, serves as the caption's vector.
+    Every token attends to every other token, but not to padding. The state of the last token,
+    end-of-text, can serve as the caption's vector.
 
     Args:
-        width, layers, heads: of the transformer.
-        length: context length, with start and end.
-        embed: size of the tokens' embeddings, which are then projected (ALBERT, 1909.11942): in a
-            small stage a table of the vocabulary times `width` would be most of all parameters.
-            None: `width`.
-        vocabulary: number of tokens; CLIP's.
-        checkpoint: keep the inputs of blocks only, and compute them again in backward.
+        width, layers, heads: sizes of the transformer.
+        length: context length, with start and end tokens.
+        embed: size of the token embeddings, which are then projected to `width` (ALBERT,
+            1909.11942); in a small stage, a full table would hold most of the parameters. None:
+            `width`.
+        vocabulary: number of tokens (default: CLIP's).
+        checkpoint: store only the inputs of blocks, and recompute them in the backward pass.
     """
 
     def __init__(
@@ -104,8 +105,8 @@ class TextTransformer(nn.Module):
     ):
         super().__init__()
         self.width, self.checkpoint = width, checkpoint
-        # Positions half as large as words: with the usual deviation of 0.02 what depends on the
-        # order of words ("above") is not learned at all in minutes.
+        # Positions are half as large as words. With the usual deviation of 0.02, meaning that
+        # depends on word order ("above") is not learned within minutes of training.
         self.embed = nn.Embedding(vocabulary, embed or width)
         self.project = nn.Linear(embed, width, bias=False) if embed else nn.Identity()
         self.positions = nn.Parameter(torch.randn(length, width) * 0.5)
@@ -115,7 +116,7 @@ class TextTransformer(nn.Module):
     def forward(
         self, tokens: Int64[Tensor, "b n"]
     ) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
-        """The states and their mask."""
+        """The states [b, n, w] and their mask [b, n]."""
         mask = token_mask(tokens)
         x = self.project(self.embed(tokens)) + self.positions[: tokens.shape[1]]
         allowed = mask[:, None, None]
@@ -129,13 +130,13 @@ class FrozenT5:
 
     Args:
         path_or_name: a directory with config.json, the tokenizer and the weights, or the name of a
-            model that is in the local Hugging Face cache, such as "google/t5-v1_1-xxl".
+            model in the local Hugging Face cache, such as "google/t5-v1_1-xxl".
         length: context length; longer captions are cut and keep their end-of-text token.
-        bf16: compute in bfloat16, for the large ones.
+        bf16: compute in bfloat16, for large models.
 
     Raises (on first use):
         UserError: the directory lacks a file or a weight, the cache lacks the model, or the model
-            or its tokens are of another kind.
+            or its tokenizer is of another kind.
     """
 
     reads = frozenset({"caption"})
@@ -148,12 +149,12 @@ class FrozenT5:
 
     @property
     def width(self) -> int:
-        """w, the width of the states. Raises UserError if there is no config.json to tell."""
+        """w, the width of the states. Raises UserError if config.json is missing."""
         return t5_width(self.name)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The width of `text`, if the configuration is on this machine; nothing is loaded."""
+        """The width of `text`, if the configuration is on this machine; loads nothing."""
         try:
             return {"text": self.width}
         except NotHere:
@@ -161,16 +162,16 @@ class FrozenT5:
 
     @cached_property
     def hash(self) -> str:
-        """Of the weights and the architecture."""
+        """Identifies the weights and the architecture."""
         return identity(self._weights, self._source.choices)
 
     @property
     def former(self) -> Former:
-        """What versions noted that hashed the weights alone."""
+        """The hash of earlier versions, which covered the weights alone."""
         return Former(self._weights)
 
     def to(self, device: torch.device | str) -> "FrozenT5":
-        """Where it computes."""
+        """Sets the device that it computes on."""
         self.device = torch.device(device)
         if "_model" in vars(self):
             self._model.to(self.device)

@@ -1,7 +1,7 @@
-"""Files of weights: what identifies them, whether they fit a network, and why one is refused.
+"""Files of weights: their hash, whether they fit a network, and why one is refused.
 
-Weights are strangers' files: safetensors, or what torch loads with `weights_only`. Nothing in them
-is ever run.
+Weights come from others: safetensors, or files that torch loads with `weights_only`. No code in
+them is ever run.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from cascade.errors import UserError
-from cascade.kinds import CUT_ZIP, PICKLE, SAFETENSORS, TORCH, kind_of
-from cascade.texts import brief
+from cascade.formats.kinds import CUT_ZIP, PICKLE, SAFETENSORS, TORCH, kind_of
+from cascade.formats.texts import brief
 
 _PICKLES = (CUT_ZIP, PICKLE, TORCH)
 
 
 def weights_hash(files: Iterable[Path]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of some files, one after the other."""
+    """The first 16 hexadecimal digits of the SHA-256 of the concatenated files."""
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
@@ -34,7 +34,9 @@ def weights_hash(files: Iterable[Path]) -> str:
 
 @contextmanager
 def reading(weights: Sequence[Path], whose: str) -> Iterator[None]:
-    """Within it weights are loaded, by a loader that runs no code in them.
+    """Turns a loader's errors into UserErrors that name the file at fault.
+
+    The loader itself must run no code of the weights.
 
     Raises:
         UserError: the loader raised; the message says what is wrong with which file.
@@ -47,14 +49,14 @@ def reading(weights: Sequence[Path], whose: str) -> Iterator[None]:
         for path in weights:
             if found := fault(path):
                 raise UserError(f"{path} cannot be read as weights of {whose}: {found}") from error
-        names, said = ", ".join(map(str, weights)), " ".join(str(error).split())[:300]
+        names, reason = ", ".join(map(str, weights)), " ".join(str(error).split())[:300]
         raise UserError(
-            f"{names} cannot be read as weights of {whose}: {type(error).__name__}: {said}"
+            f"{names} cannot be read as weights of {whose}: {type(error).__name__}: {reason}"
         ) from error
 
 
 def fault(path: Path) -> str | None:
-    """What is wrong with a file of weights by itself, and what to do; None if it looks sound."""
+    """What is wrong with a file of weights, and what to do; None if it looks sound."""
     try:
         kind = kind_of(path)
     except OSError as error:
@@ -106,7 +108,7 @@ def _fault_of_pickle(path: Path, kind: str) -> str | None:
 
 
 def _code(path: Path) -> list[str]:
-    """What a checkpoint of torch would call when it is unpickled; it is only looked through."""
+    """The names that unpickling a torch checkpoint would call, found without unpickling it."""
     try:
         return sorted(get_unsafe_globals_in_checkpoint(path))
     except Exception:  # no archive that torch wrote
@@ -114,7 +116,7 @@ def _code(path: Path) -> list[str]:
 
 
 def tensors_of(files: Iterable[Path]) -> dict[str, Tensor]:
-    """The tensors of some files by name, for their shapes and types: none is read into memory."""
+    """The tensors of files by name, for their shapes and dtypes; no data is read into memory."""
     found: dict[str, Tensor] = {}
     for path in files:
         if path.suffix == ".safetensors":
@@ -131,12 +133,12 @@ def tensors_of(files: Iterable[Path]) -> dict[str, Tensor]:
 def check_tensors(
     own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str, whose: str
 ) -> None:
-    """Asks whether weights are those of a network: the same names, and of each the same shape.
+    """Checks that weights fit a network: the same names, each of the same shape.
 
-    Floating-point numbers of any precision fit: they are converted.
+    Any floating-point dtype fits, as it is converted.
 
     Raises:
-        UserError: with what is missing, left over, or of another shape or type.
+        UserError: names what is missing, superfluous, or of another shape or type.
     """
     wrong = [
         f"{key} is {_about(theirs[key])}, not {_about(value)}"

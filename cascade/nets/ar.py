@@ -1,9 +1,9 @@
 """The autoregressive prior's network (unCLIP, section 2.2): a causal transformer over tokens.
 
-The sequence is: the condition's tokens (encoded text, CLIP text embedding), a start, and the tokens
-but the last; from the start on, each position gives the logits of the next token. All tokens share
-one table of buckets, which mean the same in units of each token's deviation; which token it is, the
-position says. Logits are products with the same table.
+The sequence is: the condition's tokens (encoded text, CLIP text embedding), a start position, and
+all tokens but the last. From the start position on, each gives the logits of the next token. All
+tokens share one table of bucket embeddings, since a bucket means the same number of standard
+deviations for each; positions tell tokens apart. Logits are products with the same table.
 """
 
 from dataclasses import dataclass
@@ -14,19 +14,20 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from cascade.conditioning import Cond, Fourier
-from cascade.nets.layers import TransformerBlock, run, split_heads, zero
+from cascade.nets.attention import TransformerBlock, split_heads
+from cascade.nets.layers import run, zero
 from cascade.nets.prior import Places, causal_mask
 
 
 @dataclass
 class Cache:
-    """Keys and values of the positions so far, in memory for all that will come.
+    """Keys and values, preallocated for all positions.
 
-    The others are zero, and masked: all tokens cost the same, in tensors of the same shapes.
+    Positions to come are zero and masked, so every token takes the same time and shapes.
 
     Args:
         kv: keys and values of each layer; the first `length` positions are filled.
-        allowed: which position may attend to which.
+        allowed: true where a position may attend to another.
     """
 
     kv: Float[Tensor, "layers 2 b heads n c"]
@@ -38,11 +39,11 @@ class TokenTransformer(nn.Module):
     """Logits of 1 + `components` tokens, each from those before it.
 
     Args:
-        components: tokens behind the first, which is the dot product.
-        buckets: v, the values of a token.
-        width, layers, heads: of the transformer; `cond.tokens` have the same width.
-        context: the greatest length of the text; the CLIP text embedding is one token more.
-        checkpoint: keep the inputs of blocks only, and compute them again in backward.
+        components: number of tokens after the first, which is the dot product.
+        buckets: v, the number of values of a token.
+        width, layers, heads: sizes of the transformer; `cond.tokens` have the same width.
+        context: the greatest length of the text; the CLIP text embedding is one more token.
+        checkpoint: store only the inputs of blocks, and recompute them in the backward pass.
 
     Raises:
         UserError: `heads` does not divide `width`.
@@ -60,14 +61,13 @@ class TokenTransformer(nn.Module):
     ):
         super().__init__()
         self.width, self.checkpoint = width, checkpoint
-        # Buckets begin as waves over their range, so that neighbours are alike from the start: from
-        # random ones, a small network takes 1.6 times as many steps to the same loss.
-        # The device is named: where transformers was the first to load something, `torch.device` no
-        # longer covers linspace.
+        # Buckets start as waves over their range, so that neighbours are similar: from random ones,
+        # a small network takes 1.6 times as many steps to the same loss. The device is explicit,
+        # because once transformers has loaded a model, `torch.device` no longer covers linspace.
         values = torch.linspace(-20, 20, buckets, device=torch.get_default_device())
         waves = Fourier(width)(values)
         self.embed = nn.Embedding.from_pretrained(waves, freeze=False)
-        # Positions half as large: which component a token is, must be plain at once.
+        # Half as large as the buckets, so that a token's position is visible from the start.
         self.prefix_positions = nn.Parameter(torch.randn(context + 1, width) * 0.5)
         self.positions = nn.Parameter(torch.randn(1 + components, width) * 0.5)
         self.places = Places(context)
@@ -76,7 +76,7 @@ class TokenTransformer(nn.Module):
         self.embed_out = zero(nn.Linear(width, width))
 
     def forward(self, tokens: Int64[Tensor, "b t"], cond: Cond) -> Float[Tensor, "b t v"]:
-        """Logits of each token; only those before it, and the condition, count."""
+        """Logits of each token, from the condition and the tokens before it."""
         t = tokens.shape[1]
         own = F.pad(self.embed(tokens[:, :-1]), (0, 0, 1, 0)) + self.positions[:t]
         h = torch.cat([self._prefix(cond), own], 1)
@@ -98,7 +98,7 @@ class TokenTransformer(nn.Module):
 
     @torch.no_grad()
     def step(self, token: Int64[Tensor, " b"], cache: Cache) -> Float[Tensor, "b v"]:
-        """Logits of the token behind this one, which the cache goes on with."""
+        """Logits of the token after this one, which is added to the cache."""
         prefix = cache.allowed.shape[2] - len(self.positions)
         h = self.embed(token) + self.positions[cache.length - prefix]
         return self._continued(h[:, None], cache)
@@ -115,7 +115,7 @@ class TokenTransformer(nn.Module):
 
     def _logits(self, h: Float[Tensor, "b *t w"]) -> Float[Tensor, "b *t v"]:
         scores = F.linear(self.embed_out(self.norm_out(h)), self.embed.weight)
-        return scores / self.width**0.5  # as in attention
+        return scores / self.width**0.5  # scaled as in attention
 
 
 def _cached(
@@ -125,7 +125,7 @@ def _cached(
     places: slice,
     allowed: Bool[Tensor, "b 1 m n"],
 ) -> Float[Tensor, "b m w"]:
-    """The block at some places, whose keys and values are written beside those before them."""
+    """Runs a block at some positions, and writes their keys and values into the cache."""
     normed = block.norm_attention(h)
     (q,) = split_heads(block.q(normed), 1, block.heads)
     kv[:, :, :, places] = torch.stack(split_heads(block.kv(normed), 2, block.heads))

@@ -1,8 +1,8 @@
 """Imagen's Efficient U-Net, for super-resolution (2205.11487, appendix B).
 
-Most parameters are at low resolution; each level halves the resolution before its convolutions and
-doubles it after them; what is joined from the way down is scaled by 1 / sqrt(2). Without
-self-attention it is fully convolutional: trained on crops, applied to whole pictures.
+Most parameters are at low resolution. Each level halves the resolution before its convolutions and
+doubles it after them; skip connections are scaled by 1 / sqrt(2). Without self-attention it is
+fully convolutional, so it trains on crops and applies to whole pictures.
 """
 
 from collections.abc import Sequence
@@ -14,40 +14,33 @@ from torch import Tensor, nn
 
 from cascade.conditioning import Cond
 from cascade.errors import UserError
-from cascade.nets.layers import (
-    Attention,
-    CrossAttention,
-    NoiseLevel,
-    convolve_enlarged,
-    run,
-    zero,
-)
+from cascade.nets.attention import Attention, CrossAttention
+from cascade.nets.layers import NoiseLevel, convolve_enlarged, run, zero
 from cascade.nets.unet import Block, check_sides, joined, numbers_of_blocks
 
 
 class EfficientUNet(nn.Module):
     """F(x, logsnr, cond), of the shape of x; cond.image is the enlarged low-resolution picture.
 
-    The embedding of the noise level, with `cond.vector`, scales and shifts in every block. Where
-    the text is attended to, that follows the last block of a level; the paper's attention is twice
-    as wide as the level.
+    The noise-level embedding plus `cond.vector` scales and shifts in every block. Attention to the
+    text follows the last block of a level, and is twice as wide as the level, as in the paper.
 
     Args:
-        channels: of the first convolution and of the finest level.
-        multipliers: of `channels`, a level each; the first level already has half the resolution.
-        blocks: residual blocks of each level, as many down as up.
-        embed: size of the noise-level embedding, which is also that of `cond.vector`.
-        attention: the levels that read the text, 0 the finest.
+        channels: number of channels of the first convolution and of the finest level.
+        multipliers: factors of `channels`, one per level; the first has half the resolution of x.
+        blocks: residual blocks of each level, the same number in encoder and decoder.
+        embed: size of the noise-level embedding and of `cond.vector`.
+        attention: levels that read the text, 0 the finest.
         width: width of `cond.tokens`.
-        self_attention: the text is joined to self-attention (64 to 256 px); otherwise it alone is
-            attended to (256 to 1024 px).
-        heads: of the attention.
+        self_attention: attend to the picture as well as the text (64 to 256 px); otherwise to the
+            text alone (256 to 1024 px).
+        heads: number of attention heads.
         image_channels: channels of `cond.image`.
         pixels: channels of x.
-        checkpoint: keep the inputs of blocks only, and compute them again in backward.
+        checkpoint: store only the inputs of blocks, and recompute them in the backward pass.
 
     Raises:
-        UserError: numbers that do not fit together.
+        UserError: sizes that do not fit together.
     """
 
     def __init__(

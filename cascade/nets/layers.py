@@ -1,7 +1,7 @@
-"""Pieces that several networks share. Pictures are [b, c, h, w], sequences [b, n, w].
+"""Layers that several networks share. Pictures are [b, c, h, w], sequences [b, n, w].
 
-What costs little to make again is not kept for backward: a normalisation with its SiLU keeps its
-input alone, and all within a block can be made again (`run`).
+Activations that are cheap to recompute are not stored for the backward pass: a normalisation with
+its SiLU stores its input alone, and whole blocks can be recomputed (`run`).
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -20,23 +20,24 @@ from cascade.errors import UserError
 
 
 def run(net: nn.Module, block: nn.Module, *args: Any) -> Tensor:
-    """block(*args); where `net.checkpoint` is set, backward keeps its arguments alone."""
+    """Calls a block; if `net.checkpoint` is set, it is recomputed in the backward pass."""
     if net.checkpoint and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """The same module with all parameters zero: a residual branch that starts as the identity."""
+    """Zeroes all parameters of a module, so that its residual block starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def convolve_enlarged(conv: nn.Conv2d, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d H W"]:
-    """conv(x enlarged twice by nearest neighbours), for a 3 x 3 convolution, in 16 products for 36.
+    """Enlarges twice by nearest neighbours, then applies a 3 x 3 convolution.
 
-    Both together are one transposed convolution: four kernels, shifted by a pixel, overlap.
+    Both are one transposed convolution with a 4 x 4 kernel, the sum of four shifted copies of the 3
+    x 3 kernel, which takes 16 multiplications instead of 36.
     """
     k = conv.weight.flip(2, 3).transpose(0, 1)
     shifts = [(right, 1 - right, low, 1 - low) for right in (0, 1) for low in (0, 1)]
@@ -45,7 +46,7 @@ def convolve_enlarged(conv: nn.Conv2d, x: Float[Tensor, "b c h w"]) -> Float[Ten
 
 
 def sinusoids(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b {dim}"]:
-    """Cosines, then sines, of t at dim / 2 frequencies from 1 down to 1e-4 (ADM's order)."""
+    """Cosines, then sines (ADM's order), of t at dim / 2 frequencies from 1 down to 1e-4."""
     half = dim // 2
     exponents = torch.arange(half, device=t.device, dtype=t.dtype) / half
     angles = t[:, None] * torch.exp(-math.log(1e4) * exponents)
@@ -53,12 +54,12 @@ def sinusoids(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b {dim}"]:
 
 
 class Timestep(nn.Module):
-    """Sinusoids of the index of logsnr in a discrete process, which published networks are told.
+    """Sinusoids of the index of logsnr in a discrete process, as published networks read it.
 
     Args:
         dim: number of features; even.
-        schedule: that of the process.
-        steps: of the table.
+        schedule: the schedule of the process.
+        steps: number of levels in its table.
     """
 
     def __init__(self, dim: int, schedule: Schedule, steps: int = 1000):
@@ -71,11 +72,11 @@ class Timestep(nn.Module):
 
 
 class NoiseLevel(nn.Sequential):
-    """The embedding of logsnr that each block is told: features, then two layers.
+    """The embedding of logsnr that each block reads: features, then two layers.
 
     Args:
-        dim: of the embedding.
-        features: of the level; None: Fourier features of logsnr itself.
+        dim: size of the embedding.
+        features: features of the level; None: Fourier features of logsnr itself.
     """
 
     def __init__(self, dim: int, features: Timestep | None = None):
@@ -84,18 +85,18 @@ class NoiseLevel(nn.Sequential):
 
 
 class ActivatedGroupNorm(torch.autograd.Function):
-    """silu(((x - mean) rstd weight + bias) (1 + scale) + shift), of which only x is kept.
+    """silu(((x - mean) rstd weight + bias) (1 + scale) + shift), storing only x for backward.
 
-    All before the SiLU is x a + d, with a and d of each channel; plain autograd keeps three to five
-    pictures on the way. Pictures are read few times, and channels-last as fast as otherwise. What
-    is small has the shape [b, groups, channels of a group].
+    The argument of the SiLU is x a + d, with a and d per channel; plain autograd stores three to
+    five tensors of the size of x instead. This form also reads x few times, and is as fast
+    channels-last. Small tensors have the shape [b, groups, channels of a group].
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, modulation, groups, eps):
         wide = torch.promote_types(x.dtype, torch.float32)
         own = x.mean((2, 3), dtype=wide)
-        # Each channel about its own mean first: nothing cancels where means are large.
+        # Deviations from each channel's own mean, so that large means lose no digits.
         spread = (x - own[:, :, None, None]).square_().mean((2, 3)).unflatten(1, (groups, -1))
         own = own.unflatten(1, (groups, -1))
         mean = own.mean(2, keepdim=True)
@@ -113,7 +114,9 @@ class ActivatedGroupNorm(torch.autograd.Function):
         z = torch.addcmul(d, x, a)
         z = torch.ops.aten.silu_backward(gradient.to(z.dtype), z)
         of_d = z.sum((2, 3)).unflatten(1, (groups, -1))
-        of_a = (z * x).sum((2, 3)).unflatten(1, (groups, -1)) - of_d * mean  # at a constant mean
+        of_a = (z * x).sum((2, 3)).unflatten(
+            1, (groups, -1)
+        ) - of_d * mean  # with the mean held constant
         weight, of_modulation = weight.unflatten(0, (groups, -1)), None
         scaled = weight * rstd
         if modulation is not None:
@@ -144,8 +147,8 @@ class GroupNorm(nn.GroupNorm):
     """Group normalisation.
 
     Args:
-        channels: of the picture.
-        groups: None: at least 8 channels a group and at most 32 groups. (Published: 32.)
+        channels: number of channels.
+        groups: None: at least 8 channels per group and at most 32 groups. (Published: 32.)
         eps: added to the variance. (ADM 1e-5, DDPM 1e-6.)
 
     Raises:
@@ -162,10 +165,11 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """norm(x), of which torch's own, channels-last on a CPU, loses the digits of a large mean.
+        """norm(x), without the rounding errors of torch's kernel where means are large.
 
-        It forms the variance as the mean square less the squared mean. A level that is common to a
-        group changes neither result nor gradients, so each group's mean is taken away first.
+        Channels-last on a CPU, torch computes the variance as the mean square minus the squared
+        mean, which cancels. Subtracting each group's mean first changes neither the result nor the
+        gradients.
         """
         groups = x.detach().mean((2, 3)).unflatten(1, (self.num_groups, -1))
         mean = groups.mean(2, keepdim=True).expand_as(groups).flatten(1)
@@ -174,162 +178,21 @@ class GroupNorm(nn.GroupNorm):
     def activated(
         self, x: Float[Tensor, "b c h w"], modulation: Float[Tensor, "b d"] | None = None
     ) -> Float[Tensor, "b c h w"]:
-        """silu(norm(x) (1 + scale) + shift), where `modulation` is [scale, shift] of d = 2 c."""
+        """silu(norm(x) (1 + scale) + shift); `modulation` is [scale, shift], so d = 2 c."""
         return ActivatedGroupNorm.apply(
             x, self.weight, self.bias, modulation, self.num_groups, self.eps
         )
 
 
-def split_heads(x: Float[Tensor, "b n w"], parts: int, heads: int) -> tuple[Tensor, ...]:
-    """Queries, keys or values that were projected in one: `parts` of [b, heads, n, ...]."""
-    return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def number_of_heads(width: int, head_channels: int) -> int:
-    """How many heads of so many channels.
-
-    Raises:
-        UserError: they do not divide the width.
-    """
-    if width % head_channels:
-        raise UserError(
-            f"{width} channels are not a multiple of head_channels={head_channels}: "
-            "change net.head_channels, net.channels or net.multipliers"
-        )
-    return width // head_channels
-
-
-class Attention(nn.Module):
-    """Self-attention, to which the condition's tokens are joined as further keys and values.
-
-    GLIDE (section 2.1) and Imagen (appendix B): one softmax over the sequence and the text.
-
-    Args:
-        channels: width of the sequence.
-        head_channels: channels per head.
-        width: width of the condition's tokens; None if there are none.
-        inner: width of queries, keys and values; None: `channels`.
-
-    Raises:
-        UserError: `head_channels` does not divide `inner`.
-    """
-
-    def __init__(
-        self, channels: int, head_channels: int, width: int | None = None, inner: int | None = None
-    ):
-        super().__init__()
-        inner = inner or channels
-        self.heads = number_of_heads(inner, head_channels)
-        self.qkv = nn.Linear(channels, 3 * inner)
-        self.kv = nn.Linear(width, 2 * inner) if width else None
-        self.out = zero(nn.Linear(inner, channels))
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n c"],
-        tokens: Float[Tensor, "b m w"] | None = None,
-        mask: Bool[Tensor, "b m"] | None = None,
-    ) -> Float[Tensor, "b n c"]:
-        q, k, v = split_heads(self.qkv(x), 3, self.heads)
-        if self.kv is not None and tokens is not None:
-            more_k, more_v = split_heads(self.kv(tokens), 2, self.heads)
-            k, v = torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)
-            mask = F.pad(mask, (x.shape[1], 0), value=True)[:, None, None]
-        else:
-            mask = None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class CrossAttention(nn.Module):
-    """Attention to the condition's tokens alone, as a layer of its own (Imagen's 1024 px network).
-
-    Each place is treated by itself, so that a network stays fully convolutional.
-
-    Args:
-        channels: width of the sequence.
-        head_channels: channels per head.
-        width: width of the condition's tokens.
-        inner: width of queries, keys and values; None: `channels`.
-
-    Raises:
-        UserError: `head_channels` does not divide `inner`.
-    """
-
-    def __init__(self, channels: int, head_channels: int, width: int, inner: int | None = None):
-        super().__init__()
-        inner = inner or channels
-        self.heads = number_of_heads(inner, head_channels)
-        self.q = nn.Linear(channels, inner)
-        self.kv = nn.Linear(width, 2 * inner)
-        self.out = zero(nn.Linear(inner, channels))
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n c"],
-        tokens: Float[Tensor, "b m w"],
-        mask: Bool[Tensor, "b m"],
-    ) -> Float[Tensor, "b n c"]:
-        (q,) = split_heads(self.q(x), 1, self.heads)
-        k, v = split_heads(self.kv(tokens), 2, self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm transformer block over a sequence, which attends to itself or to a context.
-
-    Args:
-        width: of the sequence, and of the context.
-        heads: of the attention.
-
-    Raises:
-        UserError: `heads` does not divide `width`.
-    """
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        if width % heads:
-            raise UserError(f"{heads} heads do not divide a width of {width}: change heads")
-        self.heads = heads
-        self.norm_attention = nn.LayerNorm(width)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.out = zero(nn.Linear(width, width))
-        self.norm_mlp = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), zero(nn.Linear(4 * width, width))
-        )
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n w"],
-        allowed: Bool[Tensor, "b 1 #n m"],
-        context: Float[Tensor, "b m w"] | None = None,
-    ) -> Float[Tensor, "b n w"]:
-        """The sequence, transformed.
-
-        Args:
-            allowed: true where a position may attend to another.
-            context: what is attended to, already normalised; None: x itself.
-        """
-        normed = self.norm_attention(x)
-        (q,) = split_heads(self.q(normed), 1, self.heads)
-        k, v = split_heads(self.kv(normed if context is None else context), 2, self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        x = x + self.out(y.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm_mlp(x))
-
-
 class Positions(nn.Module):
-    """A learned function of the place in a picture, of the sines and cosines of its coordinates.
+    """Learned position embeddings: a linear map of sines and cosines of the coordinates.
 
-    Coordinates run from -1 to 1 whatever the size of the picture, so that "on the left" means the
-    same at every size.
+    Coordinates run from -1 to 1 at every size of the picture, so that "on the left" always means
+    the same.
 
     Args:
-        channels: of the result.
-        octaves: periods of 4, 2, 1... in each of the two directions.
+        channels: size of the embedding.
+        octaves: number of periods, 4, 2, 1..., in each of the two directions.
     """
 
     def __init__(self, channels: int, octaves: int = 4):

@@ -1,9 +1,9 @@
 """The diffusion prior's network (unCLIP, section 2.2): a decoder-only causal transformer.
 
 The sequence is: the condition's tokens (encoded text, CLIP text embedding), the noise level, the
-noised CLIP image embedding, and a learned query, at which the answer is read. Dropping the text
-leaves the noised embedding in the sequence, so the unconditional branch sees x_t. Tokens
-after the text take the positions after the full context, whatever the lengths in a batch.
+noised CLIP image embedding, and a learned query, whose output is the prediction. If the text is
+dropped, the noised embedding remains, so the unconditional branch still reads x_t. Tokens after the
+text take the positions after the full context, whatever the text lengths in a batch.
 """
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from cascade.conditioning import Cond
 from cascade.errors import UserError
-from cascade.nets.layers import NoiseLevel, Timestep, TransformerBlock, run, zero
+from cascade.nets.attention import TransformerBlock
+from cascade.nets.layers import NoiseLevel, Timestep, run, zero
 
 
 def causal_mask(mask: Bool[Tensor, "b n"]) -> Bool[Tensor, "b 1 n n"]:
-    """Which position may attend to which: itself, and earlier ones where `mask` is true."""
+    """True where a position may attend to another: to itself, and to earlier unmasked ones."""
     n = mask.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
     itself = torch.eye(n, dtype=torch.bool, device=mask.device)
@@ -25,12 +26,12 @@ def causal_mask(mask: Bool[Tensor, "b n"]) -> Bool[Tensor, "b 1 n n"]:
 
 
 class Places(nn.Module):
-    """Which row of a table of positions each of a condition's tokens takes.
+    """Assigns rows of a table of positions to a condition's tokens.
 
-    The text takes rows 0, 1, ...; tokens after it take the rows after the full context, as in
-    Karlo's and Kandinsky's priors, so no sample depends on the longest text of its batch. A state
-    dict with `KEY` says so. Older runs lack the key: they were trained with the rows after the
-    longest text of the batch and keep them (`fixed` is false).
+    The text takes rows 0, 1, ...; tokens after it take the rows after the full context, as in the
+    priors of Karlo and Kandinsky, so that no sample depends on the longest text in its batch. State
+    dicts of this layout have the key `KEY`. Older ones lack it: they were trained with the rows
+    after the longest text in the batch, and keep them (`fixed` is false).
 
     Args:
         context: the greatest length of the text.
@@ -43,7 +44,7 @@ class Places(nn.Module):
         self.context, self.fixed = context, True
 
     def forward(self, table: Float[Tensor, "m w"], cond: Cond) -> Float[Tensor, "n w"]:
-        """The row of each token. UserError if the text is longer than the context."""
+        """The position of each token. Raises UserError if the text is longer than the context."""
         n = cond.tokens.shape[1]
         if (text := n - cond.after_text) > self.context:
             raise UserError(
@@ -70,10 +71,10 @@ class PriorTransformer(nn.Module):
 
     Args:
         size: d, the size of the embedding.
-        width, layers, heads: of the transformer; `cond.tokens` have the same width.
-        context: the greatest length of the text; the CLIP text embedding is one token more.
-        level: features of the noise level; None: those of logsnr itself.
-        checkpoint: keep the inputs of blocks only, and compute them again in backward.
+        width, layers, heads: sizes of the transformer; `cond.tokens` have the same width.
+        context: the greatest length of the text; the CLIP text embedding is one more token.
+        level: features of the noise level; None: Fourier features of logsnr itself.
+        checkpoint: store only the inputs of blocks, and recompute them in the backward pass.
 
     Raises:
         UserError: `heads` does not divide `width`.
@@ -111,5 +112,5 @@ class PriorTransformer(nn.Module):
         allowed = causal_mask(F.pad(cond.mask, (0, 3), value=True))
         for block in self.blocks:
             h = run(self, block, h, allowed)
-        # Little noise: the answer is nearly x itself, which a transformer is slow to learn to copy.
+        # At low noise the output is nearly x itself, which a transformer is slow to learn to copy.
         return self.embed_out(self.norm_out(h[:, -1])) + self.skip(F.silu(level)) * x

@@ -1,29 +1,30 @@
-"""A picture made of a caption alone, which tells a small decoder what is wanted where."""
+"""A coarse picture predicted from the caption alone, which conditions a small decoder."""
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cascade.errors import UserError
-from cascade.nets.layers import Positions, TransformerBlock, number_of_heads
+from cascade.nets.attention import TransformerBlock, number_of_heads
+from cascade.nets.layers import Positions
 
 
 class Sketch(nn.Module):
-    """The mean picture that a condition's tokens ask for: [b, channels, size, size].
+    """Predicts the mean picture [b, channels, size, size] given a condition's tokens.
 
-    Each place of a coarse grid, known by its coordinates, attends to the tokens, as the output
-    queries of Perceiver IO do (2107.14795, section 3). A stage trains it on x0 itself, whatever
-    the noise level of the sample, and concatenates it to x_t. So it learns which object a caption
-    wants where in some 8,000 scenes; attention within a U-Net, whose queries are noisy pictures
-    and to which few samples are noisy enough to teach it, had not in 30,000.
+    Each position of a coarse grid, embedded by its coordinates, attends to the tokens, like the
+    output queries of Perceiver IO (2107.14795, section 3). A stage trains it to predict x0, at
+    every noise level of the sample, and concatenates it to x_t. It learns which object a caption
+    places where within some 8,000 scenes. Attention inside a U-Net did not within 30,000: its
+    queries are noisy pictures, and few samples are noisy enough to require the caption.
 
     Args:
-        width: of the tokens, and of all in between.
-        size: side of the picture in pixels.
-        patch: pixels (p x p) to each place of the grid.
+        width: width of the tokens and of all layers.
+        size: side of the picture, in pixels.
+        patch: side of a grid position, in pixels.
         head_channels: channels per attention head.
-        layers: how often the places attend.
-        channels: of x0.
+        layers: number of attention layers.
+        channels: channels of x0.
 
     Raises:
         UserError: `size` is not a multiple of `patch`, or `width` not of `head_channels`.

@@ -1,11 +1,11 @@
 """The U-Net of DDPM, ADM, GLIDE, unCLIP and Imagen.
 
-Residual blocks whose second normalisation is scaled and shifted by the noise-level embedding, up-
-and downsampling inside residual blocks, attention at the coarser levels with the condition's
-tokens joined in. With attention it is also told places, which a caption may speak of; without, it
-is fully convolutional: trained on crops, applied to whole pictures. `patch` folds p x p pixels
-into channels first, which saves work at high resolution. All within is channels-last, which is
-what convolutions are fastest on, and a sequence of places without a copy.
+The noise-level embedding scales and shifts the second normalisation of each residual block. Blocks
+resample inside, and attend to the picture and the condition's tokens at the coarser levels. With
+attention the network also reads positions, which captions may refer to; without, it is fully
+convolutional, so it trains on crops and applies to whole pictures. `patch` folds p x p pixels into
+channels first, which saves computation at high resolution. All activations are channels-last: that
+is fastest for convolutions, and is a sequence of positions without a copy.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from cascade.conditioning import Cond
 from cascade.errors import UserError
+from cascade.nets.attention import Attention, CrossAttention
 from cascade.nets.layers import (
-    Attention,
-    CrossAttention,
     GroupNorm,
     NoiseLevel,
     Positions,
@@ -34,10 +33,10 @@ Norm = Callable[[int], GroupNorm]
 
 
 class Resample(nn.Module):
-    """DDPM's change of resolution: a convolution with stride 2, or one after enlargement.
+    """DDPM's resampling: a convolution with stride 2, or one after enlargement.
 
     Args:
-        channels: in and out.
+        channels: number of input and output channels.
         resample: 0.5 or 2.
     """
 
@@ -51,18 +50,18 @@ class Resample(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block (BigGAN's, with up- or downsampling inside), then attention if asked for.
+    """A residual block (BigGAN's, which can resample inside), and attention after it.
 
     Args:
-        channels_in, channels: of what comes and of what goes.
+        channels_in, channels: number of input and output channels.
         embed: size of the noise-level embedding.
-        dropout: before the second convolution.
-        resample: 0.5: half the resolution, 2: twice.
-        attention, cross: over the places, one after the other, each with its own residual.
-        norm: makes a normalisation.
-        shift_only: the embedding is added before the second normalisation (DDPM), rather than
-            scaling and shifting its result (ADM).
-        project: a convolution in the shortcut even where the channels agree.
+        dropout: rate before the second convolution.
+        resample: factor of the resolution: 0.5, 1 or 2.
+        attention, cross: layers over the positions, one after the other, each with a residual.
+        norm: creates a normalisation.
+        shift_only: add the embedding before the second normalisation (DDPM), instead of scaling and
+            shifting its result (ADM).
+        project: use a convolution in the shortcut even if the channels agree.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class Block(nn.Module):
             h, x = self.conv_in(F.avg_pool2d(h, 2)), F.avg_pool2d(x, 2)
         else:
             h = self.conv_in(h)
-        # In place, here and below: nobody keeps what a convolution gave.
+        # In place, here and below: no backward pass needs the output of a convolution.
         if self.shift_only:
             h += modulation[:, :, None, None]
         h = self.norm_out.activated(h, None if self.shift_only else modulation)
@@ -116,32 +115,32 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """F(x, logsnr, cond), of the shape of x; with a learned variance, of twice its channels.
+    """F(x, logsnr, cond), of the shape of x, or of twice its channels with a learned variance.
 
     Args:
-        channels: at the finest level.
-        multipliers: of `channels`, a level each.
-        blocks: residual blocks per level (one more on the way up), or a number for each.
-        embed: size of the noise-level embedding, which is also that of `cond.vector`.
-        attention: the levels with attention, 0 the finest (64 px with 1, 2, 3: 32, 16 and 8 px).
+        channels: number of channels at the finest level.
+        multipliers: factors of `channels`, one per level.
+        blocks: residual blocks per level (one more in the decoder), or a number for each level.
+        embed: size of the noise-level embedding and of `cond.vector`.
+        attention: levels with attention, 0 the finest (64 px with 1, 2, 3: 32, 16 and 8 px).
         head_channels: channels per attention head.
-        width: width of `cond.tokens`; None for a network that reads none.
+        width: width of `cond.tokens`; None: the network reads no tokens.
         image_channels: channels of `cond.image`.
-        patch: pixels (p x p) folded into channels at the input and unfolded at the output.
-        dropout: in each residual block.
+        patch: side of the patches of pixels folded into channels.
+        dropout: rate in each residual block.
         pixels: channels of x.
-        learned_variance: twice as many channels of F; the second half is of the variance (iDDPM).
-        positions: whether a network with attention is told places (published ones are not).
-        cross: the tokens have an attention layer of their own, after self-attention.
-        strided: resolution changes in convolutions between the blocks (DDPM), not inside blocks.
-        shift_only: blocks add the embedding (DDPM); otherwise it scales and shifts.
-        skip_scale: factor of what is joined from the way down (1 / sqrt(2): SR3, Imagen).
-        norm: makes a normalisation for so many channels.
-        level: features of the noise level; None: those of logsnr itself.
-        checkpoint: keep the inputs of blocks only, and compute them again in backward.
+        learned_variance: double the channels of F; the second half is iDDPM's variance.
+        positions: whether a network with attention reads positions (published ones do not).
+        cross: attend to the tokens in a layer of its own, after self-attention.
+        strided: resample in convolutions between blocks (DDPM), not inside blocks.
+        shift_only: blocks add the embedding (DDPM), instead of scaling and shifting by it.
+        skip_scale: factor of the skip connections (1 / sqrt(2): SR3, Imagen).
+        norm: creates a normalisation for a number of channels.
+        level: features of the noise level; None: Fourier features of logsnr itself.
+        checkpoint: store only the inputs of blocks, and recompute them in the backward pass.
 
     Raises:
-        UserError: numbers that do not fit together.
+        UserError: sizes that do not fit together.
     """
 
     def __init__(
@@ -238,30 +237,30 @@ class UNet(nn.Module):
 
 
 def joined(x: Tensor, skip: Tensor, scale: float) -> Tensor:
-    """The channels of x and those from the way down, scaled."""
+    """Concatenates x and a scaled skip connection."""
     return torch.cat([x, skip if scale == 1 else scale * skip], 1)
 
 
 def check_sides(net: nn.Module, *sides: int) -> None:
-    """Refuses pictures that the network cannot halve as often as it does.
+    """Refuses pictures whose sides the network cannot halve as often as it has to.
 
     Raises:
         UserError: a side is not a multiple of `net.divisor`.
     """
     if wrong := [side for side in sides if side % net.divisor]:
         raise UserError(
-            f"sides of {wrong[0]} px are not multiples of {net.divisor}, by which the network "
-            "divides them: change size or crop, or net.multipliers or net.patch"
+            f"sides of {wrong[0]} px are not multiples of {net.divisor}, as the network requires: "
+            "change size or crop, or net.multipliers or net.patch"
         )
 
 
 def numbers_of_blocks(
     blocks: int | Sequence[int], multipliers: Sequence[int], attention: Sequence[int]
 ) -> list[int]:
-    """Residual blocks of each level.
+    """The number of residual blocks at each level.
 
     Raises:
-        UserError: there is another number of levels in `blocks`, or no such level in `attention`.
+        UserError: `blocks` has another number of levels, or `attention` names a missing level.
     """
     levels = len(multipliers)
     numbers = [blocks] * levels if isinstance(blocks, int) else list(blocks)
@@ -272,17 +271,17 @@ def numbers_of_blocks(
         )
     if wrong := sorted(set(attention) - set(range(levels))):
         raise UserError(
-            f"net.attention={wrong} of net.multipliers' {levels} levels: they count from 0 to "
-            f"{levels - 1}"
+            f"net.attention={wrong}, but net.multipliers has {levels} levels: give numbers from 0 "
+            f"to {levels - 1}"
         )
     return numbers
 
 
 class Residual(nn.Module):
-    """A network that predicts what its condition's picture lacks: F = net(...) + cond.image.
+    """Adds the condition's picture to a network's output: F = net(...) + cond.image.
 
-    For super-resolution with x0-prediction: at the start of training the output is the bicubic
-    enlargement, so that the network learns detail alone.
+    For super-resolution with x0-prediction: training starts from the bicubic enlargement, so the
+    network only has to learn the missing detail.
     """
 
     def __init__(self, net: nn.Module):

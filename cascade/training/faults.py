@@ -1,8 +1,7 @@
-"""Faults on purpose (`faults=...`): for the tests, and for a drill on one's own cluster.
+"""Injected faults (`faults=...`), for the tests and for drills on one's own cluster.
 
-Each strikes once in a run, in optimizer step `step` (counted from 0) or in what follows it, on one
-rank. A marker in the run's directory is made before: the run that goes on does not meet it again.
-They stand before all other callbacks.
+Each strikes once in a run, in optimizer step `step` (counted from 0) or soon after, on one rank. A
+marker in the run's directory is made just before, so that the resumed run does not meet it again.
 """
 
 import errno
@@ -18,6 +17,7 @@ import lightning as L
 from torch import Tensor
 
 from cascade.errors import UserError
+from cascade.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Plan:
 
     Args:
         run: the run's directory.
-        step: the first optimizer step that it may strike in.
-        rank: None: on each rank.
-        times: in so many steps from there on; None: once, as soon as it can.
+        step: the first optimizer step in which it may strike.
+        rank: None: every rank.
+        times: in how many consecutive steps; None: once, as soon as possible from `step` on.
     """
 
     run: Path
@@ -37,7 +37,7 @@ class Plan:
     times: int | None = None
 
     def due(self, trainer: L.Trainer, fault: L.Callback) -> bool:
-        """Whether it is to strike now, which is noted."""
+        """Return whether to strike now; if so, leave a marker."""
         step, name = trainer.global_step, type(fault).__name__
         last = step if self.times is None else self.step + self.times - 1
         if not self.step <= step <= last or self.rank not in (None, trainer.global_rank):
@@ -52,7 +52,7 @@ class Plan:
 
 
 class Loss(L.Callback):
-    """Multiplies the loss: with nan, or by so much that it jumps."""
+    """Multiplies the loss: by nan, or by so much that it spikes."""
 
     def __init__(
         self, run: str, step: int, factor: Annotated[float, "nan"], rank: int | None, times: int
@@ -88,18 +88,18 @@ class Signal(L.Callback):
 
 
 class Crash(L.Callback):
-    """Raises an error that nothing expects."""
+    """Raises an unexpected error."""
 
     def __init__(self, run: str, step: int, rank: int | None):
         self.plan = Plan(Path(run), step, rank)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         if self.plan.due(trainer, self):
-            raise RuntimeError("a crash on purpose")
+            raise RuntimeError("an injected crash")
 
 
 class Hang(L.Callback):
-    """Waits for so many seconds; None: for ever."""
+    """Blocks for some seconds; None: for ever."""
 
     def __init__(self, run: str, step: int, rank: int | None, seconds: float | None):
         self.plan, self.seconds = Plan(Path(run), step, rank), seconds
@@ -110,7 +110,7 @@ class Hang(L.Callback):
 
 
 class DeadWorker(L.Callback):
-    """Kills a process that reads data."""
+    """Kills a data worker."""
 
     def __init__(self, run: str, step: int, rank: int | None):
         self.plan = Plan(Path(run), step, rank)
@@ -119,20 +119,20 @@ class DeadWorker(L.Callback):
         if self.plan.due(trainer, self):
             workers = multiprocessing.active_children()
             if not workers:
-                raise UserError("no process reads data that could be killed: add workers=1")
+                raise UserError("there is no data worker to kill: add workers=1")
             workers[0].kill()
 
 
 class FlippedByte(L.Callback):
-    """Flips a byte in the middle of the newest checkpoint, as soon as there is one."""
+    """Flips a byte in the middle of the newest checkpoint, once there is one."""
 
     def __init__(self, run: str, step: int):
         self.plan = Plan(Path(run), step, rank=0)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        checkpoints = sorted((self.plan.run / "checkpoints").glob("step-*"))
+        checkpoints = Run(self.plan.run).checkpoints()
         if checkpoints and self.plan.due(trainer, self):
-            path = max(checkpoints[-1].iterdir(), key=lambda file: file.stat().st_size)
+            path = max(checkpoints[-1].path.iterdir(), key=lambda file: file.stat().st_size)
             with path.open("r+b") as file:
                 file.seek(path.stat().st_size // 2)
                 byte = file.read(1)
@@ -141,7 +141,7 @@ class FlippedByte(L.Callback):
 
 
 class FullDisk(L.Callback):
-    """The next checkpoint finds no space left on the disk."""
+    """Makes the next checkpoint find no space left on the disk."""
 
     def __init__(self, run: str, step: int):
         self.plan = Plan(Path(run), step, rank=0)
@@ -152,7 +152,7 @@ class FullDisk(L.Callback):
 
 
 class KilledSave(L.Callback):
-    """The process is killed while it writes the next checkpoint."""
+    """Kills the process while it writes the next checkpoint."""
 
     def __init__(self, run: str, step: int):
         self.plan = Plan(Path(run), step, rank=0)
@@ -163,7 +163,7 @@ class KilledSave(L.Callback):
 
 
 class _NoSpace:
-    def __reduce__(self) -> NoReturn:  # while it is being written
+    def __reduce__(self) -> NoReturn:  # called while the checkpoint is being serialized
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

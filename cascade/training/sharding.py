@@ -1,9 +1,9 @@
-"""How a training is divided among several devices: DDP by default, or FSDP2.
+"""Strategies for training on several devices: DDP by default, or FSDP2.
 
-With DDP every rank holds everything, and gradients are averaged. With FSDP2 a rank holds its share
-of each parameter, gradient, moment and average (DTensors), and whole parameters are put together a
-block at a time. What leaves a training (checkpoints, weights) are whole, plain tensors in the order
-of one device, so that any number of ranks, with either, goes on from it.
+With DDP every rank holds everything, and gradients are averaged. With FSDP2 a rank holds a shard of
+each parameter, gradient, moment and average (DTensors), and whole parameters are gathered one block
+at a time. Checkpoints and weights hold whole, plain tensors, as from one device, so that any number
+of ranks, with either strategy, can resume from them.
 """
 
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ from torch.distributed.fsdp import (
 )
 
 from cascade.errors import UserError
-from cascade.shares import placed, whole
-from cascade.training.cost import blocks
+from cascade.nets.cost import blocks
+from cascade.nets.dtensors import placed, whole
 
-# What a stage computes with whole parameters in; each rank enters them together.
-ENTRANCES = ("training_step", "measure", "sample")
+# The methods of a stage that compute with whole parameters; all ranks call them together.
+FORWARD_METHODS = ("training_step", "measure", "sample")
 
 
 def replicated(
@@ -44,13 +44,13 @@ def replicated(
     """DDP on several devices, nothing on one.
 
     Args:
-        devices, num_nodes: as Lightning's Trainer takes them.
-        seconds: after which a rank gives up to wait for the others.
+        devices, num_nodes: as for Lightning's Trainer.
+        seconds: after which a rank gives up waiting for the others.
     """
     if not _several(devices, num_nodes):
         return "auto"
-    # Every parameter gets a gradient on every rank: none is looked for that did not. Gradients
-    # live in the buckets that are reduced, rather than twice.
+    # Every parameter gets a gradient on every rank, so there is no search for unused ones.
+    # Gradients are views of the buckets that are reduced, rather than copies.
     return DDPStrategy(timeout=timedelta(seconds=seconds), gradient_as_bucket_view=True)
 
 
@@ -71,10 +71,10 @@ def _several(devices: int | str | Sequence[int], num_nodes: int) -> bool:
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2 whose checkpoints are those of one device, written and read by the plugin for them.
+    """FSDP2 with the checkpoints of one device, written and read by `CheckpointFolders`.
 
-    (Lightning's own are single files, know parameters by a number of their own, and are restored
-    behind `on_fit_start`.)
+    Lightning's own strategy writes single files, names optimizer states differently, and restores
+    them after `on_fit_start`.
     """
 
     restore_checkpoint_after_setup = False
@@ -83,27 +83,27 @@ class Sharded(ModelParallelStrategy):
     load_checkpoint = ParallelStrategy.load_checkpoint
 
     def connect(self, model: L.LightningModule) -> None:
-        """Refuses what does not `divide`.
+        """Attach the module, which must be a stage: only stages call `divide`.
 
         Raises:
-            UserError: a CLIP, or whatever else is not a stage.
+            UserError: a CLIP, or any other module.
         """
         if not is_overridden("configure_model", model):
             raise UserError(
-                f"trainer=fsdp divides stages, not a {type(model).__name__}: leave it out (DDP)"
+                f"trainer=fsdp shards stages, not a {type(model).__name__}: omit it (DDP)"
             )
         super().connect(model)
 
     def divide(self, module: L.LightningModule) -> None:
-        """Leaves its share of each parameter to each rank; all begin with those of rank 0."""
-        module.to(memory_format=torch.contiguous_format)  # shares are rows
+        """Shard the parameters over the ranks, starting from those of rank 0."""
+        module.to(memory_format=torch.contiguous_format)  # shards are rows
         for tensor in chain(module.parameters(), module.buffers()):
             first = tensor.detach().to(self.root_device)
             dist.broadcast(first, src=0)
             tensor.detach().copy_(first)
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
-        # Blocks are gathered in bfloat16, in which autocast would have them anyway; what lies
-        # outside (embeddings, norms, places) is little, and is added to in float32.
+        # Blocks are gathered in bfloat16, to which autocast would convert them anyway. Parameters
+        # outside blocks (embeddings, norms, positions) are few, and stay in float32.
         half = self.precision_plugin.precision == "bf16-mixed"
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None,
@@ -112,13 +112,14 @@ class Sharded(ModelParallelStrategy):
         )
         for block in divided(module):
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        # Shares again behind each entrance: what was gathered would outlive a change of the shares.
+        # Reshard after each call: gathered parameters would survive a change of their shards, such
+        # as swapping in the average.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        for name in ENTRANCES:
+        for name in FORWARD_METHODS:
             register_fsdp_forward_method(module, name)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
-        """Refuses what computes with whole rows and columns.
+        """Set the optimizers up, which must not need whole rows and columns.
 
         Raises:
             UserError: Adafactor.
@@ -126,8 +127,8 @@ class Sharded(ModelParallelStrategy):
         super().setup_optimizers(trainer)
         if any(isinstance(optimizer, torch.optim.Adafactor) for optimizer in self.optimizers):
             raise UserError(
-                "trainer=fsdp: torch's Adafactor cannot work on shares of a weight; set "
-                "optim=adamw, or leave trainer=fsdp out (DDP)"
+                "trainer=fsdp: torch's Adafactor cannot work on shards of a weight; set "
+                "optim=adamw, or omit trainer=fsdp (DDP)"
             )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -153,8 +154,8 @@ class Sharded(ModelParallelStrategy):
 
 
 def divided(module: nn.Module) -> list[nn.Module]:
-    """The blocks whose parameters are gathered together: those that their own `forward` enters.
+    """Return the blocks whose parameters are gathered together when their `forward` is called.
 
-    (Of a bare layer in a list, another module may read the weight.)
+    Bare layers in a list are excluded: another module may read their weights directly.
     """
     return [block for block in blocks(module) if any(True for _ in block.children())]

@@ -1,8 +1,7 @@
-"""`cascade data`: shards of procedural scenes; CLIP embeddings beside shards."""
+"""`cascade data`: write scenes, index or pack shards, precompute embeddings."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cascade.data.corpus import MEND
-from cascade.data.dataset import index_folder, total
-from cascade.data.embeddings import MANIFEST
-from cascade.data.index import CUT, Summary, counted
-from cascade.data.keys import CAPTIONS, DOTTED, REMEDY
-from cascade.data.listing import Row, texts_beside, usable
-from cascade.data.pack import held_out, pack
-from cascade.data.parquet import Stored
-from cascade.data.scenes import write_scenes
-from cascade.data.splits import HELD_OUT, split_of
-from cascade.data.tables import Caption, as_one, columns, rows_of_table, table
+from cascade.data.embeddings import EMBEDDINGS, MANIFEST, TEXT
+from cascade.data.scenes.generate import write_scenes
+from cascade.data.tars.corpus import MEND
+from cascade.data.tars.dataset import index_folder, total
+from cascade.data.tars.index import CUT, Summary, counted
+from cascade.data.tars.keys import CAPTIONS, DOTTED, REMEDY
+from cascade.data.tars.listing import Row, captioned_by_files, usable
+from cascade.data.tars.pack import held_out, pack
+from cascade.data.tars.splits import HELD_OUT, split_of
 from cascade.errors import UserError
-from cascade.files import check_writable
-from cascade.texts import brief
-from cascade.training.callbacks import bar
+from cascade.files.atomic import check_writable
+from cascade.formats.parquet import Stored
+from cascade.formats.tables import Caption, as_one, columns, rows_of_table, table
+from cascade.formats.texts import brief
+from cascade.runs.progress import bar, shown
 
-EMBEDDINGS, TEXT = "embeddings", "text"  # folders beside the shards, as conf/ has them
 NO_SPLIT = "none by name"
 
 
 def main(args: argparse.Namespace) -> Sequence[Path]:
-    """Returns what scenes and embeddings have left, as far as a chain waits for it."""
+    """Run one kind of work; return the files that scenes and embeddings wrote, for job chains."""
     if args.kind == "scenes":
         if not 16 <= args.size <= 1024:
             raise UserError(f"--size {args.size}: choose 16 to 1024")
@@ -50,7 +48,7 @@ def main(args: argparse.Namespace) -> Sequence[Path]:
 def make_scenes(
     out: Path, level: str, counts: dict[str, int], size: int, seed: int
 ) -> Sequence[Path]:
-    """Writes every split's shards; shards that are there already stay."""
+    """Write every split's shards; existing shards are kept."""
     shards: list[Path] = []
     with bar("scenes", "pictures") as progress:
         task = progress.add_task("", total=sum(counts.values()), rate=0, note="")
@@ -67,11 +65,11 @@ def make_scenes(
 
 
 def precompute_rows(args: argparse.Namespace) -> Sequence[Path]:
-    """Writes the rows that were asked for: of pictures, of captions, or both."""
+    """Precompute the rows of pictures, of captions, or both."""
     outputs: list[Path] = []
     data, captions = Path(args.data), [f.strip() for f in args.captions.split(",") if f.strip()]
     if not (args.clip or args.text) or not captions:
-        raise UserError("say what to precompute: --clip CLIP, --text ENCODER, and of --captions")
+        raise UserError("choose what to precompute: --clip CLIP or --text ENCODER, and --captions")
     named = _named(args)
     if args.clip:
         out = Path(args.out) if args.out else data / EMBEDDINGS
@@ -86,7 +84,7 @@ def precompute_rows(args: argparse.Namespace) -> Sequence[Path]:
 
 
 def _named(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What is given with those CLIPs that are names of open_clip's. UserError if there is none."""
+    """Return the options for CLIPs given by open_clip's names. UserError if none is."""
     from cascade.encoders.sources import clip_model
 
     options = {"checkpoint": args.checkpoint, "quick_gelu": args.quick_gelu}
@@ -96,7 +94,7 @@ def _named(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if given and not names:
         raise UserError(
             f"--{next(iter(given)).replace('_', '-')} is for a name of open_clip's, such as "
-            f"ViT-L-14, and would be ignored with {' and '.join(models)}: leave it out"
+            f"ViT-L-14, and would be ignored with {' and '.join(models)}: omit it"
         )
     return dict.fromkeys(names, given)
 
@@ -109,14 +107,15 @@ def embed(
     captions: Sequence[str] = ("txt",),
     workers: int = 0,
 ) -> None:
-    """Writes the CLIP image embeddings of the samples that have one of some captions.
+    """Write the CLIP image embeddings of the samples that have a caption.
 
     Args:
-        named: checkpoint and activation of a CLIP that is a name of open_clip's.
+        named: checkpoint and activation, for a CLIP given by open_clip's name.
+        captions: the caption fields, one of which a sample must have.
     """
     from cascade.data.precompute import about_pictures, picture_rows, precompute
     from cascade.encoders.clip import FrozenCLIP
-    from cascade.verbs.sample import device
+    from cascade.runs.model import device
 
     encoder = FrozenCLIP(clip, **(named or {})).to(device())
     rows = partial(picture_rows, clip=encoder, captions=captions, workers=workers)
@@ -132,9 +131,9 @@ def embed_captions(
     workers: int = 0,
     several: str | None = None,
 ) -> None:
-    """Writes what a frozen text encoder makes of some caption fields."""
+    """Write a frozen text encoder's output for some caption fields."""
     from cascade.data.precompute import about_captions, caption_rows, precompute
-    from cascade.verbs.sample import device
+    from cascade.runs.model import device
 
     encoder = encoder.to(device())
     rows = partial(
@@ -147,7 +146,7 @@ def embed_captions(
 def text_encoder(
     name: str, named: Mapping[str, Any], length: int | None = None, bf16: bool | None = None
 ) -> Any:
-    """The CLIP, or else the T5, of this name or in this directory."""
+    """Load the CLIP, or else the T5, of this name or in this directory."""
     from cascade.encoders.clip import FrozenCLIP
     from cascade.encoders.sources import clip_model
     from cascade.encoders.text import FrozenT5
@@ -156,12 +155,12 @@ def text_encoder(
         chosen = {"length": length, "bf16": bf16}
         return FrozenT5(name, **{key: value for key, value in chosen.items() if value is not None})
     if length is not None or bf16:
-        raise UserError(f"--length and --bf16 are for a T5: {name} is a CLIP, leave them out")
+        raise UserError(f"--length and --bf16 are for a T5: {name} is a CLIP, omit them")
     return FrozenCLIP(name, **named)
 
 
 def index_shards(folder: Path, keys: str | None = None, val: str | None = None) -> None:
-    """Indexes a folder of shards, and says what it holds and what is damaged."""
+    """Index a folder of shards, and report its content and damage."""
     check_writable(folder, "index a copy, or train without an index, which searches at each start")
     with shown("index", "tars") as progress:
         dataset, unreadable = index_folder(folder, progress, keys, val)
@@ -187,28 +186,28 @@ def index_shards(folder: Path, keys: str | None = None, val: str | None = None) 
         print(f"nothing is held out: `cascade data index {folder} --val 1%` holds pictures out")
     if unreadable:
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
-        raise UserError(f"{unreadable[0]}{more}: mend or remove it, then index again")
+        raise UserError(f"{unreadable[0]}{more}: repair or remove it, then index again")
     if not sums.samples:
-        raise UserError(f"{folder} has no sample: a picture and a caption, side by side")
+        raise UserError(f"{folder} has no sample: a picture and a caption with the same key")
 
 
 def pack_pictures(args: argparse.Namespace) -> None:
-    """Packs a folder of pictures into shards, and says what was left out and why."""
+    """Pack a folder of pictures into shards, and report what was left out and why."""
     out = Path(args.out)
     if not (args.pictures or args.captions):
-        raise UserError("say what to pack: --pictures FOLDER, or --captions of a table with them")
+        raise UserError("choose what to pack: --pictures FOLDER, or --captions TABLE with pictures")
     listed = Path(args.captions or "")
     folder = Path(args.pictures or (listed if listed.is_dir() else listed.parent))
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give that of the pictures")
+        raise UserError(f"{folder} is not a folder: give the folder of the pictures")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a folder to write to")
     check_writable(out)
     if min(args.size or 1, args.per_shard) < 1:
         raise UserError("--size and --per-shard: give 1 or more")
     if args.lines and args.captions:
-        raise UserError("--lines is for NAME.txt files: leave it or --captions out")
-    named = _captioned(args) if args.captions else texts_beside(folder)
+        raise UserError("--lines is for NAME.txt files: omit it or --captions")
+    named = _captioned(args) if args.captions else captioned_by_files(folder)
     with shown("compare", "pictures") as progress:
         rows, refused = usable(folder, named, progress)
     if not (args.captions or args.lines):
@@ -221,7 +220,7 @@ def pack_pictures(args: argparse.Namespace) -> None:
             try:
                 late = pack(rows, out, val, args.size, args.per_shard, args.seed, report)
             except OSError as error:
-                raise UserError(f"cannot write to {out}: {error.strerror}; give it room") from error
+                raise UserError(f"cannot write to {out}: {error.strerror}; make room") from error
         refused = {r: refused.get(r, []) + late.get(r, []) for r in {**refused, **late}}
     lost = sum(map(len, refused.values()))
     summary = Table("left out", "pictures", "such as")
@@ -240,10 +239,10 @@ def pack_pictures(args: argparse.Namespace) -> None:
 
 
 def _joined(rows: Sequence[Row]) -> list[Row]:
-    """Each text as one caption, whatever lines it has; says so."""
+    """Join the lines of each text into one caption, and print a note if there are several."""
     if several := sum(isinstance(row.captions["caption"], list) for row in rows):
         print(
-            f"{several:,} texts have several lines, which are taken for one caption: with --lines "
+            f"{several:,} texts have several lines, which are used as one caption: with --lines "
             "each line is a caption of its own"
         )
     return [row._replace(captions={"caption": as_one(row.captions["caption"])}) for row in rows]
@@ -256,16 +255,3 @@ def _captioned(args: argparse.Namespace) -> Iterator[tuple[str | Stored, dict[st
     file, captions = columns(rows, args.file_column, given)
     print(f"pictures are found by {file!r}, captions by {', '.join(map(repr, captions))}")
     return rows_of_table(rows, file, captions)
-
-
-@contextmanager
-def shown(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the screen, and what to call with (done, total) to move it."""
-    with bar(what, unit) as progress:
-        task = progress.add_task("", total=1, rate=0, note="")
-
-        def report(done: int, total: int) -> None:
-            rate = done / max(progress.tasks[0].elapsed or 0, 1e-3)
-            progress.update(task, completed=done, total=total, rate=rate)
-
-        yield report

@@ -1,32 +1,35 @@
-"""`cascade demo`: a whole cascade, from no data at all to a report.
+"""`cascade demo`: a whole cascade in one process, from no data at all to a report.
 
-It is the sequence of commands that anybody would give, `cascade data`, `cascade train` for each
-stage, `cascade evaluate`, in one process; conf/demo.yaml and its experiment say which. What is
-finished is passed over, what was interrupted goes on.
+It does what `cascade data`, `cascade train` for each stage, and `cascade evaluate` would do one
+after another, as conf/demo.yaml and its choice of `cascade` describe. Finished parts are skipped;
+an interrupted part is resumed.
 """
 
 import argparse
 import gc
 import os
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
 from omegaconf import DictConfig, OmegaConf
 
-from cascade.data.lease import lease
-from cascade.files import check_writable
-from cascade.verbs.checks import check_split
-from cascade.verbs.configuration import composed
-from cascade.verbs.data import EMBEDDINGS, embed, make_scenes
-from cascade.verbs.evaluate import evaluate
-from cascade.verbs.train import run
-from cascade.verbs.whole import measured, overrides, write_cascade
+from cascade.config.checks import check_split
+from cascade.config.compose import composed
+from cascade.data.embeddings import EMBEDDINGS
+from cascade.eval.cascades.evaluation import evaluate
+from cascade.files.atomic import check_writable
+from cascade.files.lease import lease
+from cascade.runs.cascade_file import measured, overrides, write_cascade
+from cascade.training.fit import train
+from cascade.verbs.data import embed, make_scenes
 
 
 def main(args: argparse.Namespace) -> None:
     begin = time.monotonic()
-    config = composed("demo", args.overrides)
+    config = composed("demo", chosen(args.overrides))
     folder, data = Path(config.run), Path(config.shards)
     check_writable(folder, "choose another run=...")
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
         train_stage(config, name, folder, data)
     write_cascade(config, folder)
     if measured(folder):
-        print(f"measured before ({folder / 'metrics.json'})")
+        print(f"already measured ({folder / 'metrics.json'})")
     else:
         with lease(folder):
             evaluate(
@@ -59,10 +62,15 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
+def chosen(overrides: Sequence[str]) -> list[str]:
+    """The overrides, with `cascade=NAME` for the earlier spelling `experiment=NAME`."""
+    return [re.sub("^experiment=", "cascade=", override) for override in overrides]
+
+
 def train_stage(config: DictConfig, name: str, folder: Path, data: Path) -> None:
-    """Trains one stage; behind the CLIP that conditions come its embeddings of all shards."""
-    run(composed("train", overrides(config, name, folder, data)))
-    gc.collect()  # Lightning's trainer and module hold each other, and so pictures and optimizer
+    """Trains one stage; after the conditioning CLIP, embeds all shards with it."""
+    train(composed("train", overrides(config, name, folder, data)))
+    gc.collect()  # Lightning's trainer and module form a cycle that holds data and optimizer
     if name == "clip":
         embed(data, str(folder / "clip"), data / EMBEDDINGS)
 

@@ -1,4 +1,4 @@
-"""`cascade describe`: what a network holds, and what a step of its training takes, unallocated."""
+"""`cascade describe`: a network's parameters, and the cost of its training, without allocation."""
 
 import argparse
 import logging
@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cascade.conditioning import Batch
+from cascade.config.compose import built, composed
 from cascade.errors import UserError
-from cascade.training.cost import GIB, Rehearsal, Way, parameters, parts
-from cascade.verbs.configuration import built, composed
+from cascade.nets.cost import GIB, Rehearsal, Way, parameters, parts
 
-# Where no stage is named, the first of these that the network fits.
-PLACES = (
+# If no stage is named, the first of these that the network fits is described.
+STAGES = (
     ["stage=decoder"],
     ["stage=decoder", "process=cosine_eps_learned"],
     ["stage=prior"],
@@ -29,12 +29,12 @@ PLACES = (
     ["stage=sr256_text"],
 )
 
-# Of a GPU's memory; CUDA itself and what its allocator cannot use take the rest.
+# Share of a GPU's memory that training can use; CUDA and fragmentation take the rest.
 USABLE = 0.9
 
 
 class GPUs(NamedTuple):
-    """The arguments that are no overrides: GiB of each GPU, and how many share what is sharded."""
+    """The arguments that are no overrides: GiB per GPU, and the number of GPUs."""
 
     gpu_memory: float = 80.0
     gpus: int = 8
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _arguments(arguments: Sequence[str]) -> tuple[GPUs, list[str]]:
-    """What is ours, and what is Hydra's."""
+    """Separates our own arguments from Hydra's overrides."""
     ours, rest = {}, []
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -71,21 +71,21 @@ def _arguments(arguments: Sequence[str]) -> tuple[GPUs, list[str]]:
 
 
 def _fitting(overrides: list[str]) -> tuple[list[str], DictConfig, Rehearsal]:
-    """The stage that is asked for, or else one that the network fits; and all overrides."""
+    """The overrides of the requested stage, or of the first that the network fits, rehearsed."""
     if any(o.startswith(("stage=", "experiment=")) for o in overrides):
         return overrides, *rehearsed(overrides)
     refusals = []
-    for place in PLACES:
+    for stage in STAGES:
         try:
-            return [*place, *overrides], *rehearsed([*place, *overrides])
+            return [*stage, *overrides], *rehearsed([*stage, *overrides])
         except UserError as error:
             refusals.append(str(error))
-    hint = f" (so with {PLACES[0][0]}; it fits no other either: name one with stage=...)"
+    hint = f" (with {STAGES[0][0]}; no other stage fits either: name one with stage=...)"
     raise UserError(refusals[0] + (hint if len({*refusals}) > 1 else ""))
 
 
 def rehearsed(overrides: list[str]) -> tuple[DictConfig, Rehearsal]:
-    """A composed stage, whose forward pass has been tried.
+    """Composes a stage, and tries its forward pass.
 
     Raises:
         UserError: a batch is not a whole number above 0, or the network does not fit the stage.
@@ -98,25 +98,27 @@ def rehearsed(overrides: list[str]) -> tuple[DictConfig, Rehearsal]:
         module = built(config.stage)
     for part in (getattr(module, "process", None), getattr(module, "corruption", None)):
         if schedule := getattr(part, "schedule", None):
-            schedule(torch.tensor([0.5]))  # its table is made once: now, of numbers
+            schedule(
+                torch.tensor([0.5])
+            )  # fills the cached table with numbers before fake tensors would
     rehearsal = Rehearsal(module, batches(config, module))
     try:
         _ = rehearsal.forward
-    except Exception as error:  # shapes that do not fit are found by any of torch's functions
+    except Exception as error:  # any of torch's functions may find shapes that do not fit
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"net does not fit stage {config.name}: {reason}") from error
     return config, rehearsal
 
 
 def batches(config: DictConfig, module: L.LightningModule) -> Callable[[int], Batch]:
-    """Batches with every key that a stage may read, pictures cropped as in training.
+    """Returns a function that creates batches with every key that a stage may read.
 
-    Captions are as long as they may be, so that nothing longer can come.
+    Pictures are cropped as in training, and captions have their greatest length.
     """
     pictures, clip = built(config.data.pictures), built(config.clip.model)
     blank = np.zeros((pictures.largest, pictures.largest, 3), np.uint8)
     views = pictures.views(blank, np.random.default_rng(0)) if pictures.sizes else {}
-    # That of a frozen CLIP is a property, which would load it.
+    # Not getattr: the length of a frozen CLIP is a property that would load it.
     lengths = [vars(encoder).get("length") for encoder in getattr(module, "encoders", ())]
     length = next((n for n in lengths if n), clip.length)
 
@@ -136,7 +138,7 @@ def batches(config: DictConfig, module: L.LightningModule) -> Callable[[int], Ba
 
 
 def _ways(rehearsal: Rehearsal, gpus: int) -> dict[str, Way]:
-    """How one may train on GPUs, by name; with checkpointing if the network knows how."""
+    """Ways to train on GPUs, by name; with checkpointing if the network supports it."""
     steps = {"": rehearsal.step(bf16=True)}
     if rehearsal.switched:
         steps[",\ncheckpointing"] = rehearsal.step(bf16=True, checkpointing=True)

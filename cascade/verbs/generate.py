@@ -1,34 +1,30 @@
-"""`cascade generate`: pictures of many prompts, by any number of processes, to be measured."""
+"""`cascade generate`: sample pictures of many prompts, by any number of processes."""
 
 import argparse
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
-from cascade.encoders.identity import formerly
+from cascade.batch import image_size
 from cascade.errors import UserError
-from cascade.eval import coco, prompts
-from cascade.eval.generation import MANIFEST, Job, generate, read_manifest
-from cascade.eval.identity import described
-from cascade.eval.prompts import LAYOUTS, Prompt
-from cascade.eval.share import share, whole
-from cascade.files import check_writable
-from cascade.pipeline import Cascade
-from cascade.verbs.data import shown
-from cascade.verbs.sample import checked, load_cascade
+from cascade.eval.pictures.coco import prompts_of
+from cascade.eval.pictures.generation import Job, generate, identity
+from cascade.eval.pictures.prompts import LAYOUTS
+from cascade.eval.pictures.share import share, whole
+from cascade.files.atomic import check_writable
+from cascade.runs.model import check_captions, load_cascade
+from cascade.runs.progress import shown
 
 
 def main(args: argparse.Namespace) -> None:
     layout, shard = LAYOUTS[args.layout], share(args.shard)
-    found = read_prompts(args.prompts)
-    checked([prompt.text for prompt in found])
+    found = prompts_of(args.prompts)
+    check_captions([prompt.text for prompt in found])
     per_prompt = layout.per_prompt if args.per_prompt is None else args.per_prompt
     job = Job(Path(args.out), found, layout, per_prompt, args.seed, args.batch)
     check_writable(job.out, "choose another --out")
     cascade = load_cascade(Path(args.model), args.set)
-    if not cascade.stages[-1].writes.startswith("image_"):
+    if image_size(cascade.stages[-1].writes) is None:
         raise UserError(f"{args.model} paints no pictures: add its decoder to cascade.yaml")
-    model = _identity(cascade, job.out)
+    model = identity(cascade, job.out)
     try:
         with shown("generate", "pictures") as progress:
             missing = generate(cascade, job, model, shard, progress)
@@ -43,19 +39,3 @@ def main(args: argparse.Namespace) -> None:
         )
     else:
         print(f"all {count:,} pictures are in {job.out}, and no others")
-
-
-def _identity(cascade: Cascade, out: Path) -> dict[str, Any]:
-    """What the pictures depend on; in a folder that an earlier version began, as it said it."""
-    now, then = (
-        {"weights": "EMA", **described(cascade, of)} for of in (attrgetter("hash"), formerly)
-    )
-    begun = (out / MANIFEST).is_file() and read_manifest(out).get("model") == then
-    return then if begun else now  # a run's weights are those of the average
-
-
-def read_prompts(given: str) -> list[Prompt]:
-    """Those of a file, or of a copy of COCO (`coco:DIR`)."""
-    if given.startswith(coco.PREFIX):
-        return coco.prompts(Path(given.removeprefix(coco.PREFIX)))
-    return prompts.read(Path(given))

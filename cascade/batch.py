@@ -1,0 +1,46 @@
+"""What code knows of a batch's keys, which the table in `cascade/__init__.py` describes.
+
+A stage that writes or reads a new kind of key adds it to that table and to `KINDS`.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+Batch = dict[str, Any]
+
+
+class Kind(NamedTuple):
+    """A key that is not a picture.
+
+    Attributes:
+        source: what the key is computed from. A source is dropped as a whole (classifier-free
+            guidance), with every key computed from it.
+        setting: the configuration value that gives its size; None: the size is free.
+    """
+
+    source: str
+    setting: str | None = None
+
+
+KINDS = {
+    "tokens": Kind("caption"),
+    "text": Kind("caption", "text.size"),
+    "clip_text": Kind("caption", "clip.model.dim"),
+    "clip_image": Kind("clip_image", "clip.model.dim"),
+}
+
+
+def source(key: str) -> str:
+    """What a key is computed from: the caption, or the key itself."""
+    return KINDS[key].source if key in KINDS else key
+
+
+def image_key(size: int) -> str:
+    """The key of pictures of this side, in pixels."""
+    return f"image_{size}"
+
+
+def image_size(key: str) -> int | None:
+    """The side in pixels of a key's pictures; None: the key holds no pictures."""
+    found = re.fullmatch(r"image_(\d+)", key)
+    return int(found[1]) if found else None

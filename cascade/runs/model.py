@@ -1,0 +1,96 @@
+"""Load a whole cascade from its file, and sample pictures of captions with it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cascade.conditioning import Batch
+from cascade.data.loading import put_rows
+from cascade.errors import UserError
+from cascade.formats.texts import encodable
+from cascade.pipeline import Cascade
+from cascade.runs.cascade_file import CASCADE, stage_choices, stage_runs
+from cascade.runs.choices import SamplingChoices
+from cascade.runs.progress import bar
+from cascade.runs.run import Run
+
+LONGEST = 2000  # characters of a caption
+
+
+def device() -> torch.device:
+    """The device to sample on: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_cascade(folder: Path, choices: Sequence[str] = ()) -> Cascade:
+    """Load the cascade that `folder/cascade.yaml` describes, in `eval()` mode.
+
+    Args:
+        folder: or the file itself; paths of runs are relative to it.
+        choices: sampling choices that override those of the file, as "stage.option=value".
+
+    Raises:
+        UserError: the file, a choice or a run is not valid.
+    """
+    file = folder if folder.suffix == ".yaml" else folder / CASCADE
+    runs, stages = stage_runs(file, choices), stage_choices(file, choices)
+    asked = [(Run(runs[name]), SamplingChoices.of(name, of)) for name, of in stages.items()]
+    return Cascade([chosen.applied(run.load().to(device()), run) for run, chosen in asked])
+
+
+def check_captions(captions: Sequence[str]) -> None:
+    """Raise UserError if there are no captions, or if one is empty or too long."""
+    if not captions:
+        raise UserError("no caption: give one in quotes, or a file of them with --file")
+    for i, caption in enumerate(captions):
+        if not caption.strip():
+            raise UserError(f"caption {i + 1} is empty: say what to paint")
+        if encodable(caption) != caption:
+            raise UserError(f"caption {i + 1} is not in the terminal's encoding: use --file")
+        if len(caption) > LONGEST:
+            raise UserError(
+                f"caption {i + 1} has {len(caption):,} characters: {LONGEST:,} is the most"
+            )
+
+
+@torch.inference_mode()
+def paint(
+    cascade: Cascade,
+    captions: Sequence[str],
+    seed: int,
+    size: int = 16,
+    given: Batch | None = None,
+    what: str = "painting",
+) -> Batch:
+    """Sample one picture of each caption; returns what all stages wrote, on the CPU.
+
+    Row i has the sample number i, so that batches of any size give the same draws.
+
+    Args:
+        size: of a batch.
+        given: further keys, with one row per caption, which the cascade then need not sample.
+        what: title of the progress bar.
+    """
+    painted: Batch = {}
+    with (
+        bar(what, "pictures") as progress,
+        torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()),
+    ):
+        task = progress.add_task("", total=len(captions), rate=0, note="")
+        for start in range(0, len(captions), size):
+            rows = slice(start, start + size)
+            batch = {k: v[rows].to(device()) for k, v in (given or {}).items()}
+            batch["caption"] = list(captions[rows])
+            batch["sample"] = torch.arange(start, start + len(batch["caption"]))
+
+            def report(key: str, i: int, n: int) -> None:
+                progress.update(task, note=f"{key} {i}/{n}")
+
+            done = cascade(batch, seed, report)
+            made = {stage.writes: done[stage.writes].float().cpu() for stage in cascade.stages}
+            put_rows(painted, made, start, len(captions))
+            seconds = progress.tasks[0].elapsed or 1
+            count = start + len(batch["caption"])
+            progress.update(task, completed=count, rate=count / seconds)
+    return painted

@@ -1,0 +1,158 @@
+"""A run directory: configuration, status, metrics, weights, events and checkpoints of a training.
+
+The names of its files are written down here and nowhere else. Importing this module is cheap, so
+that many runs can be listed in a moment; Hydra and torch are imported by the methods that need
+them.
+"""
+
+import csv
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cascade.files.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CASCADE = "cascade.yaml"  # in the folder that holds the runs of a cascade
+CONFIG = "config.yaml"
+STATUS = "status.json"
+METRICS = "metrics.csv"
+EVENTS = "events.jsonl"
+CHECKPOINTS = "checkpoints"
+SAMPLES = "samples"
+TENSORBOARD = "tensorboard"
+HEARTBEATS = "heartbeats"
+
+
+class Saved(NamedTuple):
+    """A checkpoint on disk, whole or damaged: its optimizer step and its directory.
+
+    The first versions wrote a file instead of a directory.
+    """
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """The directory of one training, which may not exist yet.
+
+    Args:
+        path: the directory.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / CONFIG
+
+    @property
+    def config(self) -> "DictConfig":
+        """The resolved configuration. UserError if there is none, or if it is damaged."""
+        from cascade.config.compose import loaded
+
+        return loaded(self.config_file)
+
+    @property
+    def status_file(self) -> Path:
+        return self.path / STATUS
+
+    def status(self) -> dict[str, int]:
+        """`images` seen at the last checkpoint and `total`; empty if missing or damaged."""
+        try:
+            found = json.loads(self.status_file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write_status(self, images: int, total: int) -> None:
+        text = json.dumps({"images": images, "total": total}) + "\n"
+        write_atomically(self.status_file, lambda path: path.write_text(text))
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / METRICS
+
+    def metrics(self) -> list[dict[str, str]]:
+        """The rows of the metrics; empty if there are none. A torn last line is left out."""
+        try:
+            with self.metrics_file.open(newline="") as file:
+                whole = [line for line in file if line.endswith("\n")]
+        except FileNotFoundError:
+            return []
+        return list(csv.DictReader(whole))
+
+    @property
+    def events(self) -> Path:
+        """The timeline, one JSON object per line (`cascade.runs.events`)."""
+        return self.path / EVENTS
+
+    @property
+    def weights(self) -> list[Path]:
+        """The exported weights of the average: one file, or none before the first checkpoint."""
+        return sorted(self.path.glob("*.safetensors"))
+
+    @property
+    def samples(self) -> Path:
+        """The folder of the grids that were sampled during training."""
+        return self.path / SAMPLES
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / TENSORBOARD
+
+    def heartbeat(self, rank: int) -> Path:
+        """The file that a rank touches while it is alive."""
+        return self.path / HEARTBEATS / f"rank{rank}.json"
+
+    def last_heartbeat(self) -> float | None:
+        """When any rank touched its heartbeat last (seconds since 1970); None if none ever did."""
+        beats = (self.path / HEARTBEATS).glob("rank*.json")
+        return max((path.stat().st_mtime for path in beats), default=None)
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of an optimizer step is written."""
+        return self.checkpoint_folder / f"step-{step:08d}"
+
+    def checkpoints(self) -> list[Saved]:
+        """All checkpoints, oldest first, without a look inside; those set aside are left out."""
+        named = ((re.match(r"step-(\d+)", p.name), p) for p in self.checkpoint_folder.glob("*"))
+        return sorted(Saved(int(name[1]), path) for name, path in named if name)
+
+    def stage(self) -> Any:
+        """Build the module that this run trains, with fresh weights.
+
+        If the run was moved and its CLIP is not at the configured path, a folder of that name next
+        to the run is used; `load` compares the hash of its weights.
+        """
+        from omegaconf import OmegaConf
+
+        from cascade.config.compose import built
+        from cascade.runs.resumable import replaced
+
+        config = self.config
+        stage, clip = OmegaConf.to_container(config.stage), Path(config.clip.path)
+        moved = self.path.parent / clip.name
+        if not clip.exists() and moved.is_dir():
+            stage = replaced(stage, str(clip), str(moved))
+        return built(stage)
+
+    def load(self) -> Any:
+        """Build the module with the average's weights, in `eval()` mode.
+
+        Raises:
+            UserError: there are no weights, or they do not fit the configuration or its encoders.
+        """
+        module = self.stage()
+        module.restore(self.path)
+        return module.eval()

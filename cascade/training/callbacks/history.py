@@ -1,0 +1,105 @@
+"""Writes the loss, learning rate and speed of a run: progress bar, metrics.csv, TensorBoard.
+
+Progress is counted in images seen, so that runs with different batch sizes compare. A run that
+resumes drops the rows after its checkpoint and writes them again.
+"""
+
+import csv
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from cascade.files.atomic import write_atomically
+from cascade.runs.progress import bar
+from cascade.runs.run import Run
+from cascade.training.position import Position
+
+SLOW = 0.05  # fraction of the time spent waiting for data above which the bar mentions it
+
+
+class History(L.Callback):
+    """Writes a row of metrics every few steps.
+
+    `waiting` is the fraction of the time that the first rank waited for data.
+
+    Args:
+        run: the run's directory.
+        name: the stage's name, shown next to the bar.
+        start: where this process starts or resumes.
+        total: images in all.
+        every: optimizer steps between two rows.
+    """
+
+    COLUMNS = ("images", "loss", "lr", "images_per_second", "waiting", "seconds")
+
+    def __init__(self, run: Path, name: str, start: Position, total: int, every: int = 20):
+        self.run, self.name, self.start = run, name, start
+        self.total, self.every = total, every
+        self.losses: list[torch.Tensor] = []
+        self.step, self.seconds = 0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.step, self.mark = trainer.global_step, time.monotonic()
+        self.waited = trainer.train_dataloader.waited
+        if not trainer.is_global_zero:
+            return
+        run, images = Run(self.run), self.start.images
+        path = run.metrics_file
+        rows = [row for row in run.metrics() if int(row["images"]) <= images]
+        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        write_atomically(path, lambda partial: self._write(partial, rows))
+        self.file = path.open("a", newline="")
+        self.table = csv.DictWriter(self.file, self.COLUMNS)
+        # TensorBoard hides what an earlier attempt wrote from this step on.
+        self.board = SummaryWriter(str(run.tensorboard), purge_step=images + 1)
+        self.bar = bar(self.name)
+        self.task = self.bar.add_task("", total=self.total, completed=images, rate=0, note="")
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.losses.append(outputs["loss"].detach())
+        steps = trainer.global_step - self.step
+        last = trainer.global_step == trainer.max_steps
+        if steps == 0 or (trainer.global_step % self.every and not last):
+            return
+        losses = torch.stack(self.losses)  # not finite in skipped steps, which do not count
+        loss = (
+            losses.where(losses.isfinite(), torch.nan).nanmean() * trainer.accumulate_grad_batches
+        )
+        loss = trainer.strategy.reduce(loss).item()  # mean over ranks
+        now, waited = time.monotonic(), trainer.train_dataloader.waited
+        seconds, wait = now - self.mark, waited - self.waited
+        rate, waiting = steps * self.start.batch / seconds, wait / seconds
+        self.seconds += seconds
+        self.losses, self.step, self.mark, self.waited = [], trainer.global_step, now, waited
+        if trainer.is_global_zero:
+            images = self.start.at(trainer.global_step).images
+            lr = trainer.optimizers[0].param_groups[0]["lr"]
+            shown = (f"{loss:.5g}", f"{lr:.4g}", f"{rate:.1f}", f"{waiting:.3f}")
+            row = (images, *shown, f"{self.seconds:.1f}")
+            self.table.writerow(dict(zip(self.COLUMNS, row)))
+            self.file.flush()
+            for key, value in zip(self.COLUMNS[1:], (loss, lr, rate, waiting)):
+                self.board.add_scalar(key, value, images)
+            note = f"loss {loss:.4f}"
+            if waiting > SLOW:
+                note += f", {waiting:.0%} of the time waiting for data"
+            self.bar.update(self.task, completed=images, rate=rate, note=note)
+
+    def _write(self, path: Path, rows: list[dict[str, str]]) -> None:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, self.COLUMNS)
+            table.writeheader()
+            table.writerows(rows)
+
+    def on_exception(self, trainer, module, exception: BaseException) -> None:
+        self.teardown(trainer, module, "fit")  # which Lightning does not call after an error
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if hasattr(self, "bar"):
+            self.bar.stop()
+            self.board.close()
+            self.file.close()

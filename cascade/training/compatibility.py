@@ -1,0 +1,220 @@
+"""Checks that a stage's inputs have the sizes, and come from the encoders, that it is built for.
+
+`check` runs when a stage is built, before any data is read: it opens only models' configurations
+and embeddings' manifests, and hashes encoders' weights. It does not judge what is not on this
+machine, which its first use will report as missing. `verify` then encodes some samples again.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cascade.batch import KINDS, image_key
+from cascade.codecs import Pixels
+from cascade.conditioning import LowRes
+from cascade.data.embeddings import Embeddings, Manifest
+from cascade.encoders.clip import FrozenCLIP
+from cascade.encoders.identity import differs
+from cascade.encoders.sources import NotHere
+from cascade.errors import UserError
+from cascade.nets.unet import check_sides
+from cascade.stage import Encoder, Stage
+
+AGREE = 0.999  # least cosine of a row and the same sample encoded again; bfloat16 costs 1e-4
+
+
+def check(
+    stage: Stage,
+    stores: Collection[Embeddings],
+    clip: FrozenCLIP,
+    crop: int | None = None,
+    captions: Collection[str] = ("txt",),
+    several: str | None = None,
+) -> None:
+    """Check that network, encoders and embeddings fit the stage and one another.
+
+    Args:
+        stores: the embeddings that the training data is joined with.
+        clip: the CLIP that image embeddings must come from (`clip.path`).
+        crop: side of the pictures in training, if it differs from the stage's.
+        captions: the fields that captions are drawn from.
+        several: which of several captions in a field is used.
+
+    Raises:
+        UserError: with both sizes, hashes, lengths or lists of fields, and what to set.
+    """
+    if isinstance(stage.codec, Pixels):
+        check_sides(stage.net, stage.codec.size, crop or stage.codec.size)
+    _ports(stage)
+    sizes = stage.conditioner.sizes
+    if stage.writes in KINDS:
+        sizes |= {stage.writes: stage.codec.size}
+    for encoder in stage.encoders:
+        for key in sorted(sizes.keys() & encoder.sizes.keys()):
+            _equal(key, sizes[key], encoder.sizes[key], encoder.name)
+    holders: dict[str, Embeddings] = {}
+    for store in stores:
+        if about := store.about:
+            for key in about.sizes:
+                if (other := holders.setdefault(key, store)) is not store:
+                    raise UserError(f"{key} is in {other.folder} and in {store.folder}: keep one")
+            for key in sorted(sizes.keys() & about.sizes.keys()):
+                _equal(key, sizes[key], about.sizes[key], store.folder)
+            _same_makers(store, about, stage, clip)
+            _same_captions(store, about, captions, several)
+
+
+def _ports(stage: Stage) -> None:
+    """Check that the condition's vectors, tokens and pictures have the sizes the network reads."""
+    reads = {"dim": getattr(stage.net, "embed", None), "width": stage.net.width}
+    for name, embedder in stage.conditioner.embedders.items():
+        for what, setting in (("dim", "net.embed"), ("width", "net.width")):
+            found, wanted = getattr(embedder, what, None), reads[what]
+            if found is not None and isinstance(wanted, int | None) and found != wanted:
+                raise UserError(
+                    f"{setting}={wanted}, but the condition {name} gives {found} numbers: set "
+                    f"stage.conditioner.embedders.{name}.{what}={wanted}"
+                )
+    pictures = sum(isinstance(e, LowRes) for e in stage.conditioner.embedders.values())
+    given = 3 * (pictures + (stage.conditioner.sketch is not None))
+    if (wanted := getattr(stage.net, "image_channels", given)) != given:
+        raise UserError(
+            f"net.image_channels={wanted}, but the condition's pictures have {given} channels: set "
+            f"net.image_channels={given}"
+        )
+
+
+def _equal(key: str, expected: int, found: int, source: object) -> None:
+    if expected != found:
+        setting = KINDS[key].setting
+        raise UserError(
+            f"{setting}={expected}, but {key} of {source} has {found} numbers: set "
+            f"{setting}={found}"
+        )
+
+
+def _same_makers(store: Embeddings, about: Manifest, stage: Stage, clip: FrozenCLIP) -> None:
+    """Check that the rows' encoders are those of the stage, with the same token length."""
+    read = stage.conditioner.sizes
+    texts = [e for e in stage.encoders if "clip_text" in e.writes & read.keys()]
+    if "clip_image" in about.sizes and "clip_image" in {*read, stage.writes}:
+        # The prior compares picture and text, so its text embeddings must be this CLIP's as well.
+        for encoder in {e.name: e for e in [clip, *texts]}.values():
+            _same_hash(store, about, encoder, "another CLIP", "clip.path")
+    for encoder in stage.encoders:
+        if encoder.writes & about.sizes.keys():
+            _same_hash(store, about, encoder, "another encoder", "text")
+            # Only a chosen length is compared: a CLIP's, a property, is fixed by its weights.
+            if (length := vars(encoder).get("length")) and length != about.length:
+                raise UserError(
+                    f"text.reader.length={length}, but {store.folder} was made with "
+                    f"--length {about.length}: set text.reader.length={about.length}"
+                )
+
+
+def _same_hash(
+    store: Embeddings, about: Manifest, encoder: Encoder, what: str, setting: str
+) -> None:
+    try:
+        why = differs(encoder, about.hash, about.encoder)
+    except NotHere:
+        return
+    if why:
+        raise UserError(
+            f"{store.folder} was made by {what} ({about.encoder}, {about.hash}) than "
+            f"{encoder.name} ({why}): set {setting} to the one that made it, or run "
+            "`cascade data precompute` into another folder and set embeddings to that"
+        )
+
+
+def _same_captions(
+    store: Embeddings, about: Manifest, captions: Collection[str], several: str | None
+) -> None:
+    if not about.captions:
+        return
+    if several == "drawn":
+        raise UserError(
+            f"data.several=drawn, but {store.folder} has one row for each caption field: set "
+            "data.several=first or all, or omit precomputed=text"
+        )
+    if several != about.several:
+        made, wanted = (
+            f"--several {of}" if of else "no --several" for of in (about.several, several)
+        )
+        raise UserError(
+            f"{store.folder} was made with {made}, but data.several is {several or 'not set'}: run "
+            f"`cascade data precompute` with {wanted} into another folder"
+        )
+    if not set(captions) <= set(about.captions):
+        wanted = ",".join(captions)
+        raise UserError(
+            f"{store.folder} has rows for captions of {','.join(about.captions)}, but "
+            f"data.captions are {wanted}: run `cascade data precompute --captions {wanted}` into "
+            "another folder"
+        )
+
+
+@torch.inference_mode()
+def verify(
+    preview: Callable[[int, Sequence[int]], Iterable[Mapping[str, Any]]],
+    stores: Collection[Embeddings],
+    encoders: Collection[Encoder],
+    clip: FrozenCLIP,
+    count: int = 8,
+) -> None:
+    """Encode the pictures and captions of a few samples again, and compare them with their rows.
+
+    The encoders are copied first, so that the weights loaded here are freed afterwards.
+
+    Args:
+        preview: `Samples.preview` of training samples that are joined with `stores`; not called if
+            there is nothing to compare.
+        encoders: of the captions.
+        clip: of the pictures, which are not compared if it is not on this machine.
+        count: how many samples.
+
+    Raises:
+        UserError: a row does not match its sample.
+    """
+    held = {key: store for store in stores if store.about for key in store.about.sizes}
+    texts = [copy(encoder) for encoder in encoders if encoder.writes & held.keys()]
+    pictures = [copy(clip)] if "clip_image" in held and _is_here(clip) else []
+    if not texts and not pictures:
+        return
+    for item in preview(count, [clip.image_size] if pictures else []):
+        for encoder in pictures:
+            picture = item[image_key(encoder.image_size)][None]
+            _alike(item, held, {"clip_image": encoder.image(picture)[0]}, encoder)
+        for encoder in texts:
+            found = encoder({"caption": [item["caption"]]})
+            _alike(
+                item, held, {key: found[key][0] for key in encoder.writes & held.keys()}, encoder
+            )
+
+
+def _is_here(clip: FrozenCLIP) -> bool:
+    try:
+        return bool(clip.hash)
+    except NotHere:
+        return False
+
+
+def _alike(
+    item: Mapping[str, Any],
+    held: Mapping[str, Embeddings],
+    encoded: Mapping[str, Tensor],
+    encoder: Encoder,
+) -> None:
+    for key, expected in sorted(encoded.items()):
+        row, expected = item[key], expected.cpu()
+        where = f"{held[key].folder}: {key} of {item['key']} does not match {encoder.name}"
+        remedy = "run `cascade data precompute` into another folder, and set embeddings to that"
+        if row.shape != expected.shape:
+            raise UserError(f"{where}: {len(row)} tokens, not {len(expected)}; {remedy}")
+        cosine = F.cosine_similarity(row.flatten().float(), expected.flatten().float(), dim=0)
+        if not cosine > AGREE:
+            raise UserError(f"{where}: cosine {cosine:.4f}, not above {AGREE}; {remedy}")

@@ -1,0 +1,238 @@
+"""Speed and memory of our U-Net compared to diffusers' `UNet2DModel` with the same weights.
+
+    python -m cascade.eval.benchmarks.nets [--rounds 7] [--batch 4] [--threads 2]
+
+Requires `pip install diffusers`. The networks take turns in one process, and the median time of
+each counts. Peak memory is the process's high-water mark (Linux), reset before each measurement.
+"""
+
+import argparse
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from cascade.conditioning import Cond
+from cascade.diffusion.noise import linear_table, table
+from cascade.errors import UserError
+from cascade.formats.texts import lines
+from cascade.nets.layers import GroupNorm, Timestep
+from cascade.nets.unet import UNet
+
+SIZE, STEPS = 64, 1000
+CHANNELS, MULTIPLIERS = 64, (1, 2, 3, 4)
+
+
+def ours(adm: bool, checkpoint: bool = False) -> UNet:
+    """ADM's U-Net (residual blocks change the resolution, scale and shift), or DDPM's."""
+    return UNet(
+        channels=CHANNELS,
+        multipliers=MULTIPLIERS,
+        blocks=2,
+        embed=4 * CHANNELS,
+        attention=(1, 2, 3),
+        head_channels=64,
+        positions=False,
+        strided=not adm,
+        shift_only=not adm,
+        norm=partial(GroupNorm, groups=32),
+        level=Timestep(CHANNELS, linear_table),
+        checkpoint=checkpoint,
+    ).to(memory_format=torch.channels_last)
+
+
+def theirs(adm: bool) -> nn.Module:
+    """The same network from diffusers."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError as error:
+        raise UserError("this benchmark compares with diffusers: pip install diffusers") from error
+    return UNet2DModel(
+        sample_size=SIZE,
+        block_out_channels=tuple(CHANNELS * m for m in MULTIPLIERS),
+        layers_per_block=2,
+        down_block_types=(
+            f"{'ResnetDownsample' if adm else 'Down'}Block2D",
+            *3 * ("AttnDownBlock2D",),
+        ),
+        up_block_types=(*3 * ("AttnUpBlock2D",), f"{'ResnetUpsample' if adm else 'Up'}Block2D"),
+        downsample_type="resnet" if adm else "conv",
+        upsample_type="resnet" if adm else "conv",
+        resnet_time_scale_shift="scale_shift" if adm else "default",
+        attention_head_dim=64,
+        attn_norm_num_groups=32,
+    )
+
+
+def copy_weights(source: nn.Module, target: UNet) -> None:
+    """Copies the weights of diffusers' network to ours."""
+
+    def copy(a: nn.Module, b: nn.Module) -> None:
+        b.load_state_dict(a.state_dict())
+
+    def block(resnet: nn.Module, attention: nn.Module | None, b: nn.Module) -> None:
+        pairs = {"norm1": "norm_in", "conv1": "conv_in", "time_emb_proj": "modulation"}
+        pairs |= {"norm2": "norm_out", "conv2": "conv_out"}
+        for their_name, our_name in pairs.items():
+            copy(getattr(resnet, their_name), getattr(b, our_name))
+        if resnet.conv_shortcut is not None:
+            copy(resnet.conv_shortcut, b.skip)
+        if attention is not None:
+            copy(attention.group_norm, b.norm_attention)
+            copy(attention.to_out[0], b.attention.out)
+            parts = [attention.to_q, attention.to_k, attention.to_v]
+            for name in ("weight", "bias"):
+                joined = torch.cat([getattr(part, name).data for part in parts])
+                getattr(b.attention.qkv, name).data.copy_(joined)
+
+    def level(parts: nn.Module, blocks: Any) -> None:
+        attentions = getattr(parts, "attentions", [None] * len(parts.resnets))
+        for resnet, attention in zip(parts.resnets, attentions):
+            block(resnet, attention, next(blocks))
+
+    def resample(part: nn.Module, b: nn.Module) -> None:
+        if hasattr(part, "conv1"):
+            block(part, None, b)
+        else:
+            copy(part.conv, b.conv)
+
+    copy(source.time_embedding.linear_1, target.noise_level[1])
+    copy(source.time_embedding.linear_2, target.noise_level[3])
+    copy(source.conv_in, target.conv_in)
+    copy(source.conv_norm_out, target.norm_out)
+    copy(source.conv_out, target.conv_out)
+    down, up = iter(target.down), iter(target.up)
+    for parts in source.down_blocks:
+        level(parts, down)
+        if parts.downsamplers:
+            resample(parts.downsamplers[0], next(down))
+    for parts in source.up_blocks:
+        level(parts, up)
+        if parts.upsamplers:
+            resample(parts.upsamplers[0], next(up))
+    block(source.mid_block.resnets[0], source.mid_block.attentions[0], target.middle[0])
+    block(source.mid_block.resnets[1], None, target.middle[1])
+
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+
+
+def forward(net: nn.Module) -> Forward:
+    """The function (x, t) -> F of either network; t [b] are indices of the linear table."""
+    if not isinstance(net, UNet):
+        return lambda x, t: net(x, t).sample
+    levels = table(linear_table, STEPS).float()
+    return lambda x, t: net(x, levels[t], Cond())
+
+
+class Training:
+    """A training step and a sampling step of a network, on fixed data."""
+
+    def __init__(self, net: nn.Module, batch: int):
+        g = torch.Generator().manual_seed(0)
+        self.x = torch.randn(batch, 3, SIZE, SIZE, generator=g)
+        self.t = torch.randint(STEPS, (batch,), generator=g)
+        self.forward = forward(net)
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
+
+    def train(self) -> None:
+        self.forward(self.x, self.t).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.inference_mode()
+    def sample(self) -> None:
+        self.forward(self.x, self.t)
+
+
+def seconds(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """The median time of each call; calls take turns, after one warm-up round."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if i > 0:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak(make: Callable[[], nn.Module], batch: int, step: str) -> float:
+    """Peak memory in MiB of three steps of a new network, above the process's prior memory."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
+    before = _status("VmRSS")
+    training = Training(make(), batch)
+    for _ in range(3):
+        getattr(training, step)()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    found = lines(Path("/proc/self/status").read_text())
+    return next(int(line.split()[1]) for line in found if line.startswith(key))
+
+
+def difference(a: nn.Module, b: nn.Module) -> float:
+    """The largest difference between two networks' outputs."""
+    x, t = torch.randn(2, 3, SIZE, SIZE), torch.tensor([3, 700])
+    with torch.inference_mode():
+        return (forward(a)(x, t) - forward(b)(x, t)).abs().max().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=lines(__doc__)[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for adm in (True, False):
+        Console().print(compared(adm, args.batch, args.rounds))
+
+
+def compared(adm: bool, batch: int, rounds: int) -> Table:
+    """The table for one network."""
+    makers = {
+        "diffusers": partial(theirs, adm),
+        "ours": partial(ours, adm),
+        "ours, checkpointed": partial(ours, adm, checkpoint=True),
+    }
+    held = {s: {n: peak(make, batch, s) for n, make in makers.items()} for s in ("train", "sample")}
+    nets = {name: make() for name, make in makers.items()}
+    for net in list(nets.values())[1:]:
+        copy_weights(nets["diffusers"], net)
+    steps = {name: Training(net, batch) for name, net in nets.items()}
+    same = difference(nets["diffusers"], nets["ours"])
+    took = {
+        s: seconds({name: getattr(step, s) for name, step in steps.items()}, rounds)
+        for s in ("train", "sample")
+    }
+    count = sum(p.numel() for p in nets["ours"].parameters())
+    title = (
+        f"{'ADM' if adm else 'DDPM'}, {count / 1e6:.2f} M parameters, {SIZE} px, batch {batch},\n"
+        f"{torch.get_num_threads()} threads; outputs differ by {same:.0e}, at most 1e-4"
+    )
+    table = Table("", "diffusers", "ours", "ratio, at most", "checkpointed", "ratio, at most")
+    table.title = title
+    for what, step in (("training", "train"), ("sampling", "sample")):
+        for unit, values in (("s", took[step]), ("peak MiB", held[step])):
+            a, b, c = values.values()
+            limit = ", 1.35" if (step, unit) == ("train", "s") else ""
+            row = f"{a:.3g}", f"{b:.3g}", f"{b / a:.2f}, 0.80", f"{c:.3g}", f"{c / b:.2f}{limit}"
+            table.add_row(f"{what}, {unit}", *row)
+    return table
+
+
+if __name__ == "__main__":
+    main()

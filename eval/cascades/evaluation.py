@@ -1,0 +1,263 @@
+"""Measuring a cascade on held-out captions: every number of metrics.json, and the report."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cascade.batch import image_size
+from cascade.conditioning import Batch
+from cascade.config.checks import check_split
+from cascade.data.embeddings import EMBEDDINGS
+from cascade.data.tars.splits import described
+from cascade.encoders.clip import FrozenCLIP
+from cascade.errors import UserError
+from cascade.eval.cascades.attribution import attribution, superresolution
+from cascade.eval.cascades.held_out import check_unseen, held_out_split
+from cascade.eval.cascades.likelihood import bounds
+from cascade.eval.cascades.prior import measure_prior
+from cascade.eval.cascades.protocol import HeldOut, Metrics, distance, picture_metrics
+from cascade.eval.cascades.summary import write_report
+from cascade.eval.metrics.features import CLIPFeatures
+from cascade.eval.scenes.geneval import level_of, prompts, score_tasks, write_lines
+from cascade.files.atomic import write_atomically
+from cascade.grids import to_uint8
+from cascade.pipeline import Cascade, Without
+from cascade.runs.cascade_file import CASCADE, stage_runs
+from cascade.runs.choices import SamplingChoices
+from cascade.runs.model import device, load_cascade, paint
+from cascade.training.checkpoint import Checkpoint, newest_checkpoint
+
+SHOWN = 24  # pictures of a sheet
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A cascade, and what measures it.
+
+    Attributes:
+        stages: the names of its stages.
+        features: of the judging CLIP.
+        checkpoint: the newest of the prior's run; None: there is no prior, or no checkpoint.
+        seed: of all noise.
+        bound: sampler steps of the variational bound (`likelihood`); 0: it is not measured.
+    """
+
+    cascade: Cascade
+    stages: Sequence[str]
+    features: CLIPFeatures
+    checkpoint: Checkpoint | None
+    seed: int
+    bound: int = 0
+
+    def paint(
+        self, cascade: Cascade, captions: Sequence[str], given: Batch | None, what: str
+    ) -> Batch:
+        """Generates with this cascade's seed (see `protocol.Paint`)."""
+        return paint(cascade, captions, self.seed, given=given, what=what)
+
+    def measured(self, painted: Batch, data: HeldOut, real: Batch) -> Metrics:
+        return picture_metrics(painted, data, real, self.features, self.features.clip)
+
+
+def evaluate(
+    model: Path,
+    data: Path,
+    judge: Path,
+    counts: Mapping[str, int],
+    guidance: Sequence[float],
+    seed: int,
+    targets: Mapping[str, Any] | None = None,
+    choices: Sequence[str] = (),
+    out: Path | None = None,
+    geneval: int = 0,
+    bound: int = 0,
+) -> Path:
+    """Measures a cascade; returns the folder of metrics.json and report.html.
+
+    Args:
+        model: folder of the cascade, or its cascade file.
+        judge: folder of the judging CLIP.
+        counts: captions of each kind (one object, two) by split. Guidance scales and single stages
+            are measured on the first split only.
+        guidance: scales of the first stage that generates pictures.
+        targets: "at_least" or "at_most" by measure (a dotted path into the metrics).
+        choices: sampling choices, as "stage.option=value".
+        out: folder of the results (default: the cascade's).
+        geneval: prompts for each of GenEval's tasks, of the level of the first split's scenes.
+        bound: sampler steps of the variational bound (`likelihood`) on the first split; 0: none.
+
+    Raises:
+        UserError: the data lack something that a measure needs.
+    """
+    begin = time.monotonic()
+    file = model if model.suffix == ".yaml" else model / CASCADE
+    out = out or file.parent
+    for split in counts:
+        check_split(data, split)
+    cascade, runs = load_cascade(file, choices), stage_runs(file, choices)
+    for split in counts:
+        check_unseen(runs.values(), data, split)
+    writers = dict(zip((stage.writes for stage in cascade.stages), runs.values()))
+    checkpoint = newest_checkpoint(writers["clip_image"]) if "clip_image" in writers else None
+    features = CLIPFeatures(FrozenCLIP(str(judge)).to(device()))
+    of = Judged(cascade, list(runs), features, checkpoint, seed, bound)
+    metrics: Metrics = {"features": features.name, "captions": dict(counts), "seed": seed}
+    metrics["captions_are"] = {split: described(split) for split in counts}
+    shown: dict[str, Batch] = {}
+    for split, count in counts.items():
+        # Each split in a call of its own, which frees its pictures before the next are decoded.
+        metrics |= _split(of, data, split, count, geneval, shown, guidance)
+        guidance = None
+    if geneval:
+        metrics["geneval"] = _geneval(of, metrics.pop("level"), geneval, out)
+    metrics["seconds"] = round(time.monotonic() - begin, 1)
+    if targets:
+        metrics["targets"] = _against(targets, metrics)
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(metrics, indent=2) + "\n"
+    write_atomically(out / "metrics.json", lambda path: path.write_text(text))
+    write_report(out / "report.html", file.parent, metrics, shown)
+    return out
+
+
+def _split(
+    of: Judged,
+    data: Path,
+    split: str,
+    count: int,
+    geneval: int,
+    shown: dict[str, Batch],
+    guidance: Sequence[float] | None,
+) -> Metrics:
+    """The measures of a split; of the first one, also those by stage and guidance scale.
+
+    Args:
+        shown: receives the pictures of the report.
+        guidance: scales; None: the split is not the first.
+    """
+    held_out = held_out_split(data, split, count, of.cascade, data / EMBEDDINGS)
+    check(of.cascade, held_out, geneval, data)
+    painted = of.paint(of.cascade, held_out.captions, None, split)
+    shown[split] = _evenly(painted, held_out.captions)
+    out: Metrics = {split: of.measured(painted, held_out, held_out.truth)}
+    out[split]["count"] = len(held_out)
+    if guidance is not None:
+        out |= _by_stage(of, held_out, painted)
+        out["real_halves"] = _halves(held_out.truth, of.features)
+        out["guidance"] = _guidance(of, held_out, painted, guidance)
+        shown["truth"] = _evenly(held_out.truth, held_out.captions)
+        out |= {"level": level_of(held_out.scenes)} if geneval else {}
+        if of.bound:
+            bits = bounds(of.cascade, held_out.captions, held_out.truth, of.seed, of.bound)
+            out["bound"] = {"steps": of.bound, "bits_per_dimension": bits}
+    return out
+
+
+def check(cascade: Cascade, data: HeldOut, geneval: int, folder: Path) -> None:
+    """Raises UserError if the data lack something that a measure of the cascade needs."""
+    last = cascade.stages[-1].writes
+    if "clip_image" in {s.writes for s in cascade.stages} and "clip_image" not in data.truth:
+        raise UserError(f"{folder} has no embeddings: run `cascade data precompute` first")
+    if geneval and not data.scenes:
+        raise UserError(f"{folder} has no scenes: leave --geneval out, and use GenEval's scorer")
+    if geneval and data.truth[last].shape[-1] < 64:
+        raise UserError(f"--geneval needs pictures of at least 64 px, not {last}")
+
+
+def _geneval(of: Judged, level: str, count: int, out: Path) -> Metrics:
+    """The scores; also writes the prompts, and a result for each picture."""
+
+    def pictures(captions: Sequence[str], task: str) -> Any:
+        done = of.paint(of.cascade, captions, None, f"GenEval, {task}")
+        return to_uint8(done[of.cascade.stages[-1].writes])
+
+    asked = prompts(level, count, of.seed)
+    scores, lines = score_tasks(asked, pictures)
+    write_lines(out / "geneval_prompts.jsonl", asked)
+    write_lines(out / "geneval_results.jsonl", lines)
+    return {"level": level, **scores}
+
+
+def _evenly(pictures: Batch, captions: Sequence[str]) -> Batch:
+    """Evenly spaced pictures with their captions: captions of one kind come in one block."""
+    rows = list(range(0, len(captions), max(1, len(captions) // SHOWN)))[:SHOWN]
+    images = {key: value[rows] for key, value in pictures.items() if image_size(key)}
+    return {**images, "caption": [captions[i] for i in rows]}
+
+
+def _by_stage(of: Judged, data: HeldOut, painted: Batch) -> Metrics:
+    """The attribution, super-resolution alone, the prior alone, and the decoder without text."""
+    cascade, features = of.cascade, of.features
+    some = data.first(5 * features.dim)
+    begun = {key: value[: len(some)] for key, value in painted.items()}
+    table = attribution(cascade, of.stages, some, begun, features, of.paint)
+    out: Metrics = {"attribution": table}
+    if row := superresolution(cascade, some, table, features):
+        out["superresolution"] = row
+    if "clip_image" in painted:
+        drawn = painted["clip_image"]
+        out["prior"] = measure_prior(cascade, data, drawn, of.paint, of.checkpoint)
+        rows = data.kind("one") or list(range(len(data)))
+        some, small = data.where(rows), without_text(cascade.upto("image_64"))
+        for name, z in (("prior", painted), ("truth", data.truth)):
+            given = {"clip_image": z["clip_image"][rows]}
+            done = of.paint(small, some.captions, given, f"no text, {name}")
+            out[f"no_text_{name}"] = of.measured(done, some, some.truth)
+    return out
+
+
+def _halves(truth: Batch, features: CLIPFeatures) -> Metrics:
+    """The distance between two halves of the real pictures, by size: the noise floor."""
+    out: Metrics = {}
+    for key, pictures in truth.items():
+        if image_size(key):
+            half = len(pictures) // 2
+            minimum = min(4 * features.dim, half)
+            out[key] = distance(features, pictures[::2][:half], pictures[1::2][:half], minimum)
+            out["count"] = half
+    return out
+
+
+def _guidance(of: Judged, data: HeldOut, painted: Batch, scales: Sequence[float]) -> list[Metrics]:
+    """The measures at each guidance scale of the first stage that generates pictures.
+
+    All scales share captions and noise.
+    """
+    few = 4 * of.features.dim
+    rows = list(range(0, len(data), max(1, len(data) // few)))[:few]
+    some = data.where(rows)
+    given = {k: painted[k][rows] for k in ("clip_image",) if k in painted}
+    out = []
+    for scale in scales:
+        if scale == of.cascade.painter.sampler.scale:
+            done = {key: value[rows] for key, value in painted.items()}
+        else:
+            stage = SamplingChoices(scale=scale).applied(of.cascade.painter)
+            altered = of.cascade.replace(stage)
+            done = of.paint(altered, some.captions, given, f"guidance {scale:g}")
+        row = of.measured(done, some, data.truth)
+        out.append({"scale": scale, "count": len(some), **row})
+    return out
+
+
+def without_text(cascade: Cascade) -> Cascade:
+    """The cascade, with the caption withheld from its first stage of pictures."""
+    return cascade.replace(Without(cascade.painter, ("caption",)))
+
+
+def _against(targets: Mapping[str, Any], metrics: Metrics) -> list[Metrics]:
+    """Each target with the measured value, and whether it is reached."""
+    rows = []
+    for path, target in targets.items():
+        value: Any = metrics
+        for part in path.split("."):
+            value = value[part]
+        least, most = target.get("at_least"), target.get("at_most")
+        reached = value is not None and (value >= least if most is None else value <= most)
+        asked = f"at least {least}" if most is None else f"at most {most}"
+        row = {"what": target["what"], "asked": asked, "measured": value, "reached": reached}
+        rows.append({"path": path, **row})
+    return rows

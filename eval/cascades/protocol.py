@@ -1,0 +1,141 @@
+"""How a cascade is measured: the held-out samples, and the measures of its pictures.
+
+Every number covers all captions, with one picture each and no selection. Distances are computed in
+the feature space of a judging CLIP that neither conditions the cascade nor reranks its samples.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from cascade.batch import image_size
+from cascade.conditioning import Batch
+from cascade.data.scenes.generate import Scene
+from cascade.eval.metrics.distances import frechet_rows
+from cascade.eval.metrics.features import CLIPFeatures, Features
+from cascade.eval.metrics.measures import EVALUATION, Sample, measures
+from cascade.eval.metrics.statistics import Moments, Origin
+from cascade.eval.scenes.accuracy import accuracy
+from cascade.grids import to_uint8
+from cascade.pipeline import Cascade
+
+Metrics = dict[str, Any]
+JUDGED = (64, 256, 1024)  # sides in pixels at which scenes are recognized
+KINDS = ("one", "two")  # of captions: how many objects they name
+DRAWS = 100  # bootstrap resamples
+# (cascade, captions, given keys, title of the progress bar) -> all keys that the cascade writes.
+Paint = Callable[[Cascade, Sequence[str], Batch, str], Batch]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out samples: captions, true values by batch key, and scenes if there are any."""
+
+    captions: list[str]
+    truth: Batch
+    scenes: list[Scene] | None = None
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def where(self, rows: Sequence[int]) -> "HeldOut":
+        """Some rows; tensors are copied."""
+        rows = list(rows)
+        return HeldOut(
+            [self.captions[i] for i in rows],
+            {key: value[rows] for key, value in self.truth.items()},
+            self.scenes and [self.scenes[i] for i in rows],
+        )
+
+    def first(self, count: int) -> "HeldOut":
+        """The first rows; tensors are views."""
+        return HeldOut(
+            self.captions[:count],
+            {key: value[:count] for key, value in self.truth.items()},
+            self.scenes and self.scenes[:count],
+        )
+
+    def kind(self, kind: str) -> list[int]:
+        """The rows whose captions are of a kind (see `KINDS`)."""
+        return [i for i, scene in enumerate(self.scenes or []) if scene.kind == kind]
+
+
+@torch.no_grad()
+def embedded(features: Features, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+    """The features of pictures in [-1, 1], 64 pictures at a time, on the CPU."""
+    return torch.cat([features(part).cpu() for part in pictures.split(64)])
+
+
+def distance(
+    features: Features, generated: Tensor, real: Tensor, minimum: int | None = None
+) -> float | None:
+    """`frechet_rows` of pictures [n, 3, h, w], or of rows of features [n, d]."""
+    pair = [embedded(features, x) if x.ndim == 4 else x for x in (generated, real)]
+    return frechet_rows(*pair, minimum)
+
+
+def encoded(
+    encode: Callable[[Sequence[str]], Mapping[str, Tensor]], captions: Sequence[str]
+) -> Float[Tensor, "n d"]:
+    """The text embeddings (`clip_text`) of captions, 64 captions at a time, on the CPU."""
+    parts = [captions[i : i + 64] for i in range(0, len(captions), 64)]
+    return torch.cat([encode(part)["clip_text"].float().cpu() for part in parts])
+
+
+def picture_metrics(
+    painted: Batch, data: HeldOut, real: Batch, features: Features, clip
+) -> Metrics:
+    """The measures of each size of generated pictures, and scene accuracy by kind of caption.
+
+    Args:
+        painted: `image_{size}` of the captions of `data`.
+        real: the reference, pictures or their features, by the same keys.
+        clip: the judge, for the CLIP score of pictures of at least 64 px.
+    """
+    out: Metrics = {}
+    texts, looks = encoded(clip.text, data.captions), CLIPFeatures(clip)
+    for key in sorted(filter(image_size, painted), key=image_size):
+        rows, cosines, judged = embedded(features, painted[key]), None, image_size(key) in JUDGED
+        if judged:
+            seen = rows if features.hash == looks.hash else embedded(looks, painted[key])
+            cosines = cosine_similarity(seen, texts)
+        to = real[key] if real[key].ndim == 2 else embedded(features, real[key])
+        out[key] = measured(sample_of(features, rows, to, cosines))
+        for kind in KINDS if judged else ():
+            if asked := data.kind(kind):
+                pictures = list(to_uint8(painted[key][asked]))
+                out[key][kind] = accuracy(pictures, [data.scenes[i] for i in asked])
+    return out
+
+
+def sample_of(
+    features: Features,
+    rows: Float[Tensor, "n d"],
+    real: Float[Tensor, "m d"],
+    cosines: Float[Tensor, " n"] | None,
+    **more: Any,
+) -> Sample:
+    """What the measures of pictures are computed from, with the moments of `real` as reference."""
+    x = real.double()
+    cov = x.T.cov(correction=min(1, len(x) - 1))
+    reference = Moments(x.mean(0), cov, len(x), Origin())
+    fields = {"draws": DRAWS, **more}
+    return Sample(
+        space=features, rows=rows, real=real, reference=reference, cosines=cosines, **fields
+    )
+
+
+def measured(of: Sample) -> Metrics:
+    """`count`, the value of each measure (None: too few pictures), and 95 % `intervals`."""
+    out: Metrics = {"count": len(of.rows)}
+    for measure in measures(EVALUATION, of):
+        out[measure.key] = measure.compute(of)
+        intervals = out.setdefault("intervals", {})
+        if out[measure.key] is not None and (ends := measure.interval(of)):
+            intervals[measure.key] = ends
+    return out

@@ -1,0 +1,78 @@
+"""The identity of a cascade in JSON: the weights and sampling choices that pictures depend on."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from cascade.pipeline import Cascade, TextEmbedding
+
+
+def described(
+    cascade: Cascade, hash_of: Callable[[Any], str] = attrgetter("hash")
+) -> dict[str, Any]:
+    """Weights and sampling choices of each stage by the key that it writes, and a hash of all.
+
+    Args:
+        hash_of: gives the hash of an encoder.
+    """
+    stages = {link.writes: _link(link, hash_of) for link in cascade.stages}
+    text = json.dumps(stages, sort_keys=True)
+    return {"stages": stages, "hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _link(link: Any, hash_of: Callable[[Any], str]) -> dict[str, Any]:
+    if isinstance(link, TextEmbedding):  # uses only the stage's encoders
+        encoders = [hash_of(encoder) for encoder in link.stage.encoders]
+        return {"instead": link.by, "encoders": encoders}
+    if is_dataclass(link):  # BestOf, Without
+        more = {f.name: _plain(getattr(link, f.name)) for f in fields(link) if f.name != "stage"}
+        name = {"Without": "Untold"}.get(type(link).__name__, type(link).__name__)  # in older files
+        return {**_link(link.stage, hash_of), name: more}
+    return {
+        "weights": _hash(link, hash_of),
+        "sampler": _plain(link.sampler),
+        "process": _plain(link.process),
+        "corruption": _plain(link.corruption),
+        "weaker": link.weaker and _hash(link.weaker, hash_of),
+    }
+
+
+def _hash(stage: Any, hash_of: Callable[[Any], str]) -> str:
+    digest = hashlib.sha256(json.dumps([hash_of(encoder) for encoder in stage.encoders]).encode())
+    for name, value in sorted(stage.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """A sampling choice as JSON: functions and classes by name, with their arguments."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, partial):
+        named = {k: _plain(v) for k, v in value.keywords.items()}
+        return {"name": _plain(value.func), "args": _plain(value.args), **named}
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {"name": type(value).__qualname__, **named}
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def changed(old: Any, new: Any, where: str = "") -> list[str]:
+    """The differences between two sets of settings, as "a.b: 1 -> 2", in the new one's order."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        return [
+            line
+            for key in keys
+            for line in changed(old.get(key), new.get(key), f"{where}.{key}".strip("."))
+        ]
+    return [] if old == new else [f"{where}: {old} -> {new}"]

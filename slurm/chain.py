@@ -1,0 +1,155 @@
+"""The plan of a whole cascade: a chain of task groups, each of which waits for those it needs.
+
+    scenes -> CLIP -> embeddings -> prior, decoder, super-resolution -> evaluation
+
+Every task has a subdirectory of the cascade's directory. Finished tasks are skipped, so the same
+command, repeated after a failure, runs only what is missing.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from cascade.config.checks import check_split
+from cascade.config.compose import built, composed
+from cascade.data.tars.tar import tars_of
+from cascade.files.atomic import check_writable
+from cascade.runs import cascade_file
+from cascade.runs.done import DONE, finished
+from cascade.runs.run import Run
+from cascade.slurm.plan import Launcher, Task, TaskGroup, launch
+from cascade.slurm.submit import training_task
+
+_SCENES = 1000  # per shard, as `write_scenes` writes them
+
+
+def submit_cascade(overrides: Sequence[str]) -> None:
+    """Submit everything that a whole cascade still lacks; `overrides` are those of `launch`."""
+    config = composed("launch", overrides)
+    launcher, root = built(config.launcher), Path(config.run)
+    check_writable(root, "choose another run=...")
+    groups = chain(config, launcher)
+    cascade_file.write_cascade(config, root)
+    launch(launcher, root, groups)
+
+
+def chain(config: DictConfig, launcher: Launcher) -> list[TaskGroup]:
+    """Return the groups of a cascade, each after those that it needs.
+
+    Raises:
+        UserError: a stage's configuration is wrong, its directory belongs to another run, or the
+            shards lack the split for the evaluation.
+    """
+    root, data = Path(config.run), Path(config.data.path)
+    if not config.scenes:
+        check_split(data, next(iter(config.evaluate.counts)))
+    asked = {name: cascade_file.overrides(config, name, root, data) for name in config.stages}
+    groups = trainings(config, root, asked, launcher)
+    ended = all(task.done for group in groups for task in group.tasks)
+    tasks, after = [_evaluation(config, root, data, ended)], [group.name for group in groups]
+    resources = OmegaConf.to_container(config.resources).get("evaluation", {})
+    return [*groups, TaskGroup("evaluation", tasks, after, alone=True, resources=resources)]
+
+
+def trainings(
+    config: DictConfig, root: Path, asked: Mapping[str, Sequence[str]], launcher: Launcher
+) -> list[TaskGroup]:
+    """Return trainings by name, preceded by the scenes, CLIPs and embeddings that they need.
+
+    Args:
+        config: supplies `data`, `scenes`, `seed`, `precompute` and `resources`.
+        root: directory for the tasks that write scenes and embeddings.
+        asked: the overrides of each training.
+    """
+    data, resources = Path(config.data.path), OmegaConf.to_container(config.resources)
+    groups: dict[str, TaskGroup] = {}
+
+    def add(name: str, tasks: Sequence[Task], after: Sequence[str], alone: bool = True) -> None:
+        before = [one for one in after if one in groups]
+        groups[name] = TaskGroup(name, tasks, before, alone, resources.get(name, {}))
+
+    trained = {
+        name: training_task(own, launcher, resources.get(name)) for name, own in asked.items()
+    }
+    # CLIPs have no codec. They come first: generative stages may read their embeddings.
+    clips = [name for name, (_, own) in trained.items() if "codec" not in own.stage]
+    # One training's configuration for each store of embeddings; all that read a store agree.
+    stores = {n: own for _, own in trained.values() for n in own.data.get("embeddings") or {}}
+    if config.scenes:
+        add("scenes", [_scenes(config, root, data)], [])
+    for name in clips:
+        add(name, [trained[name][0]], ["scenes"], alone=False)
+    if stores:
+        tasks = [_precompute(stores, root, data, i) for i in range(config.precompute)]
+        add("precompute", tasks, ["scenes", *map(_clip, stores.values())])
+    for name in [name for name in trained if name not in clips]:
+        task, own = trained[name]
+        add(name, [task], ["scenes", _clip(own), "precompute"], alone=False)
+    return list(groups.values())
+
+
+def _clip(config: DictConfig) -> str:
+    """Return the name of a training's CLIP, which is a group's name if it is trained here."""
+    return Path(config.clip.path).name
+
+
+def _task(folder: Path, command: Sequence[object], done: bool) -> Task:
+    return Task(folder.absolute(), [str(word) for word in command], done=done)
+
+
+def _scenes(config: DictConfig, root: Path, data: Path) -> Task:
+    scenes = config.scenes
+    counts = [word for split, count in scenes.counts.items() for word in (f"--{split}", count)]
+    how = ["--level", scenes.level, "--size", scenes.size, "--seed", config.seed]
+    folder = root / "scenes"
+
+    def there() -> bool:
+        shards = ((split, -(-count // _SCENES)) for split, count in scenes.counts.items())
+        return all(len([*data.glob(f"{split}-*.tar")]) >= count for split, count in shards)
+
+    done = finished(folder, there=there)
+    return _task(folder, ["data", "scenes", data, *how, *counts], done)
+
+
+def _precompute(stores: Mapping[str, DictConfig], root: Path, data: Path, number: int) -> Task:
+    """Return one of the tasks that share the embedding of all shards."""
+    folder = root / "precompute" / str(number)
+    folders = [own.data.embeddings[name].folder for name, own in stores.items()]
+    done = finished(folder, there=lambda: all(_embedded(data, Path(of)) for of in folders))
+    command = ["data", "precompute", data]
+    if own := stores.get("clip"):
+        command += ["--clip", own.clip.path, "--out", own.data.embeddings.clip.folder]
+        command += _named(own.clip)
+        status = Run(Path(own.clip.path)).status_file
+        if done and status.exists():  # embeddings of an earlier CLIP are out of date
+            done = status.stat().st_mtime < (folder / DONE).stat().st_mtime
+    if own := stores.get("text"):
+        reader = own.text.reader
+        command += ["--text", reader.path_or_name, "--text-out", own.data.embeddings.text.folder]
+        command += [] if "--checkpoint" in command else _named(reader)
+        command += ["--length", reader.length] if "length" in reader else []
+        command += ["--captions", ",".join(own.data.captions)] if "captions" in own.data else []
+        command += ["--several", own.data.several] if own.data.get("several") else []
+    return _task(folder, command, done)
+
+
+def _named(clip: DictConfig) -> list[str]:
+    """Return the options that `data precompute` needs for a CLIP given by name."""
+    quick = clip.get("quick_gelu")
+    words = ["--checkpoint", clip.checkpoint] if clip.get("checkpoint") else []
+    return [*words, *([] if quick is None else ["--quick-gelu", str(quick).lower()])]
+
+
+def _embedded(data: Path, folder: Path) -> bool:
+    """Return whether every shard has its embeddings."""
+    tars = {path.stem for path in tars_of(data)}
+    return bool(tars) and tars <= {path.stem for path in folder.glob("*.safetensors")}
+
+
+def _evaluation(config: DictConfig, root: Path, data: Path, ended: bool) -> Task:
+    split, count = next(iter(config.evaluate.counts.items()))
+    command = ["evaluate", "--model", root, "--data", data, "--judge", config.judge]
+    command += ["--split", split, "--count", count, "--seed", config.seed]
+    command += ["--guidance", ",".join(map(str, config.evaluate.guidance))]
+    return _task(root / "evaluation", command, ended and cascade_file.measured(root))

@@ -48,7 +48,7 @@ class TokenSampler:
 
     The first token, the dot product of text and image embedding, is drawn from the top half of its
     distribution (unCLIP, section 2.2). We take this to be the upper half, by mass, of the network's
-    prediction for the caption at hand. The top half over all training samples would demand values
+    prediction for the given caption. The top half over all training samples would require values
     that many captions never have, since dot products differ between captions.
 
     Args:

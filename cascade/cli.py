@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         "launcher=local runs several tasks at a time on this machine; launcher=slurm submits jobs "
         "and returns. launcher.KEY=VALUE overrides conf/launcher/ (launcher.partition=gpu, "
         "launcher.gpus=8, launcher.at_once=4). Configurations and code are frozen on submission. "
-        "Run the same command again to run what is missing."
+        "Run the same command again to resume unfinished tasks."
     )
     sweep = verb(
         "sweep", "Answer a question by a grid of trainings and samplings (conf/sweep/).", launched
@@ -171,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
         "--bound",
         type=int,
         metavar="STEPS",
-        help="variational bound on held-out pictures, in bits per dimension, with so many steps",
+        help="also report each stage's variational bound, in bits per dimension, with STEPS steps",
     )
     evaluate.add_argument("--seed", type=int, help="seed of all noise (default 0)")
     sampling_options(evaluate)

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cascade.conditioning import Batch, Cond, Conditioner
+from cascade.batch import Batch
+from cascade.conditioning import Cond, Conditioner
 from cascade.data.degradations import Corruption
 from cascade.draws import Draws
 from cascade.encoders.identity import Encoder, differs

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cascade.batch import image_key
-from cascade.conditioning import Batch
+from cascade.batch import Batch, image_key
 from cascade.diffusion.noise import Noise, Schedule, alpha_sigma, cosine_table
 from cascade.errors import UserError
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from cascade.conditioning import Batch
+from cascade.batch import Batch
 from cascade.data.embeddings import Embeddings, padded
 from cascade.data.items import Items
 from cascade.data.order import sample_numbers

@@ -1,9 +1,9 @@
 """Training samples from WebDataset tars on disk, indexed by sample number.
 
-The sample number alone determines what is read: batch size, ranks and workers play no part, so that
-resuming a run needs one integer. Embeddings are joined by (shard, key), never by row. A bad sample
-is replaced by the next good one of its block and reported. Nothing here unpickles: shards contain
-pictures, text, JSON and safetensors.
+The sample number alone determines what is read, independently of batch size, ranks and workers, so
+one integer suffices to resume a run. Embeddings are joined by (shard, key), never by row. A bad
+sample is replaced by the next good one of its block and reported. Nothing here unpickles: shards
+contain pictures, text, JSON and safetensors.
 """
 
 import logging

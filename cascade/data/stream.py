@@ -2,7 +2,7 @@
 
 For data that cannot be indexed. Items and sample numbers are those of `Shards`: all ranks and
 workers together use each number once, and it determines the crop and the caption. But which sample
-gets which number is not reproducible: a resumed run draws tars anew. Samples are assembled within a
+gets which number is not reproducible: a resumed run draws others. Samples are assembled within a
 tar, and a tar's end marker shows that it is complete, so no picture meets another one's caption.
 """
 

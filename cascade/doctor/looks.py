@@ -1,4 +1,4 @@
-"""Decode some samples, and report what is odd about them or makes training skip them."""
+"""Decode some samples; report anomalies, and reasons for which training would skip them."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -74,7 +74,7 @@ def run(folder: Path, budget: Budget) -> Iterator[Finding]:
             f"it has seen all its images{far}, but what it made is changed or gone", _GONE
         )
     elif now.word in ("stopped", "not started"):
-        yield warning(f"it is {now.word}{by}{far}", "the same command again goes on")
+        yield warning(f"it is {now.word}{by}{far}", "run the same command again to resume")
     else:
         yield note(f"{now.word}{by}{far}")
     for holder in holders(folder):

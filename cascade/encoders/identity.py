@@ -1,4 +1,4 @@
-"""The identity of an encoder: a hash of its weights and of every other choice behind its output.
+"""The identity of an encoder: a hash of its weights and of every setting that affects its output.
 
 The same weights give other embeddings with another activation. Earlier versions recorded a hash of
 the weights alone. Such a hash stays valid where it cannot have meant another encoder: where a

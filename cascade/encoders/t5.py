@@ -104,7 +104,7 @@ def check_t5(source: T5Source, name: str) -> None:
     """Checks that all weights are present and fit; of safetensors only the headers are read.
 
     Raises:
-        UserError: a weight is missing, superfluous, of another shape, or unreadable.
+        UserError: a weight is missing, unexpected, of another shape, or unreadable.
     """
     from transformers import T5EncoderModel
 

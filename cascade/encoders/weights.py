@@ -138,7 +138,7 @@ def check_tensors(
     Any floating-point dtype fits, as it is converted.
 
     Raises:
-        UserError: names what is missing, superfluous, or of another shape or type.
+        UserError: names what is missing, unexpected, or of another shape or type.
     """
     wrong = [
         f"{key} is {_about(theirs[key])}, not {_about(value)}"

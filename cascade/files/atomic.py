@@ -1,7 +1,7 @@
 """Atomic writes: a file or folder appears complete, or not at all.
 
-It is written under a hidden name in the same folder, flushed to disk and renamed. What a killed
-writer leaves behind ends in `REST`.
+It is written under a hidden name in the same folder, flushed to disk and renamed. A killed
+writer leaves temporary files, whose names end in `REST`.
 """
 
 import errno

@@ -107,7 +107,7 @@ def lines(text: str) -> list[str]:
 
 
 def one_line(text: Any) -> str:
-    """Collapses white space in a caption to single spaces; "" for what is not a text."""
+    """Collapses white space in a caption to single spaces; returns "" if it is not a string."""
     return encodable(" ".join(text.split())) if isinstance(text, str) else ""
 
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from cascade.conditioning import Batch
+from cascade.batch import Batch
 
 PRIME = 1009  # divides no width, length or side
 GIB = 2**30

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cascade.conditioning import Batch
+from cascade.batch import Batch
 from cascade.data.loading import put_rows
 from cascade.errors import UserError
 from cascade.formats.texts import encodable

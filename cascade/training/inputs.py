@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import lightning as L
 from omegaconf import DictConfig
 
-from cascade.conditioning import Batch
+from cascade.batch import Batch
 from cascade.config.compose import built
 from cascade.data.loading import Loader, Samples, loader
 from cascade.data.tars.splits import ALL, TRAIN, NothingHeldOut, canonical

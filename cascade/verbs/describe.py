@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from cascade.conditioning import Batch
+from cascade.batch import Batch
 from cascade.config.compose import built, composed
 from cascade.errors import UserError
 from cascade.nets.cost import GIB, Rehearsal, Way, parameters, parts

@@ -21,8 +21,8 @@ from scipy import stats
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from cascade.batch import image_size
-from cascade.conditioning import Batch, enlarge
+from cascade.batch import Batch, image_size
+from cascade.conditioning import enlarge
 from cascade.eval.cascades.protocol import (
     JUDGED,
     KINDS,

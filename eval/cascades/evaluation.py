@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade.batch import image_size
-from cascade.conditioning import Batch
+from cascade.batch import Batch, image_size
 from cascade.config.checks import check_split
 from cascade.data.embeddings import EMBEDDINGS
 from cascade.data.tars.splits import described

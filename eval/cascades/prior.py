@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cascade.conditioning import Batch
+from cascade.batch import Batch
 from cascade.data.scenes.captions import ONE
 from cascade.data.scenes.drawing import COLORS, SHAPES
 from cascade.diffusion.gaussian import Process

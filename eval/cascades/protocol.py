@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from cascade.batch import image_size
-from cascade.conditioning import Batch
+from cascade.batch import Batch, image_size
 from cascade.data.scenes.generate import Scene
 from cascade.eval.metrics.distances import frechet_rows
 from cascade.eval.metrics.features import CLIPFeatures, Features

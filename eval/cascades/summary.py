@@ -6,8 +6,7 @@ Rates and costs are followed by their 95 % interval. `n` is the number of pictur
 from collections.abc import Sequence
 from pathlib import Path
 
-from cascade.batch import image_size
-from cascade.conditioning import Batch
+from cascade.batch import Batch, image_size
 from cascade.data.tars.splits import described
 from cascade.eval.cascades.attribution import sentence
 from cascade.eval.cascades.protocol import KINDS, Metrics

@@ -221,9 +221,7 @@ ACCURACY = _of_scenes("accuracy", "scene accuracy", "more", places=(SWEEPS,))
 
 MEASURES = (
     FRECHET,
-    _of_sets(
-        "cmmd", "CMMD", "less", _in_clip(lambda s: cmmd(s.rows, s.real), True), _cmmd_interval
-    ),
+    _of_sets("cmmd", "CMMD", "less", _in_clip(_cmmd, True), _cmmd_interval),
     _of_sets("kid", "KID", "less", _in_clip(_kid, False), _kid_interval),
     _of_sets(
         "kid_subsets",

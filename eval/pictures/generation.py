@@ -222,7 +222,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder} has no {MANIFEST} that can be read: generate anew") from error
+        raise UserError(f"{folder} has no {MANIFEST} that can be read: generate again") from error
     if not isinstance(manifest, dict):
         raise UserError(f"{folder / MANIFEST} is damaged: generate into a new folder")
     return manifest

@@ -155,7 +155,7 @@ class Corpus:
 
     @property
     def lost(self) -> str:
-        """Describe what was left out, and the remedy."""
+        """Samples and files that were left out, by reason, and how to recover them."""
         hint = f"; {REMEDY}" if DOTTED in self.left_out else ""
         return counted(self.left_out, self.such_as) + hint
 

@@ -73,7 +73,7 @@ def chosen(shares: Mapping[str, float], split: str, listed: bool = False) -> tup
         listed: see `of_split`.
 
     Returns:
-        The part is "train" (what is not held out), "val" (what is) or "all".
+        The part is "train" (not held out), "val" (held out) or "all".
     """
     names = of_split(list(shares), split, listed)
     if split == ALL or canonical(split) in {*_WORDS.values()} - {TRAIN, HELD_OUT}:

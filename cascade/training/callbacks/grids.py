@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from cascade.conditioning import Batch
+from cascade.batch import Batch
 from cascade.grids import grid, to_uint8
 from cascade.runs.run import Run
 from cascade.training.callbacks.ema import EMA

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import lightning as L
 
-from cascade.conditioning import Batch
+from cascade.batch import Batch
 from cascade.training.callbacks.ema import EMA
 
 

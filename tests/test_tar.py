@@ -13,7 +13,8 @@ import pytest
 from cascade.data.shards import Shards
 from cascade.data.stream import Stream
 from cascade.data.tars.index import scan
-from cascade.data.tars.tar import LINK, STREAMED_LINK, contents
+from cascade.data.tars.tar import HARD_LINK, LINK, STREAMED_LINK, contents
+from cascade.data.tars.urls import streamed
 from cascade.errors import UserError
 from cascade.eval.pictures.sets import picture_set
 from tests.hostile import refused
@@ -85,8 +86,21 @@ def test_a_stream_counts_and_names_the_links_that_it_cannot_follow(linked):
     stream = Stream(str(tar), SMALL, False, shuffle=False)
     lost: list = []
     list(stream._read(["train-0"], lost))
-    assert [reason for _, reason in lost] == [STREAMED_LINK] * 5
+    assert [reason for _, reason in lost] == [HARD_LINK] * 2 + [STREAMED_LINK] * 3
     assert not bad
+
+
+def test_a_stream_counts_a_sample_of_which_it_sees_a_hard_link_alone(tmp_path):
+    """GNU tar writes a file's second name as a link to the first, whatever their kinds."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "b.cls").write_bytes(b"1")
+    (folder / "a.jpg").hardlink_to(folder / "b.cls")
+    tar = packed(tmp_path / "train-0.tar", folder, "a.jpg", "b.cls")
+    lost: list = []
+    assert not list(streamed("t", str(tar), lost))
+    assert [key for key, _ in lost] == ["t/a", "t/b"]
+    assert scan(tar).left_out.total() == 2
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cascade.data.tars.tar import Member, StreamMember
+from cascade.data.tars.tar import HARD_LINK, Member, StreamMember
 from cascade.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -116,18 +116,19 @@ def grouped(
     for member in members:
         key, extension = key_and_extension(member.name, rule)
         known = extension in PICTURES or extension in CAPTIONS
-        if not key or (member.lost and not known):
+        if not key or (member.lost and not known and member.lost != HARD_LINK):
             continue
         if now is None or key != now.key or extension in now.members or extension in now.others:
             if now is not None:
                 yield now
             now = Group(key, member.name)
-        if member.lost:
+        if not known:
+            if member.bytes or member.lost:
+                now.others.add(extension)
+        elif member.lost:
             now.lost[extension] = member.lost
-        elif member.bytes and known:
-            now.members[extension] = take(member)
         elif member.bytes:
-            now.others.add(extension)
+            now.members[extension] = take(member)
     if now is not None:
         yield now
 

@@ -22,6 +22,7 @@ BROKEN = (OSError, tarfile.TarError, ValueError, RecursionError)  # what damaged
 
 LINK = "link to no file of the tar"
 STREAMED_LINK = "link, which a stream cannot follow"
+HARD_LINK = f"hard {STREAMED_LINK}"  # to a file, whereas other links may lead to a folder
 SPARSE = "sparse file"
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -260,7 +261,8 @@ def streamed(file: Source) -> Iterator[StreamMember]:
     _check_plain(start)
     with _StreamedTar.open(fileobj=_Begun(start, file), mode="r|", encoding="utf-8") as tar:
         while member := tar.next():
-            lost = SPARSE if member.issparse() else "" if member.isreg() else STREAMED_LINK
+            lost = HARD_LINK if member.islnk() else "" if member.isreg() else STREAMED_LINK
+            lost = SPARSE if member.issparse() else lost
             if member.isreg() or member.islnk() or member.issym():
                 yield StreamMember(member.name, member.size, lost, lambda m=member: _data(tar, m))
             tar.members.clear()

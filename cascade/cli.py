@@ -65,8 +65,11 @@ def parser() -> argparse.ArgumentParser:
     def verb(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=text, description=text, epilog=epilog)
 
+    def overrides(of: argparse.ArgumentParser, text: str | None = None, nargs: str = "*") -> None:
+        of.add_argument("overrides", nargs=nargs, metavar="override", help=text)
+
     train = verb("train", "Train one stage on shards, or resume it.", _OVERRIDES)
-    train.add_argument("overrides", nargs="*", metavar="override")
+    overrides(train)
     train.add_argument("--show", action="store_true", help="print the configuration and exit")
     train.add_argument(
         "--config", help="file of a complete configuration, as launched jobs read it"
@@ -81,20 +84,14 @@ def parser() -> argparse.ArgumentParser:
     sweep = verb(
         "sweep", "Answer a question by a grid of trainings and samplings (conf/sweep/).", launched
     )
-    sweep.add_argument(
-        "overrides",
-        nargs="+",
-        metavar="override",
-        help="sweep=NAME, launcher=..., run=DIR (of the sweep), and overrides of every training",
-    )
+    what = "sweep=NAME, launcher=..., run=DIR (of the sweep), and overrides of every training"
+    overrides(sweep, what, "+")
     launch = verb("launch", "Train a whole cascade as a chain of jobs (conf/cascade/).", launched)
-    launch.add_argument(
-        "overrides",
-        nargs="+",
-        metavar="override",
-        help="cascade=NAME, launcher=..., data.path=DIR, run=DIR, +resources.STAGE.nodes=4, "
-        "'+budgets.STAGE=[\"images=...\"]'",
+    what = (
+        "cascade=NAME, launcher=..., data.path=DIR, run=DIR, +resources.STAGE.nodes=4, "
+        "'+budgets.STAGE=[\"images=...\"]'"
     )
+    overrides(launch, what, "+")
     for submitting in (sweep, launch):
         submitting.set_defaults(module="submit")
     measure = verb("measure", "Measure one point of a sweep at every cell (run by `sweep`).")
@@ -185,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
         "micro_batch=16), it takes gpu_memory=GIB (80) and gpus=NUMBER (8). Without stage=... or "
         "experiment=..., the network is put into the first stage that it fits.",
     )
-    describe.add_argument("overrides", nargs="*", metavar="override", help="such as net=unet_tiny")
+    overrides(describe, "such as net=unet_tiny")
 
     doctor = verb(
         "doctor",
@@ -203,12 +200,7 @@ def parser() -> argparse.ArgumentParser:
     demo = verb(
         "demo", "Train a whole cascade from scratch, sample held-out captions, measure, report."
     )
-    demo.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="override",
-        help="such as cascade=scenes_cpu or budget=smoke",
-    )
+    overrides(demo, "such as cascade=scenes_cpu or budget=smoke")
     return top
 
 
@@ -235,10 +227,15 @@ def _line(error: Exception) -> str:
     return str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")[2].strip()
 
 
-def _note(error: Exception) -> None:
-    """Tells a launcher, through a file that it names, that another attempt would fail as well."""
+def _told(error: Exception) -> int:
+    """Prints an error, and returns its exit code.
+
+    A launcher is told, through a file that it names, that another attempt would fail as well.
+    """
+    print(f"cascade: {_line(error)}", file=sys.stderr)
     if (path := os.environ.get("CASCADE_FAILURE")) and not isinstance(error, TryAgain):
         Path(path).write_text(f"{_line(error)}\n")
+    return next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,17 +249,12 @@ def main(argv: list[str] | None = None) -> int:
         outputs = importlib.import_module(f"cascade.verbs.{args.module or args.verb}").main(args)
         done.finish(outputs or ())
     except tuple(_EXIT_CODES) as error:
-        print(f"cascade: {_line(error)}", file=sys.stderr)
-        _note(error)
-        return next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
+        return _told(error)
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
         what = f"{error.filename or 'a file'}: {error.strerror}"
-        refused = UserError(f"{what}: check the path, the free space and the permissions")
-        print(f"cascade: {refused}", file=sys.stderr)
-        _note(refused)
-        return _EXIT_CODES[UserError]
+        return _told(UserError(f"{what}: check the path, the free space and the permissions"))
     except KeyboardInterrupt:
         print("cascade: interrupted; run the same command again to resume", file=sys.stderr)
         return 130

@@ -75,11 +75,7 @@ class Embedding(nn.Module):
             UserError: the embeddings have another size.
         """
         z = torch.cat([batch[self.writes] for batch in batches]).double()
-        if z.shape[1] != self.size:
-            raise UserError(
-                f"clip.model.dim={self.size}, but the embeddings have {z.shape[1]} numbers: set "
-                f"clip.model.dim={z.shape[1]}, or embeddings to those of this CLIP"
-            )
+        _check_size(z, self.size)
         if not self.fitted:
             return
         self.mean.copy_(z.mean(0))
@@ -143,11 +139,7 @@ class Tokens(nn.Module):
         """
         count, total, second = 0, 0, 0
         for batch in batches:
-            if (found := batch[self.writes].shape[1]) != self.size:
-                raise UserError(
-                    f"clip.model.dim={self.size}, but the embeddings have {found} numbers: set "
-                    f"clip.model.dim={found}, or embeddings to those of this CLIP"
-                )
+            _check_size(batch[self.writes], self.size)
             y = torch.cat([self._dot(batch), batch[self.writes]], 1).double()
             count, total, second = count + len(y), total + y.sum(0), second + y.T @ y
         mean = total / count
@@ -186,6 +178,14 @@ class Tokens(nn.Module):
 
     def _dot(self, batch: Batch) -> Float[Tensor, "b 1"]:
         return (batch[self.writes] * batch["clip_text"]).sum(1, keepdim=True)
+
+
+def _check_size(z: Float[Tensor, "b d"], size: int) -> None:
+    if (found := z.shape[1]) != size:
+        raise UserError(
+            f"clip.model.dim={size}, but the embeddings have {found} numbers: set "
+            f"clip.model.dim={found}, or embeddings to those of this CLIP"
+        )
 
 
 def principal(

@@ -291,5 +291,4 @@ class Conditioner(nn.Module):
         if self.sketch is None:
             return cond
         sketch = self.sketch(cond.tokens, cond.mask)
-        images = [sketch, *images]
-        return replace(cond, image=torch.cat(images, 1), sketch=sketch)
+        return replace(cond, image=torch.cat([sketch, *images], 1), sketch=sketch)

@@ -1,5 +1,8 @@
 """The ways a command can fail. Each prints one line on the terminal and has its own exit code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Invalid configuration or input: exit code 2. The message is one line and names the remedy."""
@@ -19,3 +22,18 @@ class Superseded(TryAgain, OSError):
     It is an OSError too, so that a write refused by the lease is handled like one refused by the
     disk.
     """
+
+
+@contextmanager
+def explained(what: str, remedy: str = "") -> Iterator[None]:
+    """Turns an error of the file system into a UserError: "cannot read FILE: Permission denied".
+
+    Args:
+        remedy: ends the message, such as "; make room".
+    """
+    try:
+        yield
+    except Superseded:
+        raise
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}{remedy}") from error

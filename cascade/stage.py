@@ -191,18 +191,9 @@ class Stage(L.LightningModule):
         batch = self.encoded(given)
         noise = Draws(seed, f"{name}/noise", batch["sample"], self.device)
         shape = (len(batch["sample"]), *self.codec.shape(batch))
-        weaker = None
-        if self.sampler.scale != 1:
-            weaker = self._weaker(given, batch, without)
-        x0 = self.sampler(
-            self.process,
-            self.net,
-            shape,
-            self.conditioner(batch, without=without),
-            weaker,
-            noise,
-            progress,
-        )
+        cond = self.conditioner(batch, without=without)
+        weaker = self._weaker(given, batch, without) if self.sampler.scale != 1 else None
+        x0 = self.sampler(self.process, self.net, shape, cond, weaker, noise, progress)
         return self.codec.decode(x0)
 
     def export(self, run: Path) -> None:

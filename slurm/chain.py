@@ -1,4 +1,6 @@
-"""The plan of a whole cascade: a chain of task groups, each of which waits for those it needs.
+"""Trainings as tasks: one alone, or a whole cascade as a chain of task groups.
+
+Each group of the chain waits for those that it needs:
 
     scenes -> CLIP -> embeddings -> prior, decoder, super-resolution -> evaluation
 
@@ -6,22 +8,64 @@ Every task has a subdirectory of the cascade's directory. Finished tasks are ski
 command, repeated after a failure, runs only what is missing.
 """
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cascade.config.checks import check_split
+from cascade.config.checks import accumulation, check_split
 from cascade.config.compose import built, composed
 from cascade.data.tars.tar import tars_of
 from cascade.files.atomic import check_writable
 from cascade.runs import cascade_file
-from cascade.runs.done import DONE, finished
+from cascade.runs.done import DONE, FROZEN, finished
+from cascade.runs.resumable import check_resumable
 from cascade.runs.run import Run
 from cascade.slurm.plan import Launcher, Task, TaskGroup, launch
-from cascade.slurm.submit import training_task
 
+LAUNCHER = "launcher"
 _SCENES = 1000  # per shard, as `write_scenes` writes them
+
+
+def split(overrides: Sequence[str], keys: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split overrides into those of some keys, including nested ones, and the others."""
+
+    def ours(override: str) -> bool:
+        path = re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0]
+        return f"{path}.".startswith(tuple(f"{key}." for key in keys))
+
+    return [o for o in overrides if ours(o)], [o for o in overrides if not ours(o)]
+
+
+def training_task(
+    overrides: Sequence[str], launcher: Launcher, resources: Mapping[str, Any] | None = None
+) -> tuple[Task, DictConfig]:
+    """Return a training as a task, and its resolved configuration.
+
+    Raises:
+        UserError: the configuration is wrong, its directory belongs to another run, or the batch
+            cannot be divided among the ranks. This is found before anything is queued.
+    """
+    ranks = launcher.ranks(resources or {})
+    config = composed("train", [*overrides, *(f"trainer.{key}={n}" for key, n in ranks.items())])
+    folder = Path(config.run).absolute()
+    check_resumable(config, Run(folder))
+    if ranks:
+        accumulation(config.batch, config.micro_batch, math.prod(ranks.values()))
+    command = ("train", "--config", str(folder / FROZEN))
+    done = finished(folder, config.images)
+    return Task(folder, command, OmegaConf.to_yaml(config, resolve=True), done), config
+
+
+def submit_training(own: Sequence[str], overrides: Sequence[str]) -> None:
+    """Submit one training; `own` are the overrides that choose the launcher."""
+    launcher = built(composed("launcher", own).launcher)
+    task, _ = training_task(overrides, launcher)
+    check_writable(task.folder, "choose another run=...")
+    launch(launcher, task.folder, [TaskGroup("train", [task])])
 
 
 def submit_cascade(overrides: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +22,7 @@ _PACKAGES = ("cascade", "cascade.eval", "cascade.conf", "cascade.slurm")
 
 def copied(folder: Path) -> Path:
     """Copy the package `cascade` as it is now; return the `PYTHONPATH` that selects the copy."""
-    files = dict(_files())
+    files = _files()
     copy = folder.absolute() / f"{_COPY}{_digest(files)}"
     if not copy.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,11 +50,11 @@ def trusting() -> list[str]:
 
 def check(digest: str) -> None:
     """Raise UserError if the running code is not the frozen copy, because PYTHONPATH was lost."""
-    if _digest(dict(_files())) != digest:
-        found = next(iter(find_spec("cascade").submodule_search_locations))
+    if _digest(_files()) != digest:
         raise UserError(
-            f"this job runs the code in {found}, not what was frozen on submission ({digest}): "
-            "find what drops PYTHONPATH (container, preamble, interpreter), or submit again"
+            f"this job runs the code in {_root('cascade')}, not what was frozen on submission "
+            f"({digest}): find what drops PYTHONPATH (container, preamble, interpreter), or submit "
+            "again"
         )
 
 
@@ -65,21 +65,24 @@ def _digest(files: Mapping[str, Path]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _files() -> Iterator[tuple[str, Path]]:
-    for package in _PACKAGES:
-        spec = find_spec(package)
-        root = Path(next(iter(spec.submodule_search_locations)))
-        for path in root.rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
-                yield f"{package.replace('.', '/')}/{path.relative_to(root)}", path
+def _files() -> dict[str, Path]:
+    return {
+        f"{package.replace('.', '/')}/{path.relative_to(root)}": path
+        for package, root in {name: _root(name) for name in _PACKAGES}.items()
+        for path in root.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def _root(package: str) -> Path:
+    return Path(next(iter(find_spec(package).submodule_search_locations)))
 
 
 def commit() -> dict[str, str | bool]:
     """Return the commit of the code and whether files differ from it; empty without git."""
-    source = Path(next(iter(find_spec("cascade").submodule_search_locations)))
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(source), *arguments]
+        command = ["git", "-C", str(_root("cascade")), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

@@ -1,7 +1,7 @@
 """Limits that a cluster sets, as Slurm reports them: time limits and the size of job arrays."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from cascade.errors import UserError
 from cascade.formats.texts import lines
@@ -25,11 +25,10 @@ def seconds(limit: str | int) -> int | None:
             f"{text!r} is not a time limit: write minutes, HH:MM:SS or D-HH, as for sbatch"
         )
     parts = [int(part) for part in found["parts"].split(":")]
-    if found["days"] is not None:
-        hours, minutes, rest = [*parts, 0, 0][:3]
-        return ((int(found["days"]) * 24 + hours) * 60 + minutes) * 60 + rest
-    hours, minutes, rest = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
-    return (hours * 60 + minutes) * 60 + rest
+    if found["days"] is None:  # MM, MM:SS or HH:MM:SS
+        parts = parts if len(parts) == 3 else [0, *parts]
+    hours, minutes, rest = [*parts, 0, 0][:3]
+    return ((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def partition_limits(names: str | None) -> Iterator[tuple[str, str]]:
@@ -39,7 +38,7 @@ def partition_limits(names: str | None) -> Iterator[tuple[str, str]]:
         names: comma-separated, as for sbatch; None: the default partition.
     """
     for line in lines(slurm("scontrol", "show", "partition", "--oneliner")):
-        has = _fields(line)
+        has = dict(word.partition("=")[::2] for word in line.split())
         wanted = has["PartitionName"] in names.split(",") if names else has["Default"] == "YES"
         limit = has["MaxTime"] if has["DefaultTime"] == "NONE" else has["DefaultTime"]
         if wanted and limit not in _NO_LIMIT:
@@ -56,7 +55,3 @@ def largest_array() -> int | None:
     if found and int(found[1]) == 0:
         raise UserError("this Slurm has no job arrays (MaxArraySize=0): choose launcher=local")
     return int(found[1]) if found else None
-
-
-def _fields(line: str) -> Mapping[str, str]:
-    return dict(word.partition("=")[::2] for word in line.split())

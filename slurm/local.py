@@ -77,9 +77,8 @@ class Local:
             finally:
                 work.stop()
         if work.failed:
-            stopped = (
-                f"; not started because of it: {', '.join(work.waiting)}" if work.waiting else ""
-            )
+            waiting = ", ".join(work.waiting)
+            stopped = f"; not started because of it: {waiting}" if waiting else ""
             raise Failed(f"{len(work.failed)} failed: {'; '.join(work.failed)}{stopped}")
         if work.stopped or work.waiting:
             names = ", ".join([*work.stopped, *work.waiting])
@@ -91,11 +90,9 @@ class _Work:
 
     def __init__(self, launcher: Local, submission: Submission):
         self.launcher, self.submission = launcher, submission
-        self.left = {group.name: list(submission.left[group.name]) for group in submission.groups}
-        self.succeeded = {  # groups
-            group.name for group in submission.groups if all(task.done for task in group.tasks)
-        }
-        self.running: dict[int, tuple[str, Task, subprocess.Popen]] = {}  # by slot
+        self.groups = {group.name: group for group in submission.groups}
+        self.left = {name: list(submission.left[name]) for name in self.groups}
+        self.running: dict[int, tuple[Task, subprocess.Popen]] = {}  # by slot
         self.finished: set[Path] = set()
         self.failed: list[str] = []
         self.stopped: list[str] = []
@@ -106,37 +103,34 @@ class _Work:
 
     def step(self) -> bool:
         """Reap finished processes and start ready tasks; return False once nothing is running."""
-        for slot, (group, task, process) in list(self.running.items()):
+        for slot, (task, process) in list(self.running.items()):
             if process.poll() is not None:
                 del self.running[slot]
-                self._end(group, task, process.returncode)
+                self._end(task, process.returncode)
         for slot in set(range(self.launcher.at_once)) - self.running.keys():
-            if not (ready := self._next()):
+            if not (task := self._next()):
                 break
-            self._begin(slot, *ready)
+            self._begin(slot, task)
         return bool(self.running)
 
-    def _next(self) -> tuple[str, Task] | None:
+    def _next(self) -> Task | None:
         """Return the ready task nearest to the end of the chain, so that results come early."""
-        for group in reversed(self.submission.groups):
-            if self.succeeded.issuperset(group.after):
-                for task in self.left[group.name]:
-                    if group.each_after is None or self._is_done(
-                        self.submission.awaited(group, task)
-                    ):
-                        self.left[group.name].remove(task)
-                        return group.name, task
+        for name, group in reversed(self.groups.items()):
+            if all(self._is_done(*self.groups[earlier].tasks) for earlier in group.after):
+                for task in self.left[name]:
+                    if not group.each_after or self._is_done(self.submission.awaited(group, task)):
+                        self.left[name].remove(task)
+                        return task
         return None
 
-    def _is_done(self, task: Task) -> bool:
-        return task.done or task.folder in self.finished
+    def _is_done(self, *tasks: Task) -> bool:
+        return all(task.done or task.folder in self.finished for task in tasks)
 
-    def _begin(self, slot: int, group: str, task: Task) -> None:
+    def _begin(self, slot: int, task: Task) -> None:
         attempt = begin(task.folder)
         threads = max(1, (os.cpu_count() or 1) // self.launcher.at_once)
-        path = os.pathsep.join(
-            filter(None, [str(self.submission.code), os.environ.get("PYTHONPATH")])
-        )
+        paths = [str(self.submission.code), os.environ.get("PYTHONPATH")]
+        path = os.pathsep.join(filter(None, paths))
         # With an outer job's SLURM_* variables each process would consider itself a rank of srun.
         env = {"OMP_NUM_THREADS": str(threads), **queue.outside_jobs(), "PYTHONPATH": path}
         env |= {"PYTHONSAFEPATH": "1", "CASCADE_FAILURE": str(task.folder / FAILURE)}
@@ -156,16 +150,13 @@ class _Work:
                 start_new_session=True,  # `stop` forwards Ctrl-C itself
                 pass_fds=[lock.fileno()],  # held until the last child process exits
             )
-        self.running[slot] = (group, task, process)
+        self.running[slot] = (task, process)
         print(f"{self._name(task)}: started", flush=True)
 
-    def _end(self, group: str, task: Task, code: int) -> None:
+    def _end(self, task: Task, code: int) -> None:
         name = self._name(task)
         if code == 0 and finished(task.folder):
             self.finished.add(task.folder)
-            tasks = next(one.tasks for one in self.submission.groups if one.name == group)
-            if all(map(self._is_done, tasks)):
-                self.succeeded.add(group)
             print(f"{name}: finished", flush=True)
         elif code == _CHECKPOINTED:
             self.stopped.append(name)
@@ -187,7 +178,7 @@ class _Work:
     def stop(self) -> None:
         """Ask running processes to checkpoint and exit; on a second interrupt, kill them."""
         number = signal.SIGTERM
-        while alive := [p for _, _, p in self.running.values() if p.poll() is None]:
+        while alive := [p for _, p in self.running.values() if p.poll() is None]:
             for process in alive:
                 if number == signal.SIGKILL:
                     os.killpg(process.pid, number)

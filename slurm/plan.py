@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from cascade.errors import UserError
-from cascade.files.atomic import write_atomically
+from cascade.files.atomic import write_text
 from cascade.runs.done import FROZEN
 from cascade.slurm.code import commit, copied
 from cascade.slurm.queue import Job
@@ -82,8 +82,7 @@ class Submission:
     def parts(self, group: TaskGroup, most: int | None) -> Iterator["Submission"]:
         """Split a group into submissions of at most `most` tasks, each with its own record."""
         tasks = self.left[group.name]
-        most = most or len(tasks)
-        if len(tasks) <= most:
+        if most is None or len(tasks) <= most:
             yield self
             return
         for i, first in enumerate(range(0, len(tasks), most)):
@@ -101,15 +100,12 @@ class Submission:
 class Launcher(Protocol):
     def ranks(self, resources: Mapping[str, Any]) -> Mapping[str, int]:
         """Return a training's `devices` and `num_nodes`; empty if it detects them itself."""
-        ...
 
     def held(self, folders: Sequence[Path]) -> Mapping[Path, Job]:
         """Return the running or queued job of each folder that has one."""
-        ...
 
     def start(self, submission: Submission) -> None:
         """Start the remaining tasks. A launcher that waits raises Failed or TryAgain."""
-        ...
 
 
 def launch(launcher: Launcher, root: Path, groups: Sequence[TaskGroup]) -> None:
@@ -179,8 +175,7 @@ def _freeze(group: TaskGroup, submission: Submission) -> None:
     for task in submission.left[group.name]:
         task.folder.mkdir(parents=True, exist_ok=True)
         if task.config is not None:
-            text = task.config
-            write_atomically(task.folder / FROZEN, lambda path, text=text: path.write_text(text))
+            write_text(task.folder / FROZEN, task.config)
     write_record(group, submission)
 
 
@@ -193,7 +188,4 @@ def write_record(group: TaskGroup, submission: Submission) -> None:
         **commit(),
         "tasks": [{"folder": str(t.folder), "command": list(t.command)} for t in tasks],
     }
-    write_atomically(
-        submission.record(group),
-        lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"),
-    )
+    write_text(submission.record(group), json.dumps(record, indent=1) + "\n")

@@ -34,7 +34,7 @@ def submit(script: Path, options: Sequence[str]) -> str:
 
 def overruled(options: Sequence[str]) -> list[str]:
     """Return the SBATCH_* variables of the environment that conflict with these options."""
-    asked = {*map(_name, options), *_ALWAYS}
+    asked = {*(_split(option)[0] for option in options), *_ALWAYS}
     asked |= {one for either in _EITHER if either & asked for one in either}
     return [
         key for key in sorted(os.environ) if key.startswith("SBATCH_") and _option_of(key) in asked
@@ -52,17 +52,12 @@ def note(overruled: Iterable[str]) -> Iterator[str]:
 
 def value(options: Sequence[str], name: str, variable: str) -> str | None:
     """Return an option's effective value: the last one given, or else the environment's."""
-    given = [_split(option)[1] for option in options if _name(option) == name]
-    return given[-1] if given else os.environ.get(variable)
+    return dict(map(_split, options)).get(name, os.environ.get(variable))
 
 
 def _option_of(variable: str) -> str:
     word = variable.removeprefix("SBATCH_")
     return _SET.get(word, word.lower().replace("_", "-"))
-
-
-def _name(option: str) -> str:
-    return _split(option)[0]
 
 
 def _split(option: str) -> tuple[str, str]:

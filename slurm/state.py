@@ -61,16 +61,10 @@ class State:
 
 def runs(folder: Path) -> Iterator[Path]:
     """Yield all run directories in a folder, including itself, in order."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        return
-    if any(entry.name in _MARKS for entry in entries):
-        yield folder
-    for entry in entries:
-        hidden = entry.name.startswith(".") or entry.name in _SKIPPED
-        if not hidden and entry.is_dir(follow_symlinks=False):
-            yield from runs(Path(entry.path))
+    for path, folders, files in os.walk(folder):
+        if not _MARKS.isdisjoint([*folders, *files]):
+            yield Path(path)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in _SKIPPED)
 
 
 def state(folder: Path, job: Job | None) -> State:
@@ -79,15 +73,9 @@ def state(folder: Path, job: Job | None) -> State:
     row, status = _last_row(run.metrics_file), run.status()
     total = status.get("total") or _planned(folder)
     images = max(int(row.get("images", 0)), status.get("images", 0)) if total else None
+    rate, loss = (float(row[key]) if row else None for key in ("images_per_second", "loss"))
     word, note = _word(folder, job)
-    return State(
-        word,
-        images,
-        total,
-        float(row["images_per_second"]) if row else None,
-        float(row["loss"]) if row else None,
-        note,
-    )
+    return State(word, images, total, rate, loss, note)
 
 
 def _word(folder: Path, job: Job | None) -> tuple[str, str]:
@@ -106,25 +94,18 @@ def _word(folder: Path, job: Job | None) -> tuple[str, str]:
         return "failed", (folder / FAILURE).read_text().strip()
     if finished(folder):
         return "finished", ""
-    if _alive(folder):
+    if time.time() - (Run(folder).last_heartbeat() or 0) < _SILENT:
         return "running", ""
     if not (folder / CONFIG).exists() and not (folder / LOG).exists():
         return "not started", ""
     return "stopped", f"by {last['signal']}" if "signal" in last else ""
 
 
-def _alive(folder: Path) -> bool:
-    beat = Run(folder).last_heartbeat()
-    return beat is not None and time.time() - beat < _SILENT
-
-
 def _planned(folder: Path) -> int | None:
     for name in (FROZEN, CONFIG):
         try:
-            config = yaml.load(
-                (folder / name).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-            )
-            return int(config["images"])
+            text = (folder / name).read_text()
+            return int(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["images"])
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
             continue
     return None

@@ -18,13 +18,12 @@ from cascade.eval.pages.curves import Curve, dots, tradeoff
 from cascade.eval.pages.plots import PALETTE, Panel, Ratios, alike, compose, save
 from cascade.eval.pages.report import text
 from cascade.eval.pages.spread import spread
-from cascade.eval.sweeps.answers import answers, by_held, held
+from cascade.eval.sweeps.answers import answers, by_held, found, held
 from cascade.eval.sweeps.comparison import comparison
 from cascade.eval.sweeps.figures import drawings
-from cascade.eval.sweeps.findings import found, not_run, outcomes, scale, section, write_findings
-from cascade.eval.sweeps.results import read_sweep
+from cascade.eval.sweeps.findings import not_run, outcomes, scale, section, write_findings
+from cascade.eval.sweeps.results import read_sweep, write_cells, write_copy, write_summary
 from cascade.eval.sweeps.significance import blocks, rates_differ, two_way
-from cascade.eval.sweeps.tables import write_cells, write_copy, write_summary
 from tests import made_sweeps
 from tests.made_sweeps import about
 

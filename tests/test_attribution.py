@@ -12,12 +12,11 @@ from cascade.conditioning import enlarge
 from cascade.data.scenes.captions import caption
 from cascade.data.scenes.generate import render, sample_scene
 from cascade.draws import generator
-from cascade.eval.cascades import attribution as attribution_module
+from cascade.eval.cascades import protocol
 from cascade.eval.cascades.attribution import BLOCKS, attribution, sentence, superresolution
 from cascade.eval.cascades.protocol import HeldOut, distance, picture_metrics
 from cascade.eval.metrics.features import CLIPFeatures
 from cascade.eval.metrics.measures import ATTRIBUTION, measures
-from cascade.eval.scenes import accuracy as scene_accuracy
 from cascade.eval.scenes.recognizer import judge
 from cascade.pipeline import Cascade
 
@@ -40,8 +39,7 @@ def remembered():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (attribution_module, scene_accuracy):
-            patch.setattr(module, "judge", once)
+        patch.setattr(protocol, "judge", once)
         yield
 
 
@@ -159,7 +157,7 @@ def test_rows_are_the_measures_of_what_is_painted_from_the_truth(data, table):
         given = {key: data.truth[key] for key in row["given"][1:]}
         done = paint(cascade(data), data.captions, given, "")
         pictures = {key: done[key] for key in table["sizes"]}
-        expected = picture_metrics(pictures, data, data.truth, FEATURES, FEATURES.clip)
+        expected = picture_metrics(pictures, data, data.truth, FEATURES)
         for key in table["sizes"]:
             for name in ("count", "one", "two"):
                 assert row[key][name] == expected[key][name]

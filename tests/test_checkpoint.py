@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from cascade.errors import TryAgain, UserError
+from cascade.runs.run import Position
 from cascade.training import checkpoint
 from cascade.training.callbacks.ema import EMA
 from cascade.training.callbacks.saving import Checkpoints
 from cascade.training.checkpoint import CheckpointFolders, newest_checkpoint
-from cascade.training.position import Position
 
 
 def saved(run, step, io=None):

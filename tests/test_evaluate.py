@@ -138,7 +138,7 @@ def test_the_bound_of_an_untrained_network_is_that_of_x0_hat_0(measured, metrics
     process = built(loaded(measured / "decoder" / "config.yaml").stage.process)
     both = Cascade([Last(), Last()])  # so that 16 px are shrunk from 64, as for the cascade
     both.stages[1].writes = "image_64"
-    data = held_out_split(measured / "shards", "val", COUNT, both, measured / "none")
+    data = held_out_split(measured / "shards", "val", COUNT, both)
     whole = bound(
         process, lambda x, *_: torch.zeros_like(x), data.truth["image_16"], None, torch.randn, 2
     )

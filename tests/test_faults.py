@@ -21,6 +21,7 @@ from cascade.data.loading import loader
 from cascade.data.scenes.generate import write_scenes
 from cascade.data.shards import Shards
 from cascade.errors import Failed, TryAgain
+from cascade.runs.run import Position
 from cascade.training import fit
 from cascade.training.callbacks.ema import EMA
 from cascade.training.callbacks.guard import Guard, Rollback, resume_from, rollbacks
@@ -29,7 +30,6 @@ from cascade.training.callbacks.saving import Checkpoints
 from cascade.training.callbacks.seeding import Seeding
 from cascade.training.callbacks.watchdog import Watchdog
 from cascade.training.devices import Bfloat16
-from cascade.training.position import Position
 from cascade.verbs import train
 from tests import small
 from tests.processes import Job

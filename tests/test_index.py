@@ -211,7 +211,7 @@ def test_a_damaged_index_is_refused_and_made_again(folder):
         else:
             pytest.fail("a damaged index was taken for a whole one")
     indexed(folder)
-    assert load(folder / "train-00001.tar").summary.samples == 8
+    assert load(folder / "train-00001.tar").summary().samples == 8
 
 
 def test_a_folder_that_is_not_as_it_was_indexed_is_refused(folder):
@@ -338,5 +338,5 @@ def test_an_index_is_small_and_holds_no_code(folder):
     size = (folder / "train-00000.index").stat().st_size
     assert size < 400 + 8 * 64
     again = load(folder / "train-00000.tar")
-    assert again.summary == index.summary
+    assert again.summary() == index.summary()
     assert np.array_equal(again.spans, index.spans)

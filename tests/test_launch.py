@@ -22,12 +22,11 @@ from cascade.errors import Failed, TryAgain, UserError
 from cascade.runs.done import finished
 from cascade.slurm import queue, state
 from cascade.slurm.batch import Slurm
-from cascade.slurm.chain import chain
+from cascade.slurm.chain import chain, training_task
 from cascade.slurm.code import copied
 from cascade.slurm.local import Local
 from cascade.slurm.plan import Submission, Task, TaskGroup, launch
 from cascade.slurm.queue import Job
-from cascade.slurm.submit import training_task
 from tests.launching import FINISHES, by_name, in_queue, launcher, program, tasks
 
 CONF = Path(next(iter(cascade.conf.__path__)))

@@ -21,10 +21,10 @@ from cascade.files import locks as claims_module
 from cascade.files.atomic import write_atomically
 from cascade.files.lease import BOUND, GRACE, NAME, Lease, lease
 from cascade.files.locks import BEAT, SILENCE, ClaimFiles, Claims, Holder
+from cascade.runs.run import Position
 from cascade.training.callbacks.ema import EMA
 from cascade.training.callbacks.interruption import Interruption
 from cascade.training.callbacks.saving import Checkpoints
-from cascade.training.position import Position
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ from cascade.diffusion.gaussian import Diffusion
 from cascade.diffusion.noise import alpha_sigma, cosine
 from cascade.eval.cascades.prior import (
     LEVELS,
-    Classes,
     apart,
     groups,
     loss_by_level,
@@ -180,16 +179,6 @@ def test_numbers_are_beside_those_of_the_text_embedding():
     assert (found["count"], found["gallery"]) == (60, 60)
     assert "zero_shot" not in found  # no scenes
     assert prior_metrics(prior, data.first(20), true[:20], paint)["frechet"] is None  # too few
-
-
-def test_classes_may_be_anything():
-    data = held_out(torch.cat([unit(1, sum(map(ord, caption))) for caption in CAPTIONS]))
-    classes = Classes(CAPTIONS[:20:2], list(range(20)), [i // 2 for i in range(20)], {})
-    found = prior_metrics(
-        stage(), data, data.truth["clip_image"].roll(2, 0), paint, lambda _: classes
-    )
-    assert found["zero_shot_true"]["class"] == found["zero_shot_text"]["class"] == 1
-    assert found["zero_shot"]["class"] < 0.2
 
 
 def test_spread_is_the_mean_distance_of_samples_of_one_caption():

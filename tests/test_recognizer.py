@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -12,8 +13,8 @@ from cascade.data.scenes.captions import Object, Scene
 from cascade.data.scenes.drawing import COLORS, SHAPES, blank, paint
 from cascade.data.scenes.generate import SIZES, SPLITS, render, sample_scene
 from cascade.draws import generator
+from cascade.eval.cascades.protocol import CRITERIA, rates, tally
 from cascade.eval.metrics.interval import of_share
-from cascade.eval.scenes.accuracy import CRITERIA, accuracy
 from cascade.eval.scenes.recognizer import judge, recognize
 
 
@@ -223,6 +224,10 @@ def test_size_counts_only_if_it_was_asked_for():
     assert judge(replace(ASKED, names_size=False), render(replace(ASKED, objects=SHRUNK), 64))[
         "whole"
     ]
+
+
+def accuracy(arrays, scenes):
+    return rates(torch.stack([tally(s, judge(s, array)) for s, array in zip(scenes, arrays)]))
 
 
 def test_scene_accuracy_is_the_share_of_right_pictures():

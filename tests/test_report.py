@@ -34,7 +34,7 @@ def page(tmp_path, losses):
     report.table(["scale", "distance"], [["1 & 2", 3.14159265], ["<i>", None]])
     report.targets([("accuracy", "≥ 0.8", 0.91, True), ("<distance>", "≤ 2", 3.5, False)])
     report.picture(grid(pictures(3), columns=2), 'a "red" <circle>')
-    report.curve([0.2, 0.3], [9.0, 7.0], ["g = 1", "g = 3"], "CLIP score", "distance", "a curve")
+    report.curve([(0.2, 9.0, "g = 1"), (0.3, 7.0, "g = 3")], "CLIP score", "distance", "a curve")
     report.losses(losses, "losses")
     path = tmp_path / "new" / "report.html"
     report.save(path)

@@ -163,7 +163,6 @@ READERS = {
     """,
     "json.loads": """
         cascade/data/items
-        cascade/encoders/sources
         cascade/encoders/weights
         cascade/formats/tables
         eval/pictures/coco
@@ -246,7 +245,6 @@ OWN = {
         cascade/training/callbacks/guard
         cascade/training/checkpoint
         eval/pictures/generation
-        eval/pictures/record
         eval/sweeps/folder
         slurm/queue
         slurm/state
@@ -286,7 +284,6 @@ OWN = {
         eval/benchmarks/nets
         eval/metrics/statistics
         eval/pictures/generation
-        eval/pictures/record
         eval/sweeps/findings
         eval/sweeps/folder
         eval/sweeps/plan

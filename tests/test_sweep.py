@@ -15,8 +15,8 @@ from cascade.config.compose import built, composed
 from cascade.errors import UserError
 from cascade.eval.sweeps.plan import describe, grid, joined, points
 from cascade.runs.cascade_file import stage_runs
+from cascade.slurm.chain import split
 from cascade.slurm.plan import TaskGroup, launch
-from cascade.slurm.submit import split
 from tests.launching import by_name, in_queue, launcher, tasks
 
 CONF = Path(next(iter(cascade.conf.__path__)))

@@ -46,11 +46,6 @@ NAMES = frozenset(
 )
 
 _LOOK_UP = "hydra.utils.get_method"  # the one target that names another, in its `path`
-_PARENTS = {
-    path
-    for name in (*NAMES, *(f"{room}." for room in PURE + ROOMS))
-    for path in accumulate(name.split(".")[:-1], "{}.{}".format)
-}
 _trusted: list[str] = []
 
 
@@ -160,5 +155,7 @@ def _found(parts: list[str]) -> Any:
 
 
 def _may_import(path: str) -> bool:
-    parents = {p for name in _trusted for p in accumulate(name.split("."), "{}.{}".format)}
-    return path in _PARENTS | parents or _within(path, (*PURE, *ROOMS, *_trusted))
+    """Whether a module is within a room, or is the module or a parent of what is admitted."""
+    rooms = (*PURE, *ROOMS, *_trusted)
+    admitted = (*rooms, *(name.rpartition(".")[0] for name in NAMES))
+    return _within(path, rooms) or any(_within(module, [path]) for module in admitted)

@@ -22,13 +22,8 @@ from cascade.config.overrides import parse
 from cascade.config.signatures import Type
 from cascade.config.values import conform, type_at
 from cascade.errors import UserError
-from cascade.files.atomic import write_atomically
+from cascade.files.atomic import write_text
 from cascade.formats import texts
-
-# The classes that declare the types of top-level values.
-KEYS = {
-    name: f"cascade.config.keys.{name.title()}" for name in ("train", "demo", "launch", "sweep")
-}
 
 
 @contextmanager
@@ -68,7 +63,8 @@ def composed(name: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: a value is missing, or has another type than its parameter.
     """
-    given, keys = [parse(override) for override in overrides], Type(fields=KEYS.get(name))
+    given = [parse(override) for override in overrides]
+    keys = Type(fields=f"cascade.config.keys.{name.title()}")  # the types of top-level values
     with (
         one_line_errors(),
         initialize_config_dir(str(Path(cascade.conf.__path__[0]).resolve()), version_base="1.3"),
@@ -108,8 +104,7 @@ def built(config: DictConfig | dict) -> Any:
 
 def saved(config: DictConfig, path: Path) -> None:
     """Writes a configuration, resolved, to a file."""
-    text = OmegaConf.to_yaml(config, resolve=True)
-    write_atomically(path, lambda beside: beside.write_text(text))
+    write_text(path, OmegaConf.to_yaml(config, resolve=True))
 
 
 def loaded(path: Path) -> DictConfig:

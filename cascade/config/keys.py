@@ -90,7 +90,7 @@ class Demo(Common):
 
 
 class Launch(Demo):
-    pass
+    """The same as of `demo`."""
 
 
 class Sweep(Common):

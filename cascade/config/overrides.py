@@ -2,8 +2,7 @@
 
 Hydra guesses types: run=2017 is a number, run=1_000 is 1000, run=a,b is a sweep over two values and
 run=a&b an error. Where a parameter takes a text, the value is the text as typed, unless Hydra
-itself
-reads a text: one with quotes, escapes or interpolations.
+itself reads a text: one with quotes, escapes or interpolations.
 """
 
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from cascade.config.signatures import Type
@@ -37,9 +36,7 @@ def quoted(value: Any) -> str:
         return QuotedString(text, Quote.single).with_quotes()
     if isinstance(value, Sequence):
         return f"[{','.join(map(quoted, value))}]"
-    return (
-        "null" if value is None else repr(value).lower() if isinstance(value, bool) else repr(value)
-    )
+    return "null" if value is None else repr(value).lower()
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,10 @@ class Given:
         if self.text is None or self.key.startswith("~"):
             return self.whole
         if wanted.items and (inner := _inner(self.text)) is not None:
-            if "str" in wanted.items[0].plain and not _texts(self):
-                return f"{self.key}=[{','.join(map(_as_text, inner))}]"
+            texts = self.readable and all(isinstance(one, str) for one in self.value)
+            if "str" in wanted.items[0].plain and not texts:
+                items = [one if one[:1] in ("'", '"') else quoted(one) for one in inner]
+                return f"{self.key}=[{','.join(items)}]"
         elif "str" in wanted.plain and not self._kept(wanted):
             return assigned(self.key, self.text)
         if self.readable:
@@ -105,21 +104,7 @@ def parse(override: str) -> Given:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException:
         return Given(override, found[1], found[2], None, False)
-    return Given(override, found[1], found[2], _value(parsed), not parsed.is_sweep_override())
-
-
-def _value(parsed: Override) -> Any:
-    value = None if parsed.is_sweep_override() else parsed.value()
-    return str(value) if isinstance(value, QuotedString) else value
-
-
-def _texts(given: Given) -> bool:
-    """Whether Hydra parses a list of texts."""
-    return given.readable and all(isinstance(one, str) for one in given.value)
-
-
-def _as_text(item: str) -> str:
-    return item if item[:1] in ("'", '"') else quoted(item)
+    return Given(override, found[1], found[2], parsed.value(), not parsed.is_sweep_override())
 
 
 def _inner(text: str) -> list[str] | None:

@@ -8,7 +8,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, reduce
-from importlib.util import find_spec
+from importlib.util import find_spec, resolve_name
 from operator import or_
 from pathlib import Path
 
@@ -118,15 +118,11 @@ def _subscripted(module: str, name: str, inner: list[ast.expr]) -> Type:
     if name == "Literal":
         return Type(frozenset(type(ast.literal_eval(part)).__name__ for part in inner))
     if name in _LISTS:
-        places = [part for part in inner if not _is_rest(part)]
+        places = [part for part in inner if ast.unparse(part) != "..."]
         return Type(items=tuple(_type(module, part) for part in places))
     if name in _MAPPINGS:
         return Type(values=_type(module, inner[-1]))
     return Type()
-
-
-def _is_rest(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is ...
 
 
 def _found(module: str, node: ast.expr) -> tuple[str, ast.AST] | None:
@@ -153,12 +149,9 @@ def _definition(module: str, name: str) -> tuple[str, ast.AST] | None:
 
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:
-    if not node.level:
-        return node.module
     path = _path(module)
-    level = node.level - (path is not None and path.name == "__init__.py")
-    parts = module.split(".")
-    return ".".join([*parts[: len(parts) - level], *filter(None, [node.module])])
+    package = module if path and path.name == "__init__.py" else module.rpartition(".")[0]
+    return resolve_name("." * node.level + (node.module or ""), package)
 
 
 @cache

@@ -26,10 +26,8 @@ def conform(node: DictConfig | ListConfig, of: Type, where: str = "") -> None:
         UserError: a value that its parameter does not take; the message says what to write.
     """
     children = list(_children(node, of))
-    for (
-        key,
-        wanted,
-    ) in children:  # plain values first, so that the message names the key that was written
+    # Plain values first, so that the message names the key that was written.
+    for key, wanted in children:
         if not isinstance(node[key], DictConfig | ListConfig):
             node[key] = _value(node[key], wanted, _place(where, key))
     for key, wanted in children:
@@ -93,13 +91,11 @@ def _value(value: Any, wanted: Type, where: str) -> Any:
         return value
     if type(value).__name__.replace("NoneType", "None") in plain:
         return value
-    if isinstance(value, bool):
-        raise UserError(refusal(where, value, wanted))
-    if isinstance(value, int) and "float" in plain:
+    if type(value) is int and "float" in plain:
         return value
     if isinstance(value, float) and "int" in plain and value.is_integer():
         return int(value)
-    if isinstance(value, int) and "bool" in plain and value in (0, 1):
+    if type(value) is int and "bool" in plain and value in (0, 1):
         return bool(value)
     raise UserError(refusal(where, value, wanted))
 

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
-from cascade.files.atomic import write_atomically
+from cascade.files.atomic import write_atomically, write_text
 
 MANIFEST = "manifest.json"
 EMBEDDINGS, TEXT = "embeddings", "text"  # default folders next to shards, as in conf/
@@ -57,8 +57,7 @@ class Manifest:
     several: str | None = None
 
     def write(self, folder: Path) -> None:
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        write_atomically(folder / MANIFEST, lambda partial: partial.write_text(text))
+        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -145,11 +144,8 @@ class _Rows:
             raise UserError(f"{path} is missing or broken: {COMMAND}") from error
         tensors = self._file.keys()
         self.names = [name for name in tensors if not name.endswith(OFFSETS)]
-        self._offsets = {
-            name: self._file.get_tensor(name + OFFSETS)
-            for name in self.names
-            if name + OFFSETS in tensors
-        }
+        ragged = [name for name in self.names if name + OFFSETS in tensors]
+        self._offsets = {name: self._file.get_tensor(name + OFFSETS) for name in ragged}
         if about and metadata.get("hash", about.hash) != about.hash:
             raise UserError(
                 f"{path} was made by another encoder ({metadata['hash']}) than its manifest names "
@@ -206,11 +202,8 @@ def write_embeddings(
         tensors: [rows, ...] each; with `.offsets`, concatenated rows.
         metadata: the `hash` of the encoder.
     """
-    counts = {
-        _count(len(tensor), tensors.get(name + OFFSETS))
-        for name, tensor in tensors.items()
-        if not name.endswith(OFFSETS)
-    }
+    names = [name for name in tensors if not name.endswith(OFFSETS)]
+    counts = {_count(len(tensors[name]), tensors.get(name + OFFSETS)) for name in names}
     if counts != {len(keys)} or len(set(keys)) != len(keys):
         raise ValueError(f"{shard}: {len(keys)} keys, not one for each row")
     rows = {name: tensor.contiguous() for name, tensor in tensors.items()}

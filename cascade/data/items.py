@@ -59,7 +59,6 @@ class Sample(Protocol):
 
     def read(self, member: str) -> bytes:
         """Return the bytes of "picture", "txt" or "json", b"" if absent. May raise BadSample."""
-        ...
 
 
 class Items:
@@ -117,7 +116,9 @@ class Items:
 
     def _drawn(self, texts: Mapping[str, Sequence[str]], n: int) -> tuple[str, str]:
         """Draw a caption field by its rate, then one of its captions uniformly."""
-        fields, rng = list(texts), generator(self.seed, "caption", n) if _choice(texts) else UNUSED
+        fields = list(texts)
+        choice = len(fields) > 1 or any(len(found) > 1 for found in texts.values())
+        rng = generator(self.seed, "caption", n) if choice else UNUSED
         if len(fields) > 1:
             p = np.array([self.captions[field] for field in fields])
             fields = [fields[rng.choice(len(p), p=p / p.sum())]]
@@ -147,10 +148,6 @@ def stated_orientation(fields: bytes) -> int | None:
         return _ORIENTATIONS.get(json.loads(json.loads(fields)["exif"])["Image Orientation"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-
-
-def _choice(texts: Mapping[str, Sequence[str]]) -> bool:
-    return len(texts) > 1 or any(len(found) > 1 for found in texts.values())
 
 
 def captions_of(

@@ -46,19 +46,15 @@ class Samples(Protocol):
             part, parts: which of all the processes that read at the same time this one is.
             start: the sample number that the run started from.
         """
-        ...
 
     def preview(self, count: int, sizes: Sequence[int]) -> Iterable[dict[str, Any]]:
         """Return a few evenly spaced items with whole pictures of `sizes`; a stream has none."""
-        ...
 
     def check(self, batch: int) -> None:
         """Raise UserError if training with a global `batch` would fail on these samples."""
-        ...
 
     def provenance(self) -> dict[str, Any]:
         """Return what identifies the samples and their order: "shards", "content", "held_out"."""
-        ...
 
 
 def collate(items: Sequence[dict[str, Any]]) -> Batch:

@@ -13,6 +13,8 @@ from jaxtyping import Int64
 
 from cascade.draws import generator
 
+Places = Int64[np.ndarray, "_"]
+
 
 def sample_numbers(
     batch: int, rank: int = 0, world: int = 1, start: int = 0, batches: int | None = None
@@ -43,10 +45,8 @@ class Order:
         self.counts = np.array(counts, np.int64)
         self.seed, self.block, self.shuffle = seed, block, shuffle
         self.blocks = -(-len(counts) // block)
-        self._epoch: tuple[int, list[Int64[np.ndarray, " t"]], Int64[np.ndarray, " b"]] | None = (
-            None
-        )
-        self._block: tuple[int, Int64[np.ndarray, " m"], Int64[np.ndarray, " t"]] | None = None
+        self._epoch: tuple[int, list[Places], Places] | None = None
+        self._block: tuple[int, Places, Places] | None = None
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -67,7 +67,7 @@ class Order:
             t = int(np.searchsorted(starts, at, side="right")) - 1
             yield int(dealt[b][t]), at - int(starts[t])
 
-    def _dealt(self, epoch: int) -> tuple[list[Int64[np.ndarray, " t"]], Int64[np.ndarray, " b"]]:
+    def _dealt(self, epoch: int) -> tuple[list[Places], Places]:
         """Return the tars of each block, and the place in the epoch where it ends."""
         if self._epoch is None or self._epoch[0] != epoch:
             tars = np.arange(len(self.counts))
@@ -79,9 +79,7 @@ class Order:
             self._epoch = epoch, dealt, ends
         return self._epoch[1:]
 
-    def _shuffled(
-        self, epoch: int, b: int
-    ) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " t"]]:
+    def _shuffled(self, epoch: int, b: int) -> tuple[Places, Places]:
         """Return the order of a block's samples, and the index at which each of its tars starts."""
         number = epoch * self.blocks + b
         if self._block is None or self._block[0] != number:

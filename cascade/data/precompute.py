@@ -30,16 +30,13 @@ from cascade.files.locks import Claims
 from cascade.formats.rgb import suspicious, warn_of_white
 
 Rows = Callable[[Path], tuple[list[str], dict[str, Tensor]]]  # tar -> keys, tensors by name
+Progress = Callable[[int, int], None]  # (shards done, shards in all)
 
 BATCH = 64
 
 
 def precompute(
-    data: Path,
-    out: Path,
-    about: Manifest,
-    rows: Rows,
-    progress: Callable[[int, int], None] | None = None,
+    data: Path, out: Path, about: Manifest, rows: Rows, progress: Progress = lambda *_: None
 ) -> None:
     """Write the rows of every shard into a folder; return when all are there.
 
@@ -47,7 +44,7 @@ def precompute(
 
     Args:
         rows: encodes a tar.
-        progress: called with (shards done, shards in all).
+        progress: called whenever a shard is done.
 
     Raises:
         UserError: `data` holds no tars, or `out` holds the rows of another encoder or cannot be
@@ -63,18 +60,13 @@ def precompute(
         with Claims(out) as claims:
             with claims.held(MANIFEST, wait=True):
                 _check_manifest(out, about)
-            _share(tars, out, about, rows, claims, progress or (lambda *_: None))
+            _share(tars, out, about, rows, claims, progress)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to {out}: {error}") from error
 
 
 def _share(
-    tars: Sequence[Path],
-    out: Path,
-    about: Manifest,
-    rows: Rows,
-    claims: Claims,
-    progress: Callable[[int, int], None],
+    tars: Sequence[Path], out: Path, about: Manifest, rows: Rows, claims: Claims, progress: Progress
 ) -> None:
     there = {path.stem for path in out.glob("*.safetensors")}
     left = [tar for tar in tars if tar.stem not in there]
@@ -152,10 +144,7 @@ def picture_rows(
 
 
 def about_captions(
-    encoder: Encoder,
-    captions: Sequence[str],
-    several: str | None = None,
-    out: Path | None = None,
+    encoder: Encoder, captions: Sequence[str], several: str | None = None, out: Path | None = None
 ) -> Manifest:
     """Return the manifest of `caption_rows`, with the encoder's hash as `out` records it."""
     unit = sorted(encoder.sizes.keys() & {"clip_text"})
@@ -209,7 +198,8 @@ class _Samples(Dataset):
 
     def __init__(self, tar: Path, captions: Sequence[str], several: str | None, size: int | None):
         members = {"txt" if field == "txt" else "json" for field in captions}
-        self.tar = OpenTar(scan(tar, _keys(tar.parent)), members)
+        dataset = read_dataset(tar.parent)
+        self.tar = OpenTar(scan(tar, dataset.keys if dataset else FIRST_DOT), members)
         self.captions, self.several = captions, several
         self.pictures = Pictures((size,) if size else ())
 
@@ -226,11 +216,6 @@ class _Samples(Dataset):
             return None
         firsts = {field: found[0] for field, found in texts.items()}
         return sample.key, firsts, next(iter(views.values()), None)
-
-
-def _keys(folder: Path) -> str:
-    dataset = read_dataset(folder)
-    return dataset.keys if dataset else FIRST_DOT
 
 
 def _samples(

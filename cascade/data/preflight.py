@@ -33,8 +33,7 @@ def preflight(corpus: Corpus, make_item: Items, batch: int) -> None:
         UserError: unreadable tars, fewer samples than a batch, over a quarter of the samples read
             are bad (damaged pictures, no embeddings), or fields that none of them has.
     """
-    closed = [tar for tar in corpus.paths if not os.access(tar, os.R_OK)]
-    if closed:
+    if closed := [tar for tar in corpus.paths if not os.access(tar, os.R_OK)]:
         raise UserError(
             f"cannot read {closed[0]} ({len(closed)} such tars): change their permissions"
         )

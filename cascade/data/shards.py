@@ -8,7 +8,6 @@ contain pictures, text, JSON and safetensors.
 
 import logging
 import mmap
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
@@ -94,19 +93,17 @@ class Shards(Dataset):
         self.held_out = self.corpus.share
         self.order = Order(self.corpus.counts, seed, block, shuffle)
         self.skipped = self.corpus.left_out
-        self._check_left_out(path)
+        left_out = self.skipped.total()
+        whole = left_out + self.corpus.usable
+        if left_out > max(1, max_skip_fraction * whole):
+            raise UserError(
+                f"{path}: {left_out} of {whole} samples are left out ({self.corpus.lost}), over "
+                f"{max_skip_fraction:.1%}: repair the shards, or allow more with "
+                "+data.max_skip_fraction=..."
+            )
         for store in self.embeddings:
             store.require([tar.stem for tar in self.corpus.paths])
         self._cache = _cache(self.corpus.counts, pictures.largest) if cache else None
-
-    def _check_left_out(self, path: Paths) -> None:
-        left_out, share = self.skipped.total(), self.max_skip_fraction
-        whole = left_out + self.corpus.usable
-        if left_out > max(1, share * whole):
-            raise UserError(
-                f"{path}: {left_out} of {whole} samples are left out ({self.corpus.lost}), over "
-                f"{share:.1%}: repair the shards, or allow more with +data.max_skip_fraction=..."
-            )
 
     def __len__(self) -> int:
         """Return the number of samples in an epoch."""
@@ -124,7 +121,7 @@ class Shards(Dataset):
             except BadSample as reason:
                 opened = self.corpus[tar]
                 skipped.append(Skip(n, f"{opened.shard}/{opened.key(place)}", str(reason)))
-        reasons = counted(Counter(skip.reason for skip in skipped))
+        reasons = counted(skip.reason for skip in skipped)
         raise UserError(f"all samples are bad from {skipped[0].key} on ({reasons}): check them")
 
     def items(
@@ -175,8 +172,7 @@ def _cache(
     room = n * size * size * 3
     if room > CACHE_BYTES:
         log.warning("cache: %d pictures of %d px need %.1f GiB; off", n, size, room / 2**30)
-        return None
-    if not room:
+    if not 0 < room <= CACHE_BYTES:
         return None
     # Anonymous shared memory: forked workers fill and read one cache together.
     pixels = np.frombuffer(mmap.mmap(-1, room), np.uint8).reshape(n, size, size, 3)

@@ -8,7 +8,6 @@ tar, and a tar's end marker shows that it is complete, so no picture meets anoth
 
 import math
 import random
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -94,7 +93,7 @@ class Stream:
                 except BadSample as reason:
                     bad.append((f"{sample.shard}/{sample.key}", str(reason)))
                     if len(bad) >= MAX_BAD_IN_A_ROW:
-                        reasons = counted(Counter(reason for _, reason in bad))
+                        reasons = counted(reason for _, reason in bad)
                         raise UserError(f"no good sample from {bad[0][0]} on ({reasons})") from None
                 else:
                     yield {**item, "skipped": [Skip(n, *one) for one in bad]}
@@ -145,5 +144,5 @@ class Stream:
             if empty == MAX_EMPTY_TARS:
                 break
         if empty and (empty == MAX_EMPTY_TARS or not total):
-            reasons, url = counted(Counter(reason for _, reason in bad)), self.urls[name]
+            reasons, url = counted(reason for _, reason in bad), self.urls[name]
             raise UserError(f"no usable sample in {empty} tars in a row ({reasons}): check {url}")

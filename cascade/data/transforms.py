@@ -118,10 +118,6 @@ class Pictures:
         return max(self.sizes, default=0)
 
     @property
-    def _degraded(self) -> int | None:
-        return self.largest // FACTOR if self.degrade else None
-
-    @property
     def _ratio(self) -> int:  # crops start at multiples of it: on whole pixels at every size
         return self.largest // math.gcd(*self.sizes) if self.sizes else 1
 
@@ -136,7 +132,8 @@ class Pictures:
         whole = np.empty((3, *picture.shape[:2]), np.float32)
         np.divide(picture.transpose(2, 0, 1), np.float32(127.5), out=whole, dtype=np.float32)
         whole = torch.from_numpy(np.subtract(whole, 1, out=whole))
-        undegraded = [n for n in self.sizes if n != self._degraded]
+        degraded = self.largest // FACTOR if self.degrade else None
+        undegraded = [n for n in self.sizes if n != degraded]
         views = {n: whole if n == self.largest else shrink(whole, n) for n in undegraded}
         if self.crop:
             steps = (self.largest - self.crop) // self._ratio
@@ -145,5 +142,5 @@ class Pictures:
                 t, l, side = (v * n // self.largest for v in (top, left, self.crop))
                 views[n] = x[:, t : t + side, l : l + side].clone()
         if self.degrade:
-            views[self._degraded] = self.degrade(views[self.largest], rng.spawn(1)[0])
+            views[degraded] = self.degrade(views[self.largest], rng.spawn(1)[0])
         return {image_key(n): x for n, x in views.items()}

@@ -8,19 +8,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cascade.data.embeddings import MANIFEST, Embeddings
+from cascade.data.embeddings import EMBEDDINGS, MANIFEST, Embeddings
+from cascade.data.tars import index as indexes
 from cascade.data.tars.corpus import MEND
-from cascade.data.tars.dataset import Dataset, read_dataset, remedy, total
-from cascade.data.tars.index import (
-    CUT,
-    Index,
-    Summary,
-    check_unchanged,
-    counted,
-    load,
-    read_through,
-    scan,
-)
+from cascade.data.tars.dataset import Dataset, read_dataset, total
+from cascade.data.tars.index import CUT, Index, Summary, counted, remedy, scan
 from cascade.data.tars.keys import CAPTIONS, DOTTED, PICTURES, REMEDY
 from cascade.data.tars.splits import HELD_OUT, TRAIN, chosen, lacking, split_of
 from cascade.data.tars.tar import tars_of
@@ -29,8 +21,6 @@ from cascade.doctor.looks import looks
 from cascade.errors import UserError
 
 TARS = 8  # read without --full
-
-_EMBEDDINGS = "embeddings"  # the default folder of precomputed embeddings
 
 
 def data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
@@ -59,9 +49,9 @@ def data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
     if read:
         listed = dataset.tars if dataset else {}
         whole = {tar.name: listed[tar.name] for tar in tars if tar.name in listed}
-        yield from samples(whole or {i.tar.name: i.summary for i in read}, len(tars), len(read))
+        yield from samples(whole or {i.tar.name: i.summary() for i in read}, len(tars), len(read))
         yield from looks(read)
-    for place in sorted({folder / _EMBEDDINGS, *(p.parent for p in folder.glob(f"*/{MANIFEST}"))}):
+    for place in sorted({folder / EMBEDDINGS, *(p.parent for p in folder.glob(f"*/{MANIFEST}"))}):
         if place.is_dir():
             yield from embeddings(place, [tar.stem for tar in tars])
 
@@ -110,7 +100,7 @@ def _changed(
     def compare() -> None:
         for tar in tars:
             try:
-                check_unchanged(tar, listed[tar.name])
+                indexes.check_unchanged(tar, listed[tar.name])
             except UserError as error:
                 errors.append(error)
             compared.append(tar)
@@ -179,8 +169,8 @@ def _index_of(tar: Path, dataset: Dataset | None, full: bool) -> Index:
         return scan(tar)
     noted = dataset.tars[tar.name]
     again = full and noted.digest
-    found = read_through(scan(tar, dataset.keys)) if again else load(tar)
-    now = replace(found.divided(dataset.share(tar.stem)), mtime_ns=noted.mtime_ns)
+    found = indexes.read_through(scan(tar, dataset.keys)) if again else indexes.load(tar)
+    now = replace(found.summary(dataset.share(tar.stem)), mtime_ns=noted.mtime_ns)
     if now != noted:
         raise UserError(f"{tar.name} is not what the index says: {remedy(tar.parent)}")
     return found

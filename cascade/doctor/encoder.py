@@ -22,34 +22,31 @@ def encoder(folder: Path, budget: Budget) -> Iterator[Finding]:
     Raises:
         UserError: the encoder cannot be loaded.
     """
-    is_clip = (folder / CLIP_CONFIG).exists()
-    yield from clip(folder, budget) if is_clip else t5(folder, budget)
+    check, files = (clip, "weights") if (folder / CLIP_CONFIG).exists() else (t5, "files")
+    try:
+        yield from check(folder, budget)
+    except TimeoutError:
+        yield note(f"not all of its {files} were read, as they are large: ask again with --full")
 
 
 def clip(folder: Path, budget: Budget) -> Iterator[Finding]:
     """Check a CLIP in open_clip's format."""
     source = clip_source(str(folder))
-    try:
-        budget.within(lambda: check_clip(source, folder.name))
-        about, activation = source.model, "QuickGELU" if source.choices["quick_gelu"] else "GELU"
-        side = about["vision_cfg"]["image_size"]
-        yield note(
-            f"a CLIP with {activation}, pictures of {side} px and embeddings of "
-            f"{about['embed_dim']} numbers; its weights fit"
-        )
-        yield note(f"hash {budget.within(lambda: FrozenCLIP(str(folder)).hash)}")
-    except TimeoutError:
-        yield note("not all of its weights were read, as they are large: ask again with --full")
+    budget.within(lambda: check_clip(source, folder.name))
+    about, activation = source.model, "QuickGELU" if source.choices["quick_gelu"] else "GELU"
+    side = about["vision_cfg"]["image_size"]
+    yield note(
+        f"a CLIP with {activation}, pictures of {side} px and embeddings of "
+        f"{about['embed_dim']} numbers; its weights fit"
+    )
+    yield note(f"hash {budget.within(lambda: FrozenCLIP(str(folder)).hash)}")
 
 
 def t5(folder: Path, budget: Budget) -> Iterator[Finding]:
     """Check a T5 in transformers' format."""
     source = t5_source(str(folder))
-    try:
-        budget.within(lambda: check_t5(source, folder.name))
-        budget.within(lambda: t5_tokenizer(folder))
-        encoder = FrozenT5(str(folder))
-        yield note(f"a T5 with states of {encoder.width} numbers; its weights and tokenizer fit")
-        yield note(f"hash {budget.within(lambda: encoder.hash)}")
-    except TimeoutError:
-        yield note("not all of its files were read, as they are large: ask again with --full")
+    budget.within(lambda: check_t5(source, folder.name))
+    budget.within(lambda: t5_tokenizer(folder))
+    encoder = FrozenT5(str(folder))
+    yield note(f"a T5 with states of {encoder.width} numbers; its weights and tokenizer fit")
+    yield note(f"hash {budget.within(lambda: encoder.hash)}")

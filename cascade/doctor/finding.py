@@ -8,6 +8,7 @@ standard library at their top.
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
@@ -76,26 +77,18 @@ class Budget:
 
     def within(self, call: Callable[[], T]) -> T:
         """The result of a call, in a thread. Raises TimeoutError if the time is used up."""
-        done: list[Callable[[], T]] = []
+        done: Future[T] = Future()
 
         def work() -> None:
             try:
-                value = call()
+                done.set_result(call())
             except BaseException as error:
-                done.append(partial(_raise, error))
-            else:
-                done.append(lambda: value)
+                done.set_exception(error)
 
         begun = time.monotonic()
-        thread = threading.Thread(target=work, daemon=True)  # it does not keep the process alive
-        thread.start()
-        thread.join(self.left)
-        if self.left is not None:
-            self.left = max(0.0, self.left - (time.monotonic() - begun))
-        if not done:
-            raise TimeoutError
-        return done[0]()
-
-
-def _raise(error: BaseException) -> None:
-    raise error
+        threading.Thread(target=work, daemon=True).start()  # it does not keep the process alive
+        try:
+            return done.result(self.left)
+        finally:
+            if self.left is not None:
+                self.left = max(0.0, self.left - (time.monotonic() - begun))

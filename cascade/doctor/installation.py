@@ -7,7 +7,6 @@ import platform
 import re
 from collections.abc import Iterator
 from importlib import metadata
-from typing import NamedTuple
 
 from cascade.doctor.finding import Finding, note, problem, warning
 
@@ -16,21 +15,17 @@ STOLEN = {"lightning": {"2.6.2", "2.6.3"}, "pytorch-lightning": {"2.6.2", "2.6.3
 INSTALL = "set the environment up again (`make setup`, or `pip install` of that version)"
 
 
-class Bound(NamedTuple):
-    """A package and the versions that are required, such as ">=2.6.6,<2.7"."""
+def bounds() -> dict[str, str]:
+    """The packages that Cascade requires without extras, and their versions, as ">=2.6.6,<2.7".
 
-    name: str
-    versions: str
-
-
-def bounds() -> list[Bound]:
-    """The requirements of Cascade without extras; None if it is not installed as a package."""
+    Empty if it is not installed as a package.
+    """
     try:
         lines = metadata.requires(OURS) or []
     except metadata.PackageNotFoundError:
-        return []
+        return {}
     found = (re.match(r"([\w.-]+)\s*([^;]*)", line) for line in lines if "extra ==" not in line)
-    return [Bound(match[1], match[2].strip()) for match in found if match]
+    return {match[1]: match[2].strip() for match in found if match}
 
 
 def version(name: str) -> str | None:
@@ -47,7 +42,7 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    return {**system, **{name: version(name) for name in (OURS, *(b.name for b in bounds()))}}
+    return {**system, **{name: version(name) for name in (OURS, *bounds())}}
 
 
 def packages() -> Iterator[Finding]:
@@ -71,13 +66,13 @@ def packages() -> Iterator[Finding]:
     yield note(f"Python {platform.python_version()}, {', '.join(there)}")
 
 
-def _within(needed: list[Bound]) -> Iterator[Finding]:
+def _within(needed: dict[str, str]) -> Iterator[Finding]:
     try:
         from packaging.specifiers import SpecifierSet
     except ImportError:
         yield problem("packaging is not installed, so versions cannot be compared", INSTALL)
         return
-    for name, asked in needed:
+    for name, asked in needed.items():
         found = version(name)
         if found is None:
             yield problem(f"{name} is not installed", f"install {name}{asked}: {INSTALL}")

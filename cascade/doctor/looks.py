@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import compress
 
 from cascade.data.items import CHOOSE, Items, captions_of, fields_of, picture_of, stated_orientation
 from cascade.data.preflight import several, too_many
@@ -19,11 +20,10 @@ _SEEN_AS = 256  # pixels of the picture whose colours are checked
 # What is read correctly, and worth knowing,
 _PLAIN = ("not in RGB, and converted", "turned upright, as their EXIF says")
 # and what may be wrong, with the remedy.
-_SMALL, _WHITE, _BLACK = f"under {TINY} px", "nearly all white", "nearly all black"
 _ODD = {
-    _SMALL: "leave them out: they teach a stage to blur",
-    _WHITE: "look at them: 16-bit pictures may have been written as 8-bit ones",
-    _BLACK: "look at them",
+    f"under {TINY} px": "leave them out: they teach a stage to blur",
+    "nearly all white": "look at them: 16-bit pictures may have been written as 8-bit ones",
+    "nearly all black": "look at them",
 }
 _READS = Items(Pictures(()), None, None, (), seed=0)  # the txt, as by default
 
@@ -37,14 +37,12 @@ def looks(read: Sequence[Index]) -> Iterator[Finding]:
     count = -(-LOOKS // max(1, len(tars)))
     places = [Placed(tar, i) for tar in tars for i in spread(range(len(tar)), count)]
     for sample in places:
-        found = set()
         try:
-            found.update(_oddities(sample))
-        except BadSample as reason:
-            bad[str(reason)] += 1
-            found = {str(reason)}
-        else:
+            found = {*_oddities(sample)}
             odd.update(found)
+        except BadSample as reason:
+            found = {str(reason)}
+            bad.update(found)
         for what in found:
             such.setdefault(what, f"{sample.shard}/{sample.key}")
     if places:
@@ -72,9 +70,6 @@ def _oddities(sample: Placed) -> Iterator[str]:
     turns = orientation(image, stated_orientation(sample.read("json")))
     if sample.read("json"):
         fields_of(sample)
-    there = (image.mode != "RGB", turns != 1, side < TINY, suspicious(square))
-    for what, is_so in zip((*_PLAIN, _SMALL, _WHITE), there):
-        if is_so:
-            yield what
-    if suspicious(255 - square):
-        yield _BLACK
+    colours = (suspicious(square), suspicious(255 - square))
+    there = (image.mode != "RGB", turns != 1, side < TINY, *colours)
+    yield from compress((*_PLAIN, *_ODD), there)

@@ -1,6 +1,5 @@
 """Check the machine as this process sees it: CPUs, memory, disks and environment variables."""
 
-import errno
 import fcntl
 import math
 import os
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from cascade.doctor.finding import Finding, note, problem, warning
+from cascade.files.locks import NO_LOCKS
 
 GIB = 2**30
 FULL, TIGHT = 1 * GIB, 10 * GIB  # free bytes of a disk: a problem, a warning
@@ -18,7 +18,6 @@ SHARED = 256 * 2**20  # bytes of /dev/shm; a container has 64 MiB by default
 FILES = 1024  # open files: tars, embeddings, and the workers' pipes
 
 _GROUPS = Path("/sys/fs/cgroup")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # The SLURM_* variables that locate Slurm. All others are read by srun and sbatch as options.
 _HARMLESS = {"SLURM_CONF", "SLURM_ROOT", "SLURM_TIME_FORMAT"}
 
@@ -39,11 +38,7 @@ def processors() -> float:
 def _quota() -> float:
     """The number of CPUs that the strictest cgroup of this process allows; infinity: no limit."""
     found = [math.inf]
-    try:
-        lines = Path("/proc/self/cgroup").read_text().split("\n")
-    except OSError:
-        lines = []
-    for line in filter(None, lines):
+    for line in _lines("/proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
@@ -128,15 +123,10 @@ def slurm(environment: Mapping[str, str]) -> Iterator[Finding]:
         )
 
 
-def hugging_face(environment: Mapping[str, str]) -> Path:
-    """The folder of models that are given by name."""
-    home = environment.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    return Path(environment.get("HF_HUB_CACHE") or Path(home) / "hub")
-
-
 def caches(environment: Mapping[str, str]) -> Iterator[Finding]:
     """Report where models are looked for, according to the environment."""
-    cache = hugging_face(environment)
+    home = environment.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cache = Path(environment.get("HF_HUB_CACHE") or Path(home) / "hub")
     named = [name for name in ("HF_HUB_CACHE", "HF_HOME") if environment.get(name)]
     if named and not cache.is_dir():
         yield warning(
@@ -184,7 +174,7 @@ def locks(folder: Path) -> Iterator[Finding]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             yield warning(
                 f"the file system of {folder} has no locks: jobs that share work wait three "
@@ -206,12 +196,16 @@ def locks(folder: Path) -> Iterator[Finding]:
 def _mount(folder: Path) -> tuple[str, str]:
     """The type and the mount options of a folder's file system."""
     best, found = -1, ("", "")
-    try:
-        lines = Path("/proc/self/mounts").read_text().split("\n")
-    except OSError:
-        return found
-    for _, where, kind, options, *_ in (line.split(" ") for line in lines if line):
+    for _, where, kind, options, *_ in (line.split(" ") for line in _lines("/proc/self/mounts")):
         place = Path(where.replace("\\040", " "))
         if folder.resolve().is_relative_to(place) and len(place.parts) > best:
             best, found = len(place.parts), (kind, options)
     return found
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a file of Linux's; none elsewhere."""
+    try:
+        return [line for line in Path(path).read_text().split("\n") if line]
+    except OSError:
+        return []

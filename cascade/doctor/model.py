@@ -79,11 +79,16 @@ def run(folder: Path, budget: Budget) -> Iterator[Finding]:
         yield note(f"{now.word}{by}{far}")
     for holder in holders(folder):
         yield note(f"written to by {holder}, who holds its lease")
-    if not Run(folder).config_file.exists():
+    run = Run(folder)
+    if not run.config_file.exists():
         return
-    config = Run(folder).config
-    yield from status(folder)
-    beat = Run(folder).last_heartbeat()
+    config = run.config
+    if run.status_file.exists() and not {"images", "total"} <= run.status().keys():
+        yield problem(
+            f"{run.status_file.name} is damaged, which says how far it is",
+            "remove it, and start it again",
+        )
+    beat = run.last_heartbeat()
     if now.word == "running" and beat and (silent := time.time() - beat) > SILENT:
         yield warning(
             f"it is said to be running, but was silent for {silent:,.0f} s",
@@ -101,16 +106,6 @@ def run(folder: Path, budget: Budget) -> Iterator[Finding]:
     if now.word != "finished":
         yield from going_on(folder, config)
     yield from weights(folder, checkpoint, budget)
-
-
-def status(folder: Path) -> Iterator[Finding]:
-    """Check that the status of a run can be read, if there is one."""
-    run = Run(folder)
-    if run.status_file.exists() and not {"images", "total"} <= run.status().keys():
-        yield problem(
-            f"{run.status_file.name} is damaged, which says how far it is",
-            "remove it, and start it again",
-        )
 
 
 def _quietly(call: Callable[[], T], budget: Budget) -> tuple[T, list[str]]:

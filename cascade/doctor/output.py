@@ -8,6 +8,7 @@ import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from cascade.doctor import installation
@@ -19,24 +20,14 @@ _SHOWN = {"note": "ok", "warning": "warning", "problem": "PROBLEM"}
 def text(name: str, findings: Iterable[Finding]) -> str:
     """Format the findings about one subject for the terminal."""
     width = max(60, min(100, shutil.get_terminal_size((100, 0)).columns))
-    lines = [name]
+    wrap = partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
+    lines, deep, deeper = [name], " " * 11, " " * 14
     for finding in findings:
         first = f"  {_SHOWN[finding.level]:<8} "
-        lines += _wrapped(finding.what, width, first, " " * len(first))
+        lines += wrap(finding.what, initial_indent=first, subsequent_indent=deep)
         if finding.remedy:
-            lines += _wrapped(finding.remedy, width, f"{' ' * 11}-> ", " " * 14)
+            lines += wrap(finding.remedy, initial_indent=f"{deep}-> ", subsequent_indent=deeper)
     return "\n".join(lines)
-
-
-def _wrapped(words: str, width: int, first: str, then: str) -> list[str]:
-    return textwrap.wrap(
-        words,
-        width,
-        initial_indent=first,
-        subsequent_indent=then,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def as_json(found: Iterable[tuple[str, list[Finding]]], counts: Counter[str]) -> str:

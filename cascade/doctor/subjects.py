@@ -7,7 +7,9 @@ run on a broken installation.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from cascade.data.tars.tar import tars_of
 from cascade.doctor import installation, machine, probe
@@ -73,36 +75,17 @@ def _parts(path: Path, full: bool, budget: Budget) -> Iterator[Subject]:
         yield str(path), lambda: [wrong]
         return
     if tars:
-        yield f"data {path}", partial(_data, path, full, budget)
+        yield f"data {path}", partial(_check, "data", "data", path, full, budget)
         return
     file = path / CASCADE if path.is_dir() else path
     if file.is_file():
-        yield f"model {file}", partial(_model, file)
+        yield f"model {file}", partial(_check, "model", "model", file)
     if any((path / name).is_file() for name in _ENCODERS):
-        yield f"encoder {path}", partial(_encoder, path, budget)
+        yield f"encoder {path}", partial(_check, "encoder", "encoder", path, budget)
     for run in runs(file.parent):
-        yield f"run {run}", partial(_run, run, budget)
+        yield f"run {run}", partial(_check, "model", "run", run, budget)
 
 
-def _data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
-    from cascade.doctor.data import data
-
-    return data(path, full, budget)
-
-
-def _model(file: Path) -> Iterator[Finding]:
-    from cascade.doctor.model import model
-
-    return model(file)
-
-
-def _encoder(folder: Path, budget: Budget) -> Iterator[Finding]:
-    from cascade.doctor.encoder import encoder
-
-    return encoder(folder, budget)
-
-
-def _run(folder: Path, budget: Budget) -> Iterator[Finding]:
-    from cascade.doctor.model import run
-
-    return run(folder, budget)
+def _check(module: str, name: str, *about: Any) -> Iterable[Finding]:
+    """The findings of a check, whose module is imported only now."""
+    return getattr(import_module(f"cascade.doctor.{module}"), name)(*about)

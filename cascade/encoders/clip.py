@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import open_clip
@@ -23,19 +22,13 @@ from torch import Tensor
 from cascade.batch import Batch, image_key
 from cascade.encoders.architecture import Architecture
 from cascade.encoders.contrastive import contrastive, gathered
-from cascade.encoders.identity import Former, identity
+from cascade.encoders.identity import Former, OfCaptions
 from cascade.encoders.sam import SAM
-from cascade.encoders.sources import (
-    CLIP_CONFIG,
-    CLIP_WEIGHTS,
-    CLIPSource,
-    clip_model,
-    clip_source,
-)
+from cascade.encoders.sources import CLIP_CONFIG, CLIP_WEIGHTS, CLIPSource, clip_model, clip_source
 from cascade.encoders.text import token_mask, tokenize, trimmed
 from cascade.encoders.weights import check_tensors, reading, tensors_of, weights_hash
 from cascade.errors import UserError
-from cascade.files.atomic import write_atomically
+from cascade.files.atomic import write_atomically, write_text
 
 MAX_LOGIT_SCALE = math.log(100)
 _OF_ARCHIVES = ("input_resolution", "context_length", "vocab_size")  # OpenAI stores these, too
@@ -47,13 +40,8 @@ def save_clip(architecture: Architecture, clip: open_clip.CLIP, folder: Path) ->
     pictures = {"mean": half, "std": half}
     config = {"model_cfg": architecture.model_config(), "preprocess_cfg": pictures}
     state = {k: v.detach().cpu().contiguous() for k, v in clip.state_dict().items()}
-    text = json.dumps(config, indent=2) + "\n"
-    write_atomically(folder / CLIP_CONFIG, lambda path: path.write_text(text))
+    write_text(folder / CLIP_CONFIG, json.dumps(config, indent=2) + "\n")
     write_atomically(folder / CLIP_WEIGHTS, lambda path: save_file(state, path))
-
-
-def _text_width(model: dict[str, Any]) -> int:
-    return model["text_cfg"].get("width", open_clip.CLIPTextCfg.width)
 
 
 def _fitting(
@@ -81,8 +69,8 @@ def check_clip(source: CLIPSource, name: str) -> None:
         _fitting(model, state, weights, name)
 
 
-class FrozenCLIP:
-    """A frozen CLIP, loaded on first use. It is no module, so nothing that holds it saves it.
+class FrozenCLIP(OfCaptions):
+    """A frozen CLIP, loaded on first use.
 
     As an `Encoder` it reads `caption` and writes `clip_text`, `text` and `text_mask`.
 
@@ -99,24 +87,17 @@ class FrozenCLIP:
             activation is unknown.
     """
 
-    reads = frozenset({"caption"})
     writes = frozenset({"clip_text", "text", "text_mask"})
 
     def __init__(
         self, path_or_name: str, checkpoint: str | None = None, quick_gelu: bool | None = None
     ):
         self.name, self.checkpoint, self.quick_gelu = path_or_name, checkpoint, quick_gelu
-        self.device = torch.device("cpu")
 
     @property
     def dim(self) -> int:
         """d, the size of the embeddings."""
         return self._source.model["embed_dim"]
-
-    @property
-    def width(self) -> int:
-        """w, the width of the text states."""
-        return _text_width(self._source.model)
 
     @property
     def length(self) -> int:
@@ -137,25 +118,15 @@ class FrozenCLIP:
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of `clip_text` and `text`, if known on this machine; loads nothing."""
-        model = clip_model(self.name)
-        return {"clip_text": model["embed_dim"], "text": _text_width(model)} if model else {}
-
-    @cached_property
-    def hash(self) -> str:
-        """Identifies the weights and the architecture."""
-        return identity(self._weights, self._source.choices)
+        if not (model := clip_model(self.name)):
+            return {}
+        width = model["text_cfg"].get("width", open_clip.CLIPTextCfg.width)
+        return {"clip_text": model["embed_dim"], "text": width}
 
     @property
     def former(self) -> Former:
         """The hash of earlier versions, which covered the weights alone."""
         return Former(self._weights, self._source.again, self._source.doubtful)
-
-    def to(self, device: torch.device | str) -> "FrozenCLIP":
-        """Sets the device that it computes on."""
-        self.device = torch.device(device)
-        if "_model" in vars(self):
-            self._model.to(self.device)
-        return self
 
     @torch.no_grad()
     def image(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -183,10 +154,6 @@ class FrozenCLIP:
             "text_mask": token_mask(kept),
             "tokens": kept,
         }
-
-    def __call__(self, batch: Batch) -> Batch:
-        found = self.text(batch["caption"])
-        return {**batch, **{key: found[key] for key in self.writes}}
 
     @cached_property
     def _source(self) -> CLIPSource:
@@ -293,6 +260,5 @@ class CLIPTraining(L.LightningModule):
             raise UserError(f"{run} holds no {CLIP_WEIGHTS}: train it first")
         with reading([run / CLIP_WEIGHTS], str(run)):
             weights = load_file(run / CLIP_WEIGHTS)
-            where = str(run / CLIP_WEIGHTS)
-            check_tensors(self.clip.state_dict(), weights, where, "clip.model")
+            check_tensors(self.clip.state_dict(), weights, str(run / CLIP_WEIGHTS), "clip.model")
             self.clip.load_state_dict(weights)

@@ -8,6 +8,7 @@ directory's own configuration fixed the rest, or where there was no choice.
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -46,6 +47,32 @@ class Encoder(Protocol):
     def to(self, device: torch.device) -> "Encoder": ...
 
     def __call__(self, batch: Batch) -> Batch: ...
+
+
+class OfCaptions:
+    """An `Encoder` of captions that computes on one device, and loads its `_model` on first use.
+
+    It is no module, so nothing that holds it saves it.
+    """
+
+    reads = frozenset({"caption"})
+    device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> "OfCaptions":
+        """Sets the device that it computes on."""
+        self.device = torch.device(device)
+        if "_model" in vars(self):
+            self._model.to(self.device)
+        return self
+
+    def __call__(self, batch: Batch) -> Batch:
+        found = self.text(batch["caption"])
+        return {**batch, **{key: found[key] for key in self.writes}}
+
+    @cached_property
+    def hash(self) -> str:
+        """Identifies the weights and the architecture."""
+        return identity(self._weights, self._source.choices)
 
 
 def identity(weights: str, choices: Mapping[str, Any]) -> str:

@@ -6,21 +6,18 @@ whether their model uses GELU or QuickGELU, so another source has to tell.
 """
 
 import hashlib
-import json
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import open_clip
+
+from cascade.encoders.weights import NotHere, read_json
 from cascade.errors import UserError
-from cascade.formats.texts import read
 
 CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _CLIP_FILES = (CLIP_WEIGHTS, "open_clip_pytorch_model.bin")  # in this order
-
-
-class NotHere(UserError):
-    """Files of a model are not on this machine."""
 
 
 class CLIPSource(NamedTuple):
@@ -38,8 +35,6 @@ class CLIPSource(NamedTuple):
     @property
     def choices(self) -> dict[str, Any]:
         """Everything besides the weights that the output depends on, defaults left out."""
-        import open_clip
-
         defaults = {"vision_cfg": open_clip.CLIPVisionCfg(), "text_cfg": open_clip.CLIPTextCfg()}
         towers = {
             part: {k: v for k, v in self.model[part].items() if v != getattr(default, k, None)}
@@ -54,8 +49,6 @@ class CLIPSource(NamedTuple):
 
         They used the activation of the name, and OpenAI's normalisation.
         """
-        import open_clip
-
         names, quick = open_clip.list_models(), _quick(self.model)
         if (self.mean, self.std) != _normalisation({}):
             return frozenset(names)
@@ -75,8 +68,6 @@ def clip_source(
         UserError: the text tower or tokenizer is another library's; the activation is unknown, or
             two sources contradict each other; a checkpoint is given together with a directory.
     """
-    import open_clip
-
     if Path(path_or_name).is_dir():
         found = _clip_directory(Path(path_or_name), checkpoint, quick_gelu)
     elif path_or_name in open_clip.list_models():
@@ -103,24 +94,11 @@ def clip_model(path_or_name: str) -> dict[str, Any] | None:
     Raises:
         UserError: the configuration is damaged.
     """
-    import open_clip
-
     file = Path(path_or_name) / CLIP_CONFIG
     if file.is_file():
         return _configured(file)[0]
     known = path_or_name in open_clip.list_models()  # other names would be looked up on the network
     return open_clip.get_model_config(path_or_name) if known else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises UserError if the file is damaged."""
-    try:
-        found = json.loads(read(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: fetch it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object: fetch it again")
-    return found
 
 
 def _quick(model: dict[str, Any]) -> bool:
@@ -162,15 +140,11 @@ def _configured(file: Path) -> tuple[dict[str, Any], tuple[float, ...], tuple[fl
 
 
 def _normalisation(pictures: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    import open_clip
-
     mean = pictures.get("mean", open_clip.OPENAI_DATASET_MEAN)
     return tuple(mean), tuple(pictures.get("std", open_clip.OPENAI_DATASET_STD))
 
 
 def _clip_named(name: str, checkpoint: str | None, quick_gelu: bool | None) -> CLIPSource:
-    import open_clip
-
     model = open_clip.get_model_config(name)
     if checkpoint and Path(checkpoint).is_file():
         return _clip_file(name, model, Path(checkpoint), quick_gelu)
@@ -204,8 +178,6 @@ def _clip_file(name: str, model: dict, file: Path, quick_gelu: bool | None) -> C
 
 
 def _choices(name: str) -> str:
-    import open_clip
-
     tags = open_clip.list_pretrained_tags_by_model(name)
     quick = [tag for tag in tags if _quick(open_clip.get_pretrained_cfg(name, tag))]
     plain = [tag for tag in tags if tag not in quick]
@@ -225,8 +197,6 @@ def _published(file: Path) -> bool | None:
 @cache
 def _digests() -> dict[str, bool]:
     """Activations by SHA-256, or its first eight digits, from the URLs that open_clip lists."""
-    import open_clip
-
     found = {}
     for name, tag in open_clip.list_pretrained():
         config = open_clip.get_pretrained_cfg(name, tag)

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cascade.encoders.sources import NotHere, read_json
-from cascade.encoders.weights import check_tensors, reading, tensors_of
+from cascade.encoders.weights import NotHere, check_tensors, read_json, reading, tensors_of
 from cascade.errors import UserError
 
 _TABLES = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor by two names
@@ -113,8 +112,7 @@ def check_t5(source: T5Source, name: str) -> None:
         config = _config(folder)
         with torch.device("meta"):
             own = T5EncoderModel(config).state_dict()
-        theirs = tensors_of(weights)
-        theirs = {k: v for k, v in theirs.items() if not k.startswith(_UNUSED)}
+        theirs = {k: v for k, v in tensors_of(weights).items() if not k.startswith(_UNUSED)}
         for one, other in (_TABLES, _TABLES[::-1]):
             if one in theirs:
                 theirs.setdefault(other, theirs[one])

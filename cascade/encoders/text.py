@@ -13,11 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from cascade.batch import Batch
-from cascade.encoders.identity import Former, identity
-from cascade.encoders.sources import NotHere
+from cascade.encoders.identity import Former, OfCaptions
 from cascade.encoders.t5 import T5Source, t5_network, t5_source, t5_tokenizer, t5_width
-from cascade.encoders.weights import weights_hash
+from cascade.encoders.weights import NotHere, weights_hash
 from cascade.nets.attention import TransformerBlock
 from cascade.nets.layers import run
 
@@ -51,14 +49,13 @@ def trimmed(tokens: Int64[Tensor, "b n"]) -> Int64[Tensor, "b m"]:
     return tokens[:, : int(token_mask(tokens).sum(1).max())]
 
 
-class Tokenizer:
+class Tokenizer(OfCaptions):
     """The encoder of a stage that trains its own text transformer: writes `tokens`.
 
     Args:
         length: context length, with start and end.
     """
 
-    reads = frozenset({"caption"})
     writes = frozenset({"tokens"})
 
     name, hash, sizes = "CLIP's tokens", "", {}  # there is one vocabulary, and no weights
@@ -66,15 +63,10 @@ class Tokenizer:
 
     def __init__(self, length: int):
         self.length = length
-        self.device = torch.device("cpu")
 
-    def to(self, device: torch.device | str) -> "Tokenizer":
-        """Sets the device of the tokens."""
-        self.device = torch.device(device)
-        return self
-
-    def __call__(self, batch: Batch) -> Batch:
-        return {**batch, "tokens": trimmed(tokenize(batch["caption"], self.length)).to(self.device)}
+    def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`tokens` [b, n], padded to the longest caption."""
+        return {"tokens": trimmed(tokenize(captions, self.length)).to(self.device)}
 
 
 class TextTransformer(nn.Module):
@@ -125,7 +117,7 @@ class TextTransformer(nn.Module):
         return self.norm(x), mask
 
 
-class FrozenT5:
+class FrozenT5(OfCaptions):
     """The encoder half of a T5 (Imagen, section 2.1): writes `text` and `text_mask`.
 
     Args:
@@ -139,13 +131,11 @@ class FrozenT5:
             or its tokenizer is of another kind.
     """
 
-    reads = frozenset({"caption"})
     writes = frozenset({"text", "text_mask"})
 
     def __init__(self, path_or_name: str, length: int = 256, bf16: bool = False):
         self.name, self.length = path_or_name, length
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.device = torch.device("cpu")
 
     @property
     def width(self) -> int:
@@ -160,22 +150,10 @@ class FrozenT5:
         except NotHere:
             return {}
 
-    @cached_property
-    def hash(self) -> str:
-        """Identifies the weights and the architecture."""
-        return identity(self._weights, self._source.choices)
-
     @property
     def former(self) -> Former:
         """The hash of earlier versions, which covered the weights alone."""
         return Former(self._weights)
-
-    def to(self, device: torch.device | str) -> "FrozenT5":
-        """Sets the device that it computes on."""
-        self.device = torch.device(device)
-        if "_model" in vars(self):
-            self._model.to(self.device)
-        return self
 
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """`text` [b, n, w] and `text_mask` [b, n], padded to the longest caption."""
@@ -190,9 +168,6 @@ class FrozenT5:
         with torch.no_grad():
             states = self._model(found["input_ids"], attention_mask=mask).last_hidden_state
         return {"text": states, "text_mask": mask.bool()}
-
-    def __call__(self, batch: Batch) -> Batch:
-        return {**batch, **self.text(batch["caption"])}
 
     @cached_property
     def _source(self) -> T5Source:

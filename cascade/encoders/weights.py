@@ -1,4 +1,4 @@
-"""Files of weights: their hash, whether they fit a network, and why one is refused.
+"""Files of models: the hash of weights, whether they fit a network, and why one is refused.
 
 Weights come from others: safetensors, or files that torch loads with `weights_only`. No code in
 them is ever run.
@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,9 +19,22 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from cascade.errors import UserError
 from cascade.formats.kinds import CUT_ZIP, PICKLE, SAFETENSORS, TORCH, kind_of
-from cascade.formats.texts import brief
+from cascade.formats.texts import brief, read
 
-_PICKLES = (CUT_ZIP, PICKLE, TORCH)
+
+class NotHere(UserError):
+    """Files of a model are not on this machine."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises UserError if the file is damaged."""
+    try:
+        found = json.loads(read(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: fetch it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object: fetch it again")
+    return found
 
 
 def weights_hash(files: Iterable[Path]) -> str:
@@ -65,7 +79,7 @@ def fault(path: Path) -> str | None:
         return _fault_of_safetensors(path)
     if kind == SAFETENSORS and path.suffix != ".safetensors":
         return "it is a safetensors file: give it the ending .safetensors"
-    if kind not in _PICKLES:
+    if kind not in (CUT_ZIP, PICKLE, TORCH):
         return f"it is {kind or 'no file of weights'}: fetch the file itself"
     if path.suffix == ".safetensors":
         return "it is a pickle or an archive of torch, not safetensors: convert it"

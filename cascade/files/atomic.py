@@ -98,6 +98,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         remove(beside)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text; raises as `write_atomically` does."""
+    write_atomically(path, lambda beside: beside.write_text(text))
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it exists."""
     if path.is_dir():

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from cascade.errors import Superseded, UserError
+from cascade.errors import Superseded, UserError, explained
 from cascade.files import locks
 from cascade.files.atomic import REST, fenced
 from cascade.files.locks import RELEASED, ClaimFiles, Holder, Seen
@@ -40,13 +40,9 @@ def lease(folder: Path) -> Iterator["Lease"]:
     """
     one, made = Lease(folder), not folder.exists()
     try:
-        try:
+        with explained(f"cannot write to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             one.take()
-        except OSError as error:
-            if isinstance(error, Superseded):
-                raise
-            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
         with fenced(folder, one.check):
             yield one
     finally:
@@ -174,8 +170,7 @@ class Lease:
                 # Keep the file, so that no number is used twice. If this process is killed here,
                 # the file names a dead process, which is as good.
                 beside = path.with_name(f"{path.name}.{os.getpid()}{REST}")
-                with beside.open("w") as file:
-                    file.write(RELEASED)
+                beside.write_text(RELEASED)
                 os.replace(beside, path)
             else:
                 path.unlink()

@@ -16,7 +16,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,20 +26,18 @@ BEAT = 20.0  # seconds between two touches of a claim file, and between two look
 SILENCE = 180.0  # seconds until an untouched claim is stale; NFS may show a touch a minute late
 RELEASED = "released\n"  # content of a claim file after its holder released it
 
+# What a file system answers that has no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _TAKEN = (errno.EACCES, errno.EAGAIN)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class Claims:
+class Claims(AbstractContextManager):
     """Claims by name in a folder. A process must have at most one object per folder."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._file = open(folder / ".claims", "ab")  # noqa: SIM115 (closing it releases all claims)
-
-    def __enter__(self) -> "Claims":
-        return self
 
     def __exit__(self, *_) -> None:
         self._file.close()
@@ -55,7 +53,7 @@ class Claims:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if error.errno in NO_LOCKS:
                 with _held_by_file(self.folder, name, wait) as mine:
                     yield mine
             elif error.errno in _TAKEN:

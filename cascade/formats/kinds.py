@@ -17,22 +17,15 @@ COMPRESSED = {  # first bytes: (the program that compressed, the one that decomp
 }
 
 _PICTURE = "a single picture"
-_PAGE = "a web page"
 _BEGINNINGS = {
     b"\x93NUMPY": "a single NumPy array (.npy)",
-    b"\x80\x02": PICKLE,
-    b"\x80\x03": PICKLE,
-    b"\x80\x04": PICKLE,
-    b"\x80\x05": PICKLE,
+    **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), PICKLE),
     **{start: f"compressed with {writer}" for start, (writer, _) in COMPRESSED.items()},
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"PAR1": "a Parquet table",
-    b"\xff\xd8\xff": _PICTURE,
-    b"\x89PNG\r\n\x1a\n": _PICTURE,
-    b"GIF8": _PICTURE,
+    **dict.fromkeys((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8"), _PICTURE),
     b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched (git lfs pull)",
-    b"<!doctype html": _PAGE,
-    b"<html": _PAGE,
+    **dict.fromkeys((b"<!doctype html", b"<html"), "a web page"),
     b"<?xml": "an XML text, such as a server's error message",
 }
 

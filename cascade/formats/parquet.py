@@ -62,13 +62,9 @@ def rows(path: Path, spill: Path | None = None) -> Iterator[dict[str, Any]]:
         pictures = [name for name, kind in kinds.items() if spill and _holds_pictures(kind)]
         others = [name for name, kind in kinds.items() if "binary" not in str(kind)]
         file = tempfile.TemporaryFile(dir=spill) if pictures else None  # noqa: SIM115 (kept open)
-        number = 0
-        for batch in table.iter_batches(_ROWS, columns=[*others, *pictures]):
-            some = batch.to_pylist()
-            for row in some:
-                number += 1
-                row |= {name: _stored(row[name], path, number, file) for name in pictures}
-            yield from some
+        batches = table.iter_batches(_ROWS, columns=[*others, *pictures])
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            yield row | {name: _stored(row[name], path, number, file) for name in pictures}
 
 
 def _holds_pictures(kind: Any) -> bool:

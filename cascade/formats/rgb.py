@@ -225,9 +225,7 @@ def is_picture(name: str, head: Callable[[], bytes]) -> bool:
 def suspicious(picture: UInt8[np.ndarray, "h w 3"]) -> bool:
     """Whether over 95 % of the pixels are white, as when 16-bit values are clipped at 255."""
     some = picture[:: max(1, len(picture) // 16), :: max(1, picture.shape[1] // 16)]
-    if (
-        np.count_nonzero(some == 255) < 0.8 * some.size
-    ):  # a cheap test, which nearly always suffices
+    if np.count_nonzero(some == 255) < 0.8 * some.size:  # cheap, and nearly always suffices
         return False
     return float((picture == 255).all(-1).mean()) > 0.95
 

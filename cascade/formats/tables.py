@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cascade.errors import UserError
+from cascade.errors import UserError, explained
 from cascade.files.atomic import matching
 from cascade.formats import parquet
 from cascade.formats.parquet import Stored
@@ -59,8 +59,7 @@ def table(path: Path, spill: Path | None = None) -> list[dict[str, Any]]:
 def _parts(path: Path) -> list[Path]:
     if path.is_dir():
         kinds = READERS.keys() - {".txt"}  # a .txt may belong to a single picture
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in kinds)
-        found = [p for p in found if not p.name.startswith(".")]
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in kinds and p.name[0] != ".")
     elif path.exists() or not glob.has_magic(str(path)):
         return [path]
     else:
@@ -86,9 +85,8 @@ def _rows(path: Path, spill: Path | None) -> list[dict[str, Any]]:
     if not (reader := readers.get(path.suffix.lower() or ".txt")):
         raise UserError(f"{path}: give a table of captions that ends in {', '.join(READERS)}")
     try:
-        return list(reader(path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        with explained(f"cannot read {path}"):
+            return list(reader(path))
     except (ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path} is damaged: {brief(error, 200)}") from error
 
@@ -259,12 +257,10 @@ def rows_of_table(
     A picture embedded in the table takes the place of its file name.
     """
     for row in rows:
-        texts = {column: captions_in(row.get(column)) for column in captions}
-        name = row[file] if isinstance(row.get(file), str | int | Stored) else ""
-        yield (
-            name if isinstance(name, Stored) else str(name),
-            {column: text for column, text in texts.items() if text},
-        )
+        found = {column: text for column in captions if (text := captions_in(row.get(column)))}
+        name = row.get(file)
+        words = str(name) if isinstance(name, str | int) else ""
+        yield name if isinstance(name, Stored) else words, found
 
 
 def captions_in(value: Any) -> Caption:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cascade.errors import UserError
+from cascade.errors import UserError, explained
 
 # Byte order marks. UTF-32 first, as its little-endian mark begins with that of UTF-16.
 _MARKS = {
@@ -84,11 +84,10 @@ def read(path: Path) -> str:
     Raises:
         UserError: the file cannot be opened, or its encoding is unknown (with the line number).
     """
-    try:
+    with explained(f"cannot read {path}"):
         data = path.read_bytes()
+    try:
         text = decoded(data)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except BadText as error:
         number = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {number}: {error}") from error

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from cascade.conditioning import Cond, Fourier
-from cascade.nets.attention import TransformerBlock, split_heads
+from cascade.nets.attention import TransformerBlock
 from cascade.nets.layers import run, zero
 from cascade.nets.prior import Places, causal_mask
 
@@ -109,26 +109,10 @@ class TokenTransformer(nn.Module):
     def _continued(self, h: Float[Tensor, "b m w"], cache: Cache) -> Float[Tensor, "b v"]:
         places = slice(cache.length, cache.length + h.shape[1])
         for block, kv in zip(self.blocks, cache.kv):
-            h = _cached(block, h, kv, places, cache.allowed[:, :, places])
+            h = block(h, cache.allowed[:, :, places], cache=(kv, places))
         cache.length = places.stop
         return self._logits(h[:, -1])
 
     def _logits(self, h: Float[Tensor, "b *t w"]) -> Float[Tensor, "b *t v"]:
         scores = F.linear(self.embed_out(self.norm_out(h)), self.embed.weight)
         return scores / self.width**0.5  # scaled as in attention
-
-
-def _cached(
-    block: TransformerBlock,
-    h: Float[Tensor, "b m w"],
-    kv: Float[Tensor, "2 b heads n c"],
-    places: slice,
-    allowed: Bool[Tensor, "b 1 m n"],
-) -> Float[Tensor, "b m w"]:
-    """Runs a block at some positions, and writes their keys and values into the cache."""
-    normed = block.norm_attention(h)
-    (q,) = split_heads(block.q(normed), 1, block.heads)
-    kv[:, :, :, places] = torch.stack(split_heads(block.kv(normed), 2, block.heads))
-    y = F.scaled_dot_product_attention(q, *kv, attn_mask=allowed)
-    h = h + block.out(y.transpose(1, 2).flatten(2))
-    return h + block.mlp(block.norm_mlp(h))

@@ -94,10 +94,7 @@ class CrossAttention(nn.Module):
         self.out = zero(nn.Linear(inner, channels))
 
     def forward(
-        self,
-        x: Float[Tensor, "b n c"],
-        tokens: Float[Tensor, "b m w"],
-        mask: Bool[Tensor, "b m"],
+        self, x: Float[Tensor, "b n c"], tokens: Float[Tensor, "b m w"], mask: Bool[Tensor, "b m"]
     ) -> Float[Tensor, "b n c"]:
         (q,) = split_heads(self.q(x), 1, self.heads)
         k, v = split_heads(self.kv(tokens), 2, self.heads)
@@ -135,16 +132,23 @@ class TransformerBlock(nn.Module):
         x: Float[Tensor, "b n w"],
         allowed: Bool[Tensor, "b 1 #n m"],
         context: Float[Tensor, "b m w"] | None = None,
+        cache: tuple[Float[Tensor, "2 b heads m c"], slice] | None = None,
     ) -> Float[Tensor, "b n w"]:
         """Transforms a sequence.
 
         Args:
             allowed: true where a position may attend to another.
             context: the normalised sequence to attend to; None: x itself.
+            cache: keys and values of a longer sequence to attend to, and the places of x in it,
+                where those of x are written.
         """
         normed = self.norm_attention(x)
         (q,) = split_heads(self.q(normed), 1, self.heads)
-        k, v = split_heads(self.kv(normed if context is None else context), 2, self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        kv = split_heads(self.kv(normed if context is None else context), 2, self.heads)
+        if cache is not None:
+            whole, places = cache
+            whole[:, :, :, places] = torch.stack(kv)
+            kv = whole
+        y = F.scaled_dot_product_attention(q, *kv, attn_mask=allowed)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_mlp(x))

@@ -61,11 +61,10 @@ class EfficientUNet(nn.Module):
         numbers = numbers_of_blocks(blocks, multipliers, attention)
         self.embed, self.width, self.image_channels = embed, width, image_channels
         self.divisor, self.checkpoint = 2 ** len(multipliers), checkpoint
-        if wrong := [
-            m for i, m in enumerate(multipliers) if i in attention and m * channels % heads
-        ]:
+        levels = [channels * m for m in multipliers]
+        if wrong := [c for i, c in enumerate(levels) if i in attention and c % heads]:
             raise UserError(
-                f"net.heads={heads} do not divide {wrong[0] * channels} channels: change it, "
+                f"net.heads={heads} do not divide {wrong[0]} channels: change it, "
                 "net.channels or net.multipliers"
             )
         kind = Attention if self_attention else CrossAttention
@@ -80,7 +79,6 @@ class EfficientUNet(nn.Module):
 
         self.noise_level = NoiseLevel(embed)
         self.conv_in = nn.Conv2d(pixels + image_channels, channels, 3, padding=1)
-        levels = [channels * m for m in multipliers]
         finer = [channels, *levels[:-1]]
         self.stride = nn.ModuleList(
             nn.Conv2d(f, c, 3, stride=2, padding=1) for f, c in zip(finer, levels)

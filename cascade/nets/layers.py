@@ -114,9 +114,8 @@ class ActivatedGroupNorm(torch.autograd.Function):
         z = torch.addcmul(d, x, a)
         z = torch.ops.aten.silu_backward(gradient.to(z.dtype), z)
         of_d = z.sum((2, 3)).unflatten(1, (groups, -1))
-        of_a = (z * x).sum((2, 3)).unflatten(
-            1, (groups, -1)
-        ) - of_d * mean  # with the mean held constant
+        # With the mean held constant.
+        of_a = (z * x).sum((2, 3)).unflatten(1, (groups, -1)) - of_d * mean
         weight, of_modulation = weight.unflatten(0, (groups, -1)), None
         scaled = weight * rstd
         if modulation is not None:

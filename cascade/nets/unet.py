@@ -18,18 +18,11 @@ from torch import Tensor, nn
 
 from cascade.conditioning import Cond
 from cascade.errors import UserError
+from cascade.nets import layers
 from cascade.nets.attention import Attention, CrossAttention
-from cascade.nets.layers import (
-    GroupNorm,
-    NoiseLevel,
-    Positions,
-    Timestep,
-    convolve_enlarged,
-    run,
-    zero,
-)
+from cascade.nets.layers import Timestep
 
-Norm = Callable[[int], GroupNorm]
+Norm = Callable[[int], layers.GroupNorm]
 
 
 class Resample(nn.Module):
@@ -46,7 +39,7 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2 if resample < 1 else 1, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
-        return convolve_enlarged(self.conv, x) if self.resample > 1 else self.conv(x)
+        return layers.convolve_enlarged(self.conv, x) if self.resample > 1 else self.conv(x)
 
 
 class Block(nn.Module):
@@ -73,7 +66,7 @@ class Block(nn.Module):
         resample: float = 1.0,
         attention: nn.Module | None = None,
         cross: nn.Module | None = None,
-        norm: Norm = GroupNorm,
+        norm: Norm = layers.GroupNorm,
         shift_only: bool = False,
         project: bool = False,
     ):
@@ -84,7 +77,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(embed, channels if shift_only else 2 * channels)
         self.norm_out = norm(channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv_out = zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.conv_out = layers.zero(nn.Conv2d(channels, channels, 3, padding=1))
         same = channels_in == channels and not project
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels, 1)
         self.attention = attention
@@ -95,7 +88,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
         h, modulation = self.norm_in.activated(x), self.modulation(emb)
         if self.resample > 1:
-            h, x = convolve_enlarged(self.conv_in, h), F.interpolate(x, scale_factor=2)
+            h, x = layers.convolve_enlarged(self.conv_in, h), F.interpolate(x, scale_factor=2)
         elif self.resample < 1:
             h, x = self.conv_in(F.avg_pool2d(h, 2)), F.avg_pool2d(x, 2)
         else:
@@ -162,7 +155,7 @@ class UNet(nn.Module):
         strided: bool = False,
         shift_only: bool = False,
         skip_scale: float = 1.0,
-        norm: Norm = GroupNorm,
+        norm: Norm = layers.GroupNorm,
         level: Timestep | None = None,
         checkpoint: bool = False,
     ):
@@ -171,7 +164,7 @@ class UNet(nn.Module):
         self.embed, self.width, self.image_channels = embed, width, image_channels
         self.patch, self.divisor = patch, patch * 2 ** (len(multipliers) - 1)
         self.skip_scale, self.checkpoint = skip_scale, checkpoint
-        self.noise_level = NoiseLevel(embed, level)
+        self.noise_level = layers.NoiseLevel(embed, level)
 
         styled = partial(Block, embed=embed, dropout=dropout, norm=norm, shift_only=shift_only)
 
@@ -179,16 +172,15 @@ class UNet(nn.Module):
             if not attend or i not in attention:
                 return styled(c_in, c)
             heads = min(head_channels, c)
-            own = CrossAttention(c, heads, width) if cross and width else None
-            return styled(
-                c_in, c, attention=Attention(c, heads, None if cross else width), cross=own
-            )
+            other = CrossAttention(c, heads, width) if cross and width else None
+            own = Attention(c, heads, None if cross else width)
+            return styled(c_in, c, attention=own, cross=other)
 
         def resample(c: int, factor: float) -> nn.Module:
             return Resample(c, factor) if strided else styled(c, c, resample=factor)
 
         levels = [channels * m for m in multipliers]
-        self.positions = Positions(levels[0]) if attention and positions else None
+        self.positions = layers.Positions(levels[0]) if attention and positions else None
         self.conv_in = nn.Conv2d((pixels + image_channels) * patch**2, levels[0], 3, padding=1)
         self.down, skips, c = nn.ModuleList(), [levels[0]], levels[0]
         for i, c_level in enumerate(levels):
@@ -210,7 +202,7 @@ class UNet(nn.Module):
                 self.up.append(resample(c, 2.0))
         self.norm_out = norm(c)
         outputs = pixels * (2 if learned_variance else 1)
-        self.conv_out = zero(nn.Conv2d(c, outputs * patch**2, 3, padding=1))
+        self.conv_out = layers.zero(nn.Conv2d(c, outputs * patch**2, 3, padding=1))
 
     def forward(
         self, x: Float[Tensor, "b c h w"], logsnr: Float[Tensor, " b"], cond: Cond
@@ -225,14 +217,14 @@ class UNet(nn.Module):
             h = h + self.positions(*h.shape[2:])
         skips = [h]
         for block in self.down:
-            h = run(self, block, h, emb, cond)
+            h = layers.run(self, block, h, emb, cond)
             skips.append(h)
         for block in self.middle:
-            h = run(self, block, h, emb, cond)
+            h = layers.run(self, block, h, emb, cond)
         for block in self.up:
             if block.resample == 1:
                 h = joined(h, skips.pop(), self.skip_scale)
-            h = run(self, block, h, emb, cond)
+            h = layers.run(self, block, h, emb, cond)
         return F.pixel_shuffle(self.conv_out(self.norm_out.activated(h)), self.patch)
 
 

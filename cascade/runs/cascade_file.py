@@ -16,7 +16,7 @@ from cascade.config.overrides import assigned
 from cascade.config.signatures import ANYTHING, Type, parameters
 from cascade.config.values import conform
 from cascade.errors import UserError
-from cascade.files.atomic import write_atomically
+from cascade.files.atomic import write_text
 from cascade.runs.run import CASCADE, STATUS
 
 CHOICES = Type(fields="cascade.runs.choices.SamplingChoices")
@@ -40,8 +40,7 @@ def write_cascade(config: DictConfig, folder: Path) -> None:
     """Write `cascade.yaml`, unless it exists."""
     path = folder / CASCADE
     if not path.exists():
-        text = OmegaConf.to_yaml({"stages": config.cascade})
-        write_atomically(path, lambda beside: beside.write_text(text))
+        write_text(path, OmegaConf.to_yaml({"stages": config.cascade}))
 
 
 def stage_runs(file: Path, choices: Sequence[str] = ()) -> dict[str, Path]:

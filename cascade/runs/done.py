@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import Superseded
-from cascade.files.atomic import write_atomically
+from cascade.files.atomic import write_text
 from cascade.files.process import attempt, is_first_rank
 from cascade.runs.run import Run
 
@@ -30,7 +30,7 @@ def begin(folder: Path) -> int:
     for name in (DONE, FAILURE):
         (folder / name).unlink(missing_ok=True)
     number = newest_attempt(folder) + 1
-    write_atomically(folder / ATTEMPT, lambda path: path.write_text(f"{number} 0 \n"))
+    write_text(folder / ATTEMPT, f"{number} 0 \n")
     return number
 
 
@@ -56,8 +56,8 @@ def finish(outputs: Iterable[Path]) -> None:
         raise Superseded(f"{folder}: attempt {newest} has taken over from this one ({own})")
     images = Run(folder).status().get("images")
     marks = {os.path.relpath(path, folder): _mark(path) for path in outputs}
-    text = json.dumps({"attempt": own, "images": images, "outputs": marks}) + "\n"
-    write_atomically(folder / DONE, lambda path: path.write_text(text))
+    about = {"attempt": own, "images": images, "outputs": marks}
+    write_text(folder / DONE, json.dumps(about) + "\n")
 
 
 def finished(
@@ -76,9 +76,7 @@ def finished(
     status = run.status()
     if status or any(map(_is_training, (folder / FROZEN, run.config_file))):
         total = images or status.get("total")
-        if total is None or status.get("images", 0) < total:
-            return False
-        if not run.weights:
+        if total is None or status.get("images", 0) < total or not run.weights:
             return False
     elif not mark.exists():
         return False

@@ -1,4 +1,4 @@
-"""A run directory: configuration, status, metrics, weights, events and checkpoints of a training.
+"""A training: its directory with all files, and how far it has got.
 
 The names of its files are written down here and nowhere else. Importing this module is cheap, so
 that many runs can be listed in a moment; Hydra and torch are imported by the methods that need
@@ -8,11 +8,12 @@ them.
 import csv
 import json
 import re
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cascade.files.atomic import write_atomically
+from cascade.files.atomic import write_text
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -72,8 +73,7 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     def write_status(self, images: int, total: int) -> None:
-        text = json.dumps({"images": images, "total": total}) + "\n"
-        write_atomically(self.status_file, lambda path: path.write_text(text))
+        write_text(self.status_file, json.dumps({"images": images, "total": total}) + "\n")
 
     @property
     def metrics_file(self) -> Path:
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def events(self) -> Path:
-        """The timeline, one JSON object per line (`cascade.runs.events`)."""
+        """The timeline, one JSON object per line (`event`)."""
         return self.path / EVENTS
 
     @property
@@ -156,3 +156,42 @@ class Run:
         module = self.stage()
         module.restore(self.path)
         return module.eval()
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in a run, between two optimizer steps.
+
+    Images and consumed samples differ after a rollback only: the loss spike's samples are never
+    used again, but the steps that consumed them are taken again, with later samples.
+
+    Args:
+        step: optimizer steps so far, skipped ones included.
+        batch: global batch size.
+        offset: samples that rollbacks have passed over.
+    """
+
+    step: int
+    batch: int
+    offset: int = 0
+
+    @property
+    def images(self) -> int:
+        """Images trained on: progress, the learning rate and the end of a run go by it."""
+        return self.step * self.batch
+
+    @property
+    def consumed(self) -> int:
+        """Samples read by all ranks together, which is the number of the next sample."""
+        return self.images + self.offset
+
+    def at(self, step: int) -> "Position":
+        """Return the position after another number of steps, with no further rollback."""
+        return replace(self, step=step)
+
+
+def event(run: Path, kind: str, **facts: Any) -> None:
+    """Append one line to the timeline of a run: `time` (seconds since 1970), `event` and facts."""
+    line = json.dumps({"time": round(time.time(), 3), "event": kind, **facts})
+    with Run(run).events.open("a") as file:
+        file.write(line + "\n")

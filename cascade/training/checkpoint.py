@@ -20,6 +20,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from torch.utils._pytree import tree_leaves
 
 from cascade.errors import UserError
 from cascade.files.atomic import REST, remove, write_atomically
@@ -142,7 +143,9 @@ class CheckpointFolders(CheckpointIO):
 
 
 def _write(state: dict[str, Any], folder: Path) -> None:
-    need, free = _bytes(state) + 2**20, shutil.disk_usage(folder.parent).free
+    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    need = sum(tensor.nbytes for tensor in tensors) + 2**20
+    free = shutil.disk_usage(folder.parent).free
     if need > free:
         sizes = f"{need / 2**20:,.0f} MiB are needed, and {free / 2**20:,.0f} MiB are free"
         raise OSError(errno.ENOSPC, f"{sizes} in {folder.parent}")
@@ -158,14 +161,6 @@ def _write(state: dict[str, Any], folder: Path) -> None:
     about = {**state["position"], "versions": versions, "files": files}
     about["sha256"] = _digest(about)
     (folder / MANIFEST).write_text(json.dumps(about, indent=2) + "\n")
-
-
-def _bytes(state: Any) -> int:
-    if isinstance(state, dict):
-        return sum(map(_bytes, state.values()))
-    if isinstance(state, list | tuple):
-        return sum(map(_bytes, state))
-    return state.nbytes if isinstance(state, torch.Tensor) else 0
 
 
 def set_batches_done(checkpoint: dict[str, Any], batches: int) -> None:

@@ -19,7 +19,7 @@ from cascade.conditioning import LowRes
 from cascade.data.embeddings import Embeddings, Manifest
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.identity import differs
-from cascade.encoders.sources import NotHere
+from cascade.encoders.weights import NotHere
 from cascade.errors import UserError
 from cascade.nets.unet import check_sides
 from cascade.stage import Encoder, Stage
@@ -54,29 +54,26 @@ def check(
     if stage.writes in KINDS:
         sizes |= {stage.writes: stage.codec.size}
     for encoder in stage.encoders:
-        for key in sorted(sizes.keys() & encoder.sizes.keys()):
-            _equal(key, sizes[key], encoder.sizes[key], encoder.name)
+        _same_sizes(sizes, encoder.sizes, encoder.name)
     holders: dict[str, Embeddings] = {}
     for store in stores:
         if about := store.about:
             for key in about.sizes:
                 if (other := holders.setdefault(key, store)) is not store:
                     raise UserError(f"{key} is in {other.folder} and in {store.folder}: keep one")
-            for key in sorted(sizes.keys() & about.sizes.keys()):
-                _equal(key, sizes[key], about.sizes[key], store.folder)
+            _same_sizes(sizes, about.sizes, store.folder)
             _same_makers(store, about, stage, clip)
             _same_captions(store, about, captions, several)
 
 
 def _ports(stage: Stage) -> None:
     """Check that the condition's vectors, tokens and pictures have the sizes the network reads."""
-    reads = {"dim": getattr(stage.net, "embed", None), "width": stage.net.width}
     for name, embedder in stage.conditioner.embedders.items():
-        for what, setting in (("dim", "net.embed"), ("width", "net.width")):
-            found, wanted = getattr(embedder, what, None), reads[what]
+        for what, read in (("dim", "embed"), ("width", "width")):
+            found, wanted = getattr(embedder, what, None), getattr(stage.net, read, None)
             if found is not None and isinstance(wanted, int | None) and found != wanted:
                 raise UserError(
-                    f"{setting}={wanted}, but the condition {name} gives {found} numbers: set "
+                    f"net.{read}={wanted}, but the condition {name} gives {found} numbers: set "
                     f"stage.conditioner.embedders.{name}.{what}={wanted}"
                 )
     pictures = sum(isinstance(e, LowRes) for e in stage.conditioner.embedders.values())
@@ -88,13 +85,14 @@ def _ports(stage: Stage) -> None:
         )
 
 
-def _equal(key: str, expected: int, found: int, source: object) -> None:
-    if expected != found:
-        setting = KINDS[key].setting
-        raise UserError(
-            f"{setting}={expected}, but {key} of {source} has {found} numbers: set "
-            f"{setting}={found}"
-        )
+def _same_sizes(expected: Mapping[str, int], found: Mapping[str, int], source: object) -> None:
+    for key in sorted(expected.keys() & found.keys()):
+        if expected[key] != found[key]:
+            setting = KINDS[key].setting
+            raise UserError(
+                f"{setting}={expected[key]}, but {key} of {source} has {found[key]} numbers: set "
+                f"{setting}={found[key]}"
+            )
 
 
 def _same_makers(store: Embeddings, about: Manifest, stage: Stage, clip: FrozenCLIP) -> None:
@@ -191,9 +189,8 @@ def verify(
             _alike(item, held, {"clip_image": encoder.image(picture)[0]}, encoder)
         for encoder in texts:
             found = encoder({"caption": [item["caption"]]})
-            _alike(
-                item, held, {key: found[key][0] for key in encoder.writes & held.keys()}, encoder
-            )
+            encoded = {key: found[key][0] for key in encoder.writes & held.keys()}
+            _alike(item, held, encoded, encoder)
 
 
 def _is_here(clip: FrozenCLIP) -> bool:

@@ -20,8 +20,8 @@ from cascade.errors import UserError
 from cascade.runs.run import Run
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(kw_only=True, eq=False)
+class Fault(L.Callback):
     """When and where a fault strikes.
 
     Args:
@@ -31,19 +31,19 @@ class Plan:
         times: in how many consecutive steps; None: once, as soon as possible from `step` on.
     """
 
-    run: Path
+    run: str
     step: int
     rank: int | None
     times: int | None = None
 
-    def due(self, trainer: L.Trainer, fault: L.Callback) -> bool:
+    def due(self, trainer: L.Trainer) -> bool:
         """Return whether to strike now; if so, leave a marker."""
-        step, name = trainer.global_step, type(fault).__name__
+        step, name = trainer.global_step, type(self).__name__
         last = step if self.times is None else self.step + self.times - 1
         if not self.step <= step <= last or self.rank not in (None, trainer.global_rank):
             return False
         which = self.step if self.times is None else step
-        marker = self.run / "drill" / f"{name}-{which}-rank{trainer.global_rank}"
+        marker = Path(self.run) / "drill" / f"{name}-{which}-rank{trainer.global_rank}"
         if marker.exists():
             return False
         marker.parent.mkdir(parents=True, exist_ok=True)
@@ -51,87 +51,83 @@ class Plan:
         return True
 
 
-class Loss(L.Callback):
+@dataclass(kw_only=True, eq=False)
+class Loss(Fault):
     """Multiplies the loss: by nan, or by so much that it spikes."""
 
-    def __init__(
-        self, run: str, step: int, factor: Annotated[float, "nan"], rank: int | None, times: int
-    ):
-        self.plan, self.factor = Plan(Path(run), step, rank, times), factor
+    factor: Annotated[float, "nan"]
 
     def on_before_backward(self, trainer, module, loss: Tensor) -> None:
-        if self.plan.due(trainer, self):
+        if self.due(trainer):
             loss.mul_(self.factor)
 
 
-class Gradient(L.Callback):
+class Gradient(Fault):
     """Makes one number of one gradient infinite, on this rank only."""
 
-    def __init__(self, run: str, step: int, rank: int | None, times: int):
-        self.plan = Plan(Path(run), step, rank, times)
-
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
-        if self.plan.due(trainer, self):
+        if self.due(trainer):
             gradients = (p.grad for p in module.parameters() if p.grad is not None)
             next(gradients).view(-1)[0] = float("inf")
 
 
-class Signal(L.Callback):
+@dataclass(kw_only=True, eq=False)
+class Signal(Fault):
     """Sends a signal to this process: SIGKILL, SIGTERM, SIGUSR1, ..."""
 
-    def __init__(self, run: str, step: int, name: str, rank: int | None):
-        self.plan, self.number = Plan(Path(run), step, rank), getattr(signal, name)
+    name: str
+
+    def __post_init__(self) -> None:
+        self.number = getattr(signal, self.name)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        if self.plan.due(trainer, self):
+        if self.due(trainer):
             os.kill(os.getpid(), self.number)
 
 
-class Crash(L.Callback):
+class Crash(Fault):
     """Raises an unexpected error."""
 
-    def __init__(self, run: str, step: int, rank: int | None):
-        self.plan = Plan(Path(run), step, rank)
-
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        if self.plan.due(trainer, self):
+        if self.due(trainer):
             raise RuntimeError("an injected crash")
 
 
-class Hang(L.Callback):
+@dataclass(kw_only=True, eq=False)
+class Hang(Fault):
     """Blocks for some seconds; None: for ever."""
 
-    def __init__(self, run: str, step: int, rank: int | None, seconds: float | None):
-        self.plan, self.seconds = Plan(Path(run), step, rank), seconds
+    seconds: float | None
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        if self.plan.due(trainer, self):
+        if self.due(trainer):
             threading.Event().wait(self.seconds)
 
 
-class DeadWorker(L.Callback):
+class DeadWorker(Fault):
     """Kills a data worker."""
 
-    def __init__(self, run: str, step: int, rank: int | None):
-        self.plan = Plan(Path(run), step, rank)
-
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        if self.plan.due(trainer, self):
+        if self.due(trainer):
             workers = multiprocessing.active_children()
             if not workers:
                 raise UserError("there is no data worker to kill: add workers=1")
             workers[0].kill()
 
 
-class FlippedByte(L.Callback):
-    """Flips a byte in the middle of the newest checkpoint, once there is one."""
+class OfCheckpoints(Fault):
+    """A fault of the first rank, which writes the checkpoints."""
 
     def __init__(self, run: str, step: int):
-        self.plan = Plan(Path(run), step, rank=0)
+        super().__init__(run=run, step=step, rank=0)
+
+
+class FlippedByte(OfCheckpoints):
+    """Flips a byte in the middle of the newest checkpoint, once there is one."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        checkpoints = Run(self.plan.run).checkpoints()
-        if checkpoints and self.plan.due(trainer, self):
+        checkpoints = Run(Path(self.run)).checkpoints()
+        if checkpoints and self.due(trainer):
             path = max(checkpoints[-1].path.iterdir(), key=lambda file: file.stat().st_size)
             with path.open("r+b") as file:
                 file.seek(path.stat().st_size // 2)
@@ -140,25 +136,19 @@ class FlippedByte(L.Callback):
                 file.write(bytes([byte[0] ^ 255]))
 
 
-class FullDisk(L.Callback):
+class FullDisk(OfCheckpoints):
     """Makes the next checkpoint find no space left on the disk."""
 
-    def __init__(self, run: str, step: int):
-        self.plan = Plan(Path(run), step, rank=0)
-
     def on_save_checkpoint(self, trainer, module, checkpoint) -> None:
-        if self.plan.due(trainer, self):
+        if self.due(trainer):
             checkpoint["drill"] = _NoSpace()
 
 
-class KilledSave(L.Callback):
+class KilledSave(OfCheckpoints):
     """Kills the process while it writes the next checkpoint."""
 
-    def __init__(self, run: str, step: int):
-        self.plan = Plan(Path(run), step, rank=0)
-
     def on_save_checkpoint(self, trainer, module, checkpoint) -> None:
-        if self.plan.due(trainer, self):
+        if self.due(trainer):
             checkpoint["drill"] = _Death()
 
 

@@ -30,14 +30,13 @@ from cascade.files.lease import Lease, lease
 from cascade.files.process import is_first_rank
 from cascade.runs.done import DONE, finished
 from cascade.runs.resumable import check_resumable
-from cascade.runs.run import Run
+from cascade.runs.run import Position, Run
 from cascade.stage import Stage
-from cascade.training.callbacks.ema import EMA
+from cascade.training.callbacks.ema import EMA, Measure
 from cascade.training.callbacks.grids import SampleGrids
 from cascade.training.callbacks.guard import Guard, Rollback, resume_from
 from cascade.training.callbacks.history import History
 from cascade.training.callbacks.interruption import Interruption, stoppable
-from cascade.training.callbacks.measure import Measure
 from cascade.training.callbacks.saving import Checkpoints
 from cascade.training.callbacks.seeding import Seeding
 from cascade.training.callbacks.skips import Skips
@@ -45,7 +44,6 @@ from cascade.training.callbacks.watchdog import Watchdog
 from cascade.training.checkpoint import CheckpointFolders, newest_checkpoint
 from cascade.training.devices import check_processes, plugins
 from cascade.training.inputs import TrainingData, first_batches, grid_samples, training_samples
-from cascade.training.position import Position
 from cascade.training.provenance import Provenance
 
 
@@ -134,10 +132,7 @@ def _callbacks(
         # Before the last checkpoint, which holds what it measures.
         callbacks.append(Measure(ema, loader(samples, 64)))
     # Nothing depends on the places of these three, as long as checkpoints come after them.
-    callbacks += [
-        Seeding(config.seed),
-        History(folder, config.name, start, config.images),
-    ]
+    callbacks += [Seeding(config.seed), History(folder, config.name, start, config.images)]
     if config.grids and hasattr(module, "sampler") and image_size(module.writes):
         marks = [config.images * (i + 1) // config.grids for i in range(config.grids)]
         batch, label = grid_samples(config, samples)

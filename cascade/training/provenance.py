@@ -86,21 +86,12 @@ def as_begun(checkpoint: Checkpoint | None, build: Callable[..., Samples]) -> Sa
         UserError: they cannot be built.
     """
     then = recorded(checkpoint)
-    if then is None or then["shards"] is None:
-        return build()
-    try:
-        today: Samples | UserError = build()
-    except UserError as error:
-        today = error
-    if not isinstance(today, UserError) and _same(then, today.provenance()):
-        return today
-    for options in ({"hold_out": then.get("held_out", 0.0)}, {"split": ALL}):
-        with suppress(UserError):
-            if _same(then, (before := build(**options)).provenance()):
-                return before
-    if isinstance(today, UserError):
-        raise today
-    return today  # they differ, and `Provenance` will refuse them
+    if then is not None and then["shards"] is not None:
+        for options in ({}, {"hold_out": then.get("held_out", 0.0)}, {"split": ALL}):
+            with suppress(UserError):
+                if _same(then, (samples := build(**options)).provenance()):
+                    return samples
+    return build()  # if those of a resumed run differ, `Provenance` will refuse them
 
 
 def trained_on(run: Path, build: Callable[..., Samples], share: float) -> bool:

@@ -14,21 +14,12 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch import strategies
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    ModelParallelStrategy,
-    ParallelStrategy,
-    Strategy,
-)
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 
 from cascade.errors import UserError
 from cascade.nets.cost import blocks
@@ -40,7 +31,7 @@ FORWARD_METHODS = ("training_step", "measure", "sample")
 
 def replicated(
     devices: int | str | Sequence[int], num_nodes: int, seconds: float = 1800.0
-) -> Strategy | str:
+) -> strategies.Strategy | str:
     """DDP on several devices, nothing on one.
 
     Args:
@@ -51,12 +42,12 @@ def replicated(
         return "auto"
     # Every parameter gets a gradient on every rank, so there is no search for unused ones.
     # Gradients are views of the buckets that are reduced, rather than copies.
-    return DDPStrategy(timeout=timedelta(seconds=seconds), gradient_as_bucket_view=True)
+    return strategies.DDPStrategy(timeout=timedelta(seconds=seconds), gradient_as_bucket_view=True)
 
 
 def sharded(
     devices: int | str | Sequence[int], num_nodes: int, seconds: float = 1800.0
-) -> Strategy | str:
+) -> strategies.Strategy | str:
     """FSDP2 on several devices, nothing on one; arguments as for `replicated`."""
     if not _several(devices, num_nodes):
         return "auto"
@@ -70,7 +61,7 @@ def _several(devices: int | str | Sequence[int], num_nodes: int) -> bool:
     return num_nodes * len(kind.get_parallel_devices(kind.parse_devices(devices))) > 1
 
 
-class Sharded(ModelParallelStrategy):
+class Sharded(strategies.ModelParallelStrategy):
     """FSDP2 with the checkpoints of one device, written and read by `CheckpointFolders`.
 
     Lightning's own strategy writes single files, names optimizer states differently, and restores
@@ -79,8 +70,8 @@ class Sharded(ModelParallelStrategy):
 
     restore_checkpoint_after_setup = False
     lightning_restore_optimizer = True
-    save_checkpoint = ParallelStrategy.save_checkpoint
-    load_checkpoint = ParallelStrategy.load_checkpoint
+    save_checkpoint = strategies.ParallelStrategy.save_checkpoint
+    load_checkpoint = strategies.ParallelStrategy.load_checkpoint
 
     def connect(self, model: L.LightningModule) -> None:
         """Attach the module, which must be a stage: only stages call `divide`.
@@ -104,19 +95,15 @@ class Sharded(ModelParallelStrategy):
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         # Blocks are gathered in bfloat16, to which autocast would convert them anyway. Parameters
         # outside blocks (embeddings, norms, positions) are few, and stay in float32.
-        half = self.precision_plugin.precision == "bf16-mixed"
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if half else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
+        dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         for block in divided(module):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+            fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
         # Reshard after each call: gathered parameters would survive a change of their shards, such
         # as swapping in the average.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True)
         for name in FORWARD_METHODS:
-            register_fsdp_forward_method(module, name)
+            fsdp.register_fsdp_forward_method(module, name)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         """Set the optimizers up, which must not need whole rows and columns.
@@ -141,7 +128,7 @@ class Sharded(ModelParallelStrategy):
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        return whole(ParallelStrategy.optimizer_state(self, optimizer))
+        return whole(strategies.ParallelStrategy.optimizer_state(self, optimizer))
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):

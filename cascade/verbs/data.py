@@ -19,12 +19,12 @@ from cascade.data.tars.keys import CAPTIONS, DOTTED, REMEDY
 from cascade.data.tars.listing import Row, captioned_by_files, usable
 from cascade.data.tars.pack import held_out, pack
 from cascade.data.tars.splits import HELD_OUT, split_of
-from cascade.errors import UserError
+from cascade.errors import UserError, explained
 from cascade.files.atomic import check_writable
 from cascade.formats.parquet import Stored
 from cascade.formats.tables import Caption, as_one, columns, rows_of_table, table
 from cascade.formats.texts import brief
-from cascade.runs.progress import bar, shown
+from cascade.runs.progress import shown
 
 NO_SPLIT = "none by name"
 
@@ -50,14 +50,12 @@ def make_scenes(
 ) -> Sequence[Path]:
     """Write every split's shards; existing shards are kept."""
     shards: list[Path] = []
-    with bar("scenes", "pictures") as progress:
-        task = progress.add_task("", total=sum(counts.values()), rate=0, note="")
-        before = 0
+    before, total = 0, sum(counts.values())
+    with shown("scenes", "pictures") as progress:
         for split, count in counts.items():
 
             def report(done: int, before: int = before) -> None:
-                rate = (before + done) / max(progress.tasks[0].elapsed or 0, 1e-3)
-                progress.update(task, completed=before + done, rate=rate)
+                progress(before + done, total)
 
             shards += write_scenes(out, level, split, count, size, seed, progress=report)
             before += count
@@ -76,9 +74,15 @@ def precompute_rows(args: argparse.Namespace) -> Sequence[Path]:
         embed(data, args.clip, out, named.get(args.clip, {}), captions, args.workers)
         outputs.append(out / MANIFEST)
     if args.text:
+        from cascade.data.precompute import about_captions, caption_rows, precompute
+        from cascade.runs.model import device
+
         out = Path(args.text_out) if args.text_out else data / TEXT
-        encoder = text_encoder(args.text, named.get(args.text, {}), args.length, args.bf16)
-        embed_captions(data, encoder, out, captions, args.workers, args.several)
+        encoder = text_encoder(args, named.get(args.text, {})).to(device())
+        about = about_captions(encoder, captions, args.several, out)
+        rows = partial(caption_rows, encoder=encoder, captions=captions, several=args.several)
+        with shown("text", "shards") as progress:
+            precompute(data, out, about, partial(rows, workers=args.workers), progress)
         outputs.append(out / MANIFEST)
     return outputs
 
@@ -123,40 +127,19 @@ def embed(
         precompute(data, out, about_pictures(encoder, out), rows, progress)
 
 
-def embed_captions(
-    data: Path,
-    encoder: Any,
-    out: Path,
-    captions: Sequence[str],
-    workers: int = 0,
-    several: str | None = None,
-) -> None:
-    """Write a frozen text encoder's output for some caption fields."""
-    from cascade.data.precompute import about_captions, caption_rows, precompute
-    from cascade.runs.model import device
-
-    encoder = encoder.to(device())
-    rows = partial(
-        caption_rows, encoder=encoder, captions=captions, workers=workers, several=several
-    )
-    with shown("text", "shards") as progress:
-        precompute(data, out, about_captions(encoder, captions, several, out), rows, progress)
-
-
-def text_encoder(
-    name: str, named: Mapping[str, Any], length: int | None = None, bf16: bool | None = None
-) -> Any:
+def text_encoder(args: argparse.Namespace, named: Mapping[str, Any]) -> Any:
     """Load the CLIP, or else the T5, of this name or in this directory."""
     from cascade.encoders.clip import FrozenCLIP
     from cascade.encoders.sources import clip_model
     from cascade.encoders.text import FrozenT5
 
-    if clip_model(name) is None:
-        chosen = {"length": length, "bf16": bf16}
-        return FrozenT5(name, **{key: value for key, value in chosen.items() if value is not None})
-    if length is not None or bf16:
-        raise UserError(f"--length and --bf16 are for a T5: {name} is a CLIP, omit them")
-    return FrozenCLIP(name, **named)
+    if clip_model(args.text) is None:
+        options = {"length": args.length, "bf16": args.bf16}
+        given = {key: value for key, value in options.items() if value is not None}
+        return FrozenT5(args.text, **given)
+    if args.length is not None or args.bf16:
+        raise UserError(f"--length and --bf16 are for a T5: {args.text} is a CLIP, omit them")
+    return FrozenCLIP(args.text, **named)
 
 
 def index_shards(folder: Path, keys: str | None = None, val: str | None = None) -> None:
@@ -217,10 +200,8 @@ def pack_pictures(args: argparse.Namespace) -> None:
         val = held_out(args.val, len(rows))
         with shown("pack", "pictures") as progress:
             report = partial(progress, total=len(rows))
-            try:
+            with explained(f"cannot write to {out}", "; make room"):
                 late = pack(rows, out, val, args.size, args.per_shard, args.seed, report)
-            except OSError as error:
-                raise UserError(f"cannot write to {out}: {error.strerror}; make room") from error
         refused = {r: refused.get(r, []) + late.get(r, []) for r in {**refused, **late}}
     lost = sum(map(len, refused.values()))
     summary = Table("left out", "pictures", "such as")

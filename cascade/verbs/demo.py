@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from cascade.config.checks import check_split
 from cascade.config.compose import composed
@@ -39,7 +39,10 @@ def main(args: argparse.Namespace) -> None:
     else:
         check_split(data, next(iter(config.evaluate.counts)))
     for name in config.stages:
-        train_stage(config, name, folder, data)
+        train(composed("train", overrides(config, name, folder, data)))
+        gc.collect()  # Lightning's trainer and module form a cycle that holds data and optimizer
+        if name == "clip":  # which conditions the other stages by its embeddings
+            embed(data, str(folder / "clip"), data / EMBEDDINGS)
     write_cascade(config, folder)
     if measured(folder):
         print(f"already measured ({folder / 'metrics.json'})")
@@ -65,14 +68,6 @@ def main(args: argparse.Namespace) -> None:
 def chosen(overrides: Sequence[str]) -> list[str]:
     """The overrides, with `cascade=NAME` for the earlier spelling `experiment=NAME`."""
     return [re.sub("^experiment=", "cascade=", override) for override in overrides]
-
-
-def train_stage(config: DictConfig, name: str, folder: Path, data: Path) -> None:
-    """Trains one stage; after the conditioning CLIP, embeds all shards with it."""
-    train(composed("train", overrides(config, name, folder, data)))
-    gc.collect()  # Lightning's trainer and module form a cycle that holds data and optimizer
-    if name == "clip":
-        embed(data, str(folder / "clip"), data / EMBEDDINGS)
 
 
 def _command() -> str:

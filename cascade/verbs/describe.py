@@ -98,9 +98,7 @@ def rehearsed(overrides: list[str]) -> tuple[DictConfig, Rehearsal]:
         module = built(config.stage)
     for part in (getattr(module, "process", None), getattr(module, "corruption", None)):
         if schedule := getattr(part, "schedule", None):
-            schedule(
-                torch.tensor([0.5])
-            )  # fills the cached table with numbers before fake tensors would
+            schedule(torch.tensor([0.5]))  # caches its table as numbers, not as fake tensors
     rehearsal = Rehearsal(module, batches(config, module))
     try:
         _ = rehearsal.forward

@@ -8,14 +8,8 @@ from rich.console import Console
 
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
-from cascade.eval.metrics.features import (
-    CLEAN,
-    PYTORCH_FID,
-    TENSORFLOW,
-    CLIPFeatures,
-    Features,
-    InceptionFeatures,
-)
+from cascade.eval.metrics import features
+from cascade.eval.metrics.features import CLEAN, PYTORCH_FID, TENSORFLOW, Features
 from cascade.eval.pictures.share import share, whole
 from cascade.files.atomic import beside, check_writable
 from cascade.files.lease import lease
@@ -112,14 +106,14 @@ def spaces_of(args: argparse.Namespace) -> list[Features]:
         raise UserError(f"--resize {args.resize} is Inception's: give --inception FILE, or clean")
     if args.inception:
         resize = {"resize": RESIZES[args.resize]} if args.resize else {}
-        found.append(InceptionFeatures(args.inception, **resize).to(device()))
+        found.append(features.InceptionFeatures(args.inception, **resize).to(device()))
     if args.dino:
         from cascade.eval.metrics.dinov2 import DINOv2Features
 
         found.append(DINOv2Features(args.dino).to(device()))
     if args.clip:
         clip = FrozenCLIP(args.clip, args.checkpoint, args.quick_gelu)
-        found.append(CLIPFeatures(clip.to(device())))
+        found.append(features.CLIPFeatures(clip.to(device())))
     if not found:
         raise UserError("no features to measure in: give --inception FILE, --clip or --dino DIR")
     return found

@@ -10,7 +10,7 @@ from cascade.config.compose import composed, loaded
 from cascade.errors import UserError
 from cascade.files.process import is_first_rank
 from cascade.runs.run import Run
-from cascade.slurm.submit import LAUNCHER, split, submit_training
+from cascade.slurm.chain import LAUNCHER, split, submit_training
 from cascade.training.fit import train
 
 

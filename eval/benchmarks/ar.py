@@ -8,7 +8,6 @@ requires a forward pass over all previous tokens.
 """
 
 import argparse
-import time
 
 import torch
 from rich.console import Console
@@ -16,45 +15,32 @@ from rich.table import Table
 from torch import Tensor
 
 from cascade.conditioning import Cond
+from cascade.eval.benchmarks.clock import wall
 from cascade.nets.ar import TokenTransformer
 
 FEW = 16  # tokens of a median
 
 
-class Clock:
-    """A stopwatch that waits for the GPU before it is read."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.last = device, 0.0
-
-    def lap(self) -> float:
-        """Seconds since the last call."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        before, self.last = self.last, time.perf_counter()
-        return self.last - before
-
-
 @torch.inference_mode()
 def cached(net: TokenTransformer, cond: Cond, tokens: Tensor) -> Tensor:
     """Seconds for the prefix, and for each token after it."""
-    clock, seconds = Clock(cond.tokens.device), []
-    clock.lap()
+    now = wall(cond.tokens.device)
+    times = [now()]
     _, cache = net.prefill(cond)
-    seconds.append(clock.lap())
+    times.append(now())
     for token in tokens.unbind(1)[:-1]:
         net.step(token, cache)
-        seconds.append(clock.lap())
-    return torch.tensor(seconds)
+        times.append(now())
+    return torch.tensor(times, dtype=torch.float64).diff()
 
 
 @torch.inference_mode()
 def uncached(net: TokenTransformer, cond: Cond, tokens: Tensor) -> float:
     """Seconds for the last token, by a forward pass over the whole sequence."""
-    clock = Clock(cond.tokens.device)
-    clock.lap()
+    now = wall(cond.tokens.device)
+    start = now()
     net(tokens, cond)
-    return clock.lap()
+    return now() - start
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -42,6 +42,7 @@ from cascade.data.tars.index import Index, save, scan
 from cascade.data.tars.keys import PICTURES
 from cascade.data.transforms import Pictures, decode
 from cascade.draws import generator
+from cascade.eval.benchmarks import clock
 
 
 def typical(path: str, split: str, size: int, low: int | None) -> Iterable:
@@ -63,17 +64,6 @@ def typical(path: str, split: str, size: int, low: int | None) -> Iterable:
     urls = [str(tar) for tar in Shards(path, Pictures(()), split).corpus.paths]
     stream = wds.WebDataset(urls, shardshuffle=False).decode("pilrgb")
     return stream.to_tuple(";".join(PICTURES), "txt").map_tuple(both, str)
-
-
-def best_times(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of CPU time of each function, the best of alternating rounds."""
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            best[name] = min(best[name], time.process_time() - start)
-    return best
 
 
 def natural_pictures(count: int, size: int = 512) -> list[bytes]:
@@ -125,21 +115,21 @@ def _rates(path: str, split: str, pictures: Pictures, images: int, rounds: int) 
         "ours": lambda: [shards[n] for n in range(count)],
         "typical": lambda: list(islice(stream, count)),
     }
-    return [count / seconds for seconds in best_times(runs, rounds).values()]
+    return [count / seconds for seconds in clock.fastest(runs, rounds).values()]
 
 
 def bsr_rate(files: list[bytes], rounds: int) -> float:
     """Pictures per second and core that BSR degrades from 256 to 64 px."""
     crops = [Pictures((256,))(f, generator(0, "crop", 0))["image_256"] for f in files]
     run = {"bsr": lambda: [BSR()(x, generator(0, "bsr", n)) for n, x in enumerate(crops)]}
-    return len(crops) / best_times(run, rounds)["bsr"]
+    return len(crops) / clock.fastest(run, rounds)["bsr"]
 
 
 def index_rate(path: str, split: str, folder: Path, rounds: int) -> float:
     """MB/s of indexing a tar in the page cache, including writing the index."""
     tar = Shards(path, Pictures(()), split).corpus.paths[0]
     run = {"index": lambda: save(replace(scan(tar), tar=folder / tar.name))}
-    return tar.stat().st_size / 1e6 / best_times(run, rounds)["index"]
+    return tar.stat().st_size / 1e6 / clock.fastest(run, rounds)["index"]
 
 
 def start_seconds(folder: Path, count: int = 10_000, samples: int = 10_000) -> float:
@@ -156,7 +146,7 @@ def start_seconds(folder: Path, count: int = 10_000, samples: int = 10_000) -> f
             file.truncate(500_000_000)
         stat = tar.stat()
         found[tar] = Index(tar, stat.st_size, stat.st_mtime_ns, names, ends, spans, {})
-    summaries = {tar.name: vars(index.summary) for tar, index in found.items()}
+    summaries = {tar.name: vars(index.summary()) for tar, index in found.items()}
     (folder / DATASET).write_text(json.dumps({"tars": summaries}))
     batch = [next(Shards(folder, Pictures(())).order.places(n))[0] for n in range(256)]
     for n in set(batch):
@@ -185,7 +175,8 @@ def waiting(folder: Path, samples: int = 320) -> tuple[float, float]:
     epochs = []
     for epoch in range(3):
         batches = iter(loader(shards, batch, start=epoch * samples, batches=samples // batch))
-        times = [_timed(partial(next, batches)) for _ in range(samples // batch)]
+        read = {"batch": partial(next, batches)}
+        times = clock.rounds(read, samples // batch, time.perf_counter)["batch"]
         epochs.append(sorted(times)[len(times) // 2])
     first = demo.scenes.counts.train / config.images  # the first epoch's share of the run
     module = built(config.stage)
@@ -197,14 +188,8 @@ def waiting(folder: Path, samples: int = 320) -> tuple[float, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    steps = sorted(_timed(step) for _ in range(9))
+    steps = sorted(clock.rounds({"step": step}, 9, time.perf_counter)["step"])
     return 1000 * (first * epochs[0] + (1 - first) * min(epochs[1:])), 1000 * steps[4]
-
-
-def _timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

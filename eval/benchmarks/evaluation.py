@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from cascade.eval.benchmarks import clock
 from cascade.eval.metrics.features import InceptionFeatures, inception
 from cascade.eval.metrics.interval import of_frechet
 from cascade.eval.metrics.statistics import Moments, Origin
@@ -38,19 +39,6 @@ def extractor(device: torch.device) -> InceptionFeatures:
         torch.save(inception().state_dict(), path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         return InceptionFeatures(path, sha256).to(device)
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """CPU time of a function; wall time with a GPU."""
-    cuda = device.type == "cuda"
-    clock = time.perf_counter if cuda else time.process_time
-    if cuda:
-        torch.cuda.synchronize(device)
-    start = clock()
-    run()
-    if cuda:
-        torch.cuda.synchronize(device)
-    return clock() - start
 
 
 def rates(args: argparse.Namespace, device: torch.device) -> tuple[float, float]:
@@ -72,23 +60,20 @@ def rates(args: argparse.Namespace, device: torch.device) -> tuple[float, float]
 
     for run in (whole, alone):  # warm up
         run(batches[:1])
-    best = [float("inf")] * 2
-    for _ in range(args.rounds):
-        found = [seconds(partial(run, batches), device) for run in (whole, alone)]
-        best = list(map(min, best, found))
-    count = len(batches) * args.batch
-    return count / best[0], count / best[1]
+    runs = {"whole": partial(whole, batches), "alone": partial(alone, batches)}
+    on = clock.wall(device) if device.type == "cuda" else time.process_time
+    best, count = clock.fastest(runs, args.rounds, on), len(batches) * args.batch
+    return count / best["whole"], count / best["alone"]
 
 
-def fid_seconds(rounds: int, dim: int = InceptionFeatures.dim) -> tuple[float, float]:
+def fid_seconds(rounds: int) -> tuple[float, float]:
     """CPU time of the distance between the moments of two sets, and of its interval."""
-    scale = torch.logspace(0, -3, dim, dtype=torch.float64)
-    rows, others = (torch.randn(ROWS, dim, dtype=torch.float64) * scale for _ in range(2))
+    scale = torch.logspace(0, -3, InceptionFeatures.dim, dtype=torch.float64)
+    rows, others = (torch.randn(ROWS, len(scale), dtype=torch.float64) * scale for _ in range(2))
     one, other = (Moments.of(x, Origin()) for x in (rows, others))
-    runs = (lambda: one.frechet(other)), (lambda: of_frechet(rows, other.mean, other.cov))
-    cpu = torch.device("cpu")
-    distance, sure = (min(seconds(run, cpu) for _ in range(rounds)) for run in runs)
-    return distance, sure
+    distance = {"seconds": lambda: one.frechet(other)}
+    sure = {"seconds": lambda: of_frechet(rows, other.mean, other.cov)}
+    return clock.fastest(distance, rounds)["seconds"], clock.fastest(sure, rounds)["seconds"]
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from cascade.conditioning import Cond
 from cascade.diffusion.noise import linear_table, table
 from cascade.errors import UserError
+from cascade.eval.benchmarks import clock
 from cascade.formats.texts import lines
 from cascade.nets.layers import GroupNorm, Timestep
 from cascade.nets.unet import UNet
@@ -154,16 +155,10 @@ class Training:
         self.forward(self.x, self.t)
 
 
-def seconds(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """The median time of each call; calls take turns, after one warm-up round."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if i > 0:
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
+def _medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """The median time of each call, after one warm-up round."""
+    times = clock.rounds(calls, rounds + 1, time.perf_counter)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def peak(make: Callable[[], nn.Module], batch: int, step: str) -> float:
@@ -215,7 +210,7 @@ def compared(adm: bool, batch: int, rounds: int) -> Table:
     steps = {name: Training(net, batch) for name, net in nets.items()}
     same = difference(nets["diffusers"], nets["ours"])
     took = {
-        s: seconds({name: getattr(step, s) for name, step in steps.items()}, rounds)
+        s: _medians({name: getattr(step, s) for name, step in steps.items()}, rounds)
         for s in ("train", "sample")
     }
     count = sum(p.numel() for p in nets["ours"].parameters())

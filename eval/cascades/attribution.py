@@ -23,23 +23,10 @@ from torch.nn.functional import cosine_similarity
 
 from cascade.batch import Batch, image_size
 from cascade.conditioning import enlarge
-from cascade.eval.cascades.protocol import (
-    JUDGED,
-    KINDS,
-    HeldOut,
-    Metrics,
-    Paint,
-    distance,
-    embedded,
-    encoded,
-    measured,
-    sample_of,
-)
+from cascade.eval.cascades import protocol
+from cascade.eval.cascades.protocol import KINDS, HeldOut, Metrics, Paint
 from cascade.eval.metrics.features import CLIPFeatures
 from cascade.eval.metrics.measures import ATTRIBUTION, Measure, Sample, measures
-from cascade.eval.scenes.accuracy import rates, tally
-from cascade.eval.scenes.recognizer import judge
-from cascade.grids import to_uint8
 from cascade.pipeline import Cascade
 
 SMALL = "image_64"  # the smallest judged size, shown next to the final one
@@ -75,10 +62,14 @@ def attribution(
     """
     keys = [stage.writes for stage in cascade.stages]
     shown = [key for key in dict.fromkeys((SMALL, keys[-1])) if key in keys]
-    texts = encoded(features.clip.text, data.captions)
+    texts = protocol.encoded(features.clip.text, data.captions)
 
     def looked(pictures: Batch, sizes: Sequence[str]) -> dict[str, Looked]:
-        return {key: _looked(pictures[key], data, texts, features) for key in sizes}
+        rows = {key: protocol.embedded(features, pictures[key]) for key in sizes}
+        return {
+            key: Looked(x, cosine_similarity(x, texts), protocol.verdicts(pictures[key], data))
+            for key, x in rows.items()
+        }
 
     truth = looked(data.truth, shown)
     looks, rows = [looked(painted, shown)], [{"given": ["caption"]}]
@@ -96,38 +87,18 @@ def attribution(
         samples = [_sample(look, truth[key], features) for look in of_size]
         costs, dearest[key] = _costs(samples, data, names)
         for row, look, of, cost in zip(rows, of_size, samples, [None, *costs]):
-            row[key] = _measures(look, of, data)
+            row[key] = protocol.measured(of) | protocol.by_kind(look.verdicts, data)
             if cost is not None:
                 row.setdefault("cost", {})[key] = cost
     return {"count": len(data), "sizes": shown, "rows": rows, "dearest": dearest}
 
 
-def _looked(
-    pictures: Float[Tensor, "n 3 h w"],
-    data: HeldOut,
-    texts: Float[Tensor, "n d"],
-    features: CLIPFeatures,
-) -> Looked:
-    rows = embedded(features, pictures)
-    cosines = cosine_similarity(rows, texts)
-    scenes = (pictures.shape[-1] in JUDGED and data.scenes) or []
-    arrays = to_uint8(pictures[: len(scenes)])
-    return Looked(rows, cosines, [judge(*pair) for pair in zip(scenes, arrays, strict=True)])
-
-
 def _sample(look: Looked, truth: Looked, features: CLIPFeatures) -> Sample:
     right = torch.tensor([verdict["whole"] for verdict in look.verdicts]) if look.verdicts else None
     # No bootstrap: its interval assumes a reference of other pictures than those of the captions.
-    return sample_of(features, look.features, truth.features, look.cosines, right=right, draws=0)
-
-
-def _measures(look: Looked, of: Sample, data: HeldOut) -> Metrics:
-    """As `picture_metrics` gives them, without the interval of the distance."""
-    out = measured(of)
-    for kind in KINDS if look.verdicts else ():
-        if rows := data.kind(kind):
-            out[kind] = rates(torch.stack([tally(data.scenes[i], look.verdicts[i]) for i in rows]))
-    return out
+    return protocol.sample_of(
+        features, look.features, truth.features, look.cosines, right=right, draws=0
+    )
 
 
 def _costs(
@@ -219,6 +190,6 @@ def superresolution(
     out = {"from": small, "to": large, **row}
     if row["frechet"] is not None:
         bicubic = enlarge(data.truth[small], image_size(large) // image_size(small)).clamp(-1, 1)
-        out["frechet_bicubic"] = distance(features, bicubic, data.truth[large])
+        out["frechet_bicubic"] = protocol.distance(features, bicubic, data.truth[large])
         out["frechet_ratio"] = row["frechet"] / out["frechet_bicubic"]
     return out

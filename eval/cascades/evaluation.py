@@ -9,16 +9,11 @@ from typing import Any
 
 from cascade.batch import Batch, image_size
 from cascade.config.checks import check_split
-from cascade.data.embeddings import EMBEDDINGS
 from cascade.data.tars.splits import described
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
-from cascade.eval.cascades.attribution import attribution, superresolution
-from cascade.eval.cascades.held_out import check_unseen, held_out_split
-from cascade.eval.cascades.likelihood import bounds
-from cascade.eval.cascades.prior import measure_prior
+from cascade.eval.cascades import attribution, held_out, likelihood, prior, summary
 from cascade.eval.cascades.protocol import HeldOut, Metrics, distance, picture_metrics
-from cascade.eval.cascades.summary import write_report
 from cascade.eval.metrics.features import CLIPFeatures
 from cascade.eval.scenes.geneval import level_of, prompts, score_tasks, write_lines
 from cascade.files.atomic import write_atomically
@@ -40,7 +35,9 @@ class Judged:
         stages: the names of its stages.
         features: of the judging CLIP.
         checkpoint: the newest of the prior's run; None: there is no prior, or no checkpoint.
+        data: folder of the shards.
         seed: of all noise.
+        geneval: prompts for each of GenEval's tasks.
         bound: sampler steps of the variational bound (`likelihood`); 0: it is not measured.
     """
 
@@ -48,17 +45,16 @@ class Judged:
     stages: Sequence[str]
     features: CLIPFeatures
     checkpoint: Checkpoint | None
+    data: Path
     seed: int
-    bound: int = 0
+    geneval: int
+    bound: int
 
     def paint(
         self, cascade: Cascade, captions: Sequence[str], given: Batch | None, what: str
     ) -> Batch:
         """Generates with this cascade's seed (see `protocol.Paint`)."""
         return paint(cascade, captions, self.seed, given=given, what=what)
-
-    def measured(self, painted: Batch, data: HeldOut, real: Batch) -> Metrics:
-        return picture_metrics(painted, data, real, self.features, self.features.clip)
 
 
 def evaluate(
@@ -98,38 +94,32 @@ def evaluate(
         check_split(data, split)
     cascade, runs = load_cascade(file, choices), stage_runs(file, choices)
     for split in counts:
-        check_unseen(runs.values(), data, split)
+        held_out.check_unseen(runs.values(), data, split)
     writers = dict(zip((stage.writes for stage in cascade.stages), runs.values()))
     checkpoint = newest_checkpoint(writers["clip_image"]) if "clip_image" in writers else None
     features = CLIPFeatures(FrozenCLIP(str(judge)).to(device()))
-    of = Judged(cascade, list(runs), features, checkpoint, seed, bound)
+    of = Judged(cascade, list(runs), features, checkpoint, data, seed, geneval, bound)
     metrics: Metrics = {"features": features.name, "captions": dict(counts), "seed": seed}
     metrics["captions_are"] = {split: described(split) for split in counts}
     shown: dict[str, Batch] = {}
     for split, count in counts.items():
         # Each split in a call of its own, which frees its pictures before the next are decoded.
-        metrics |= _split(of, data, split, count, geneval, shown, guidance)
+        metrics |= _split(of, split, count, shown, guidance)
         guidance = None
     if geneval:
-        metrics["geneval"] = _geneval(of, metrics.pop("level"), geneval, out)
+        metrics["geneval"] = _geneval(of, metrics.pop("level"), out)
     metrics["seconds"] = round(time.monotonic() - begin, 1)
     if targets:
         metrics["targets"] = _against(targets, metrics)
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(metrics, indent=2) + "\n"
     write_atomically(out / "metrics.json", lambda path: path.write_text(text))
-    write_report(out / "report.html", file.parent, metrics, shown)
+    summary.write_report(out / "report.html", file.parent, metrics, shown)
     return out
 
 
 def _split(
-    of: Judged,
-    data: Path,
-    split: str,
-    count: int,
-    geneval: int,
-    shown: dict[str, Batch],
-    guidance: Sequence[float] | None,
+    of: Judged, split: str, count: int, shown: dict[str, Batch], guidance: Sequence[float] | None
 ) -> Metrics:
     """The measures of a split; of the first one, also those by stage and guidance scale.
 
@@ -137,20 +127,20 @@ def _split(
         shown: receives the pictures of the report.
         guidance: scales; None: the split is not the first.
     """
-    held_out = held_out_split(data, split, count, of.cascade, data / EMBEDDINGS)
-    check(of.cascade, held_out, geneval, data)
-    painted = of.paint(of.cascade, held_out.captions, None, split)
-    shown[split] = _evenly(painted, held_out.captions)
-    out: Metrics = {split: of.measured(painted, held_out, held_out.truth)}
-    out[split]["count"] = len(held_out)
+    samples = held_out.held_out_split(of.data, split, count, of.cascade)
+    check(of.cascade, samples, of.geneval, of.data)
+    painted = of.paint(of.cascade, samples.captions, None, split)
+    shown[split] = _evenly(painted, samples.captions)
+    out: Metrics = {split: picture_metrics(painted, samples, samples.truth, of.features)}
+    out[split]["count"] = len(samples)
     if guidance is not None:
-        out |= _by_stage(of, held_out, painted)
-        out["real_halves"] = _halves(held_out.truth, of.features)
-        out["guidance"] = _guidance(of, held_out, painted, guidance)
-        shown["truth"] = _evenly(held_out.truth, held_out.captions)
-        out |= {"level": level_of(held_out.scenes)} if geneval else {}
+        out |= _by_stage(of, samples, painted)
+        out["real_halves"] = _halves(samples.truth, of.features)
+        out["guidance"] = _guidance(of, samples, painted, guidance)
+        shown["truth"] = _evenly(samples.truth, samples.captions)
+        out |= {"level": level_of(samples.scenes)} if of.geneval else {}
         if of.bound:
-            bits = bounds(of.cascade, held_out.captions, held_out.truth, of.seed, of.bound)
+            bits = likelihood.bounds(of.cascade, samples.captions, samples.truth, of.seed, of.bound)
             out["bound"] = {"steps": of.bound, "bits_per_dimension": bits}
     return out
 
@@ -166,14 +156,14 @@ def check(cascade: Cascade, data: HeldOut, geneval: int, folder: Path) -> None:
         raise UserError(f"--geneval needs pictures of at least 64 px, not {last}")
 
 
-def _geneval(of: Judged, level: str, count: int, out: Path) -> Metrics:
+def _geneval(of: Judged, level: str, out: Path) -> Metrics:
     """The scores; also writes the prompts, and a result for each picture."""
 
     def pictures(captions: Sequence[str], task: str) -> Any:
         done = of.paint(of.cascade, captions, None, f"GenEval, {task}")
         return to_uint8(done[of.cascade.stages[-1].writes])
 
-    asked = prompts(level, count, of.seed)
+    asked = prompts(level, of.geneval, of.seed)
     scores, lines = score_tasks(asked, pictures)
     write_lines(out / "geneval_prompts.jsonl", asked)
     write_lines(out / "geneval_results.jsonl", lines)
@@ -192,19 +182,20 @@ def _by_stage(of: Judged, data: HeldOut, painted: Batch) -> Metrics:
     cascade, features = of.cascade, of.features
     some = data.first(5 * features.dim)
     begun = {key: value[: len(some)] for key, value in painted.items()}
-    table = attribution(cascade, of.stages, some, begun, features, of.paint)
+    table = attribution.attribution(cascade, of.stages, some, begun, features, of.paint)
     out: Metrics = {"attribution": table}
-    if row := superresolution(cascade, some, table, features):
+    if row := attribution.superresolution(cascade, some, table, features):
         out["superresolution"] = row
     if "clip_image" in painted:
         drawn = painted["clip_image"]
-        out["prior"] = measure_prior(cascade, data, drawn, of.paint, of.checkpoint)
+        out["prior"] = prior.measure_prior(cascade, data, drawn, of.paint, of.checkpoint)
         rows = data.kind("one") or list(range(len(data)))
-        some, small = data.where(rows), without_text(cascade.upto("image_64"))
+        some, small = data.where(rows), cascade.upto("image_64")
+        small = small.replace(Without(small.painter, ("caption",)))  # its caption is withheld
         for name, z in (("prior", painted), ("truth", data.truth)):
             given = {"clip_image": z["clip_image"][rows]}
             done = of.paint(small, some.captions, given, f"no text, {name}")
-            out[f"no_text_{name}"] = of.measured(done, some, some.truth)
+            out[f"no_text_{name}"] = picture_metrics(done, some, some.truth, features)
     return out
 
 
@@ -214,8 +205,8 @@ def _halves(truth: Batch, features: CLIPFeatures) -> Metrics:
     for key, pictures in truth.items():
         if image_size(key):
             half = len(pictures) // 2
-            minimum = min(4 * features.dim, half)
-            out[key] = distance(features, pictures[::2][:half], pictures[1::2][:half], minimum)
+            halves = pictures[::2][:half], pictures[1::2][:half]
+            out[key] = distance(features, *halves, min(4 * features.dim, half))
             out["count"] = half
     return out
 
@@ -237,14 +228,9 @@ def _guidance(of: Judged, data: HeldOut, painted: Batch, scales: Sequence[float]
             stage = SamplingChoices(scale=scale).applied(of.cascade.painter)
             altered = of.cascade.replace(stage)
             done = of.paint(altered, some.captions, given, f"guidance {scale:g}")
-        row = of.measured(done, some, data.truth)
+        row = picture_metrics(done, some, data.truth, of.features)
         out.append({"scale": scale, "count": len(some), **row})
     return out
-
-
-def without_text(cascade: Cascade) -> Cascade:
-    """The cascade, with the caption withheld from its first stage of pictures."""
-    return cascade.replace(Without(cascade.painter, ("caption",)))
 
 
 def _against(targets: Mapping[str, Any], metrics: Metrics) -> list[Metrics]:

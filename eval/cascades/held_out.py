@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from cascade.batch import image_size
-from cascade.data.embeddings import Embeddings
+from cascade.data.embeddings import EMBEDDINGS, Embeddings
 from cascade.data.loading import collate, put_rows
 from cascade.data.scenes.generate import Scene
 from cascade.data.shards import Shards
@@ -37,16 +37,13 @@ def check_unseen(runs: Iterable[Path], data: Path, split: str) -> None:
             )
 
 
-def held_out_split(
-    data: Path, split: str, count: int, cascade: Cascade, embeddings: Path
-) -> HeldOut:
+def held_out_split(data: Path, split: str, count: int, cascade: Cascade) -> HeldOut:
     """The first `count` samples of each kind of caption; without scenes, the first `count`.
 
-    Args:
-        embeddings: folder of precomputed CLIP embeddings, if it exists.
+    They have precomputed CLIP embeddings if there are any next to the shards.
     """
     sizes = [size for stage in cascade.stages if (size := image_size(stage.writes))]
-    stores = {"clip": Embeddings(embeddings)} if embeddings.is_dir() else None
+    stores = {"clip": Embeddings(data / EMBEDDINGS)} if (data / EMBEDDINGS).is_dir() else None
 
     def shards(sizes: Sequence[int]) -> Shards:
         pictures = Pictures(tuple(sizes))

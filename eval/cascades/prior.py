@@ -7,7 +7,7 @@ counts as correct.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -106,13 +106,7 @@ def _stage(link: Link) -> Stage:
     return link
 
 
-def prior_metrics(
-    prior: Link,
-    data: HeldOut,
-    drawn: Float[Tensor, "n d"],
-    paint: Paint,
-    classes: Callable[[HeldOut], Classes | None] = scene_classes,
-) -> Metrics:
+def prior_metrics(prior: Link, data: HeldOut, drawn: Float[Tensor, "n d"], paint: Paint) -> Metrics:
     """Compares a prior's embeddings `drawn` of held-out captions to the true ones.
 
     Numbers with the suffix "_text" use the text embeddings in place of the prior's; ratios divide
@@ -124,7 +118,7 @@ def prior_metrics(
     def encode(captions: Sequence[str]) -> Batch:
         return prior.encoded({"caption": captions})
 
-    text, found = encoded(encode, data.captions), classes(data)
+    text, found = encoded(encode, data.captions), scene_classes(data)
     out: Metrics = {"count": len(data), "gallery": min(GALLERY, len(data)), "intervals": {}}
     for suffix, rows in (("", drawn), ("_text", text)):
         out[f"cosine{suffix}"] = F.cosine_similarity(rows, true).mean().item()

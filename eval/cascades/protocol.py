@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -17,15 +17,17 @@ from cascade.batch import Batch, image_size
 from cascade.data.scenes.generate import Scene
 from cascade.eval.metrics.distances import frechet_rows
 from cascade.eval.metrics.features import CLIPFeatures, Features
+from cascade.eval.metrics.interval import of_share
 from cascade.eval.metrics.measures import EVALUATION, Sample, measures
 from cascade.eval.metrics.statistics import Moments, Origin
-from cascade.eval.scenes.accuracy import accuracy
+from cascade.eval.scenes.recognizer import judge
 from cascade.grids import to_uint8
 from cascade.pipeline import Cascade
 
 Metrics = dict[str, Any]
 JUDGED = (64, 256, 1024)  # sides in pixels at which scenes are recognized
 KINDS = ("one", "two")  # of captions: how many objects they name
+CRITERIA = ("objects", "binding", "relations", "counts", "whole")  # of `recognizer.judge`
 DRAWS = 100  # bootstrap resamples
 # (cascade, captions, given keys, title of the progress bar) -> all keys that the cascade writes.
 Paint = Callable[[Cascade, Sequence[str], Batch, str], Batch]
@@ -86,30 +88,65 @@ def encoded(
     return torch.cat([encode(part)["clip_text"].float().cpu() for part in parts])
 
 
-def picture_metrics(
-    painted: Batch, data: HeldOut, real: Batch, features: Features, clip
-) -> Metrics:
+def picture_metrics(painted: Batch, data: HeldOut, real: Batch, features: CLIPFeatures) -> Metrics:
     """The measures of each size of generated pictures, and scene accuracy by kind of caption.
 
     Args:
         painted: `image_{size}` of the captions of `data`.
         real: the reference, pictures or their features, by the same keys.
-        clip: the judge, for the CLIP score of pictures of at least 64 px.
+        features: of the judge, which also gives the CLIP score of pictures of at least 64 px.
     """
     out: Metrics = {}
-    texts, looks = encoded(clip.text, data.captions), CLIPFeatures(clip)
+    texts = encoded(features.clip.text, data.captions)
     for key in sorted(filter(image_size, painted), key=image_size):
-        rows, cosines, judged = embedded(features, painted[key]), None, image_size(key) in JUDGED
-        if judged:
-            seen = rows if features.hash == looks.hash else embedded(looks, painted[key])
-            cosines = cosine_similarity(seen, texts)
+        rows = embedded(features, painted[key])
+        cosines = cosine_similarity(rows, texts) if image_size(key) in JUDGED else None
         to = real[key] if real[key].ndim == 2 else embedded(features, real[key])
         out[key] = measured(sample_of(features, rows, to, cosines))
-        for kind in KINDS if judged else ():
-            if asked := data.kind(kind):
-                pictures = list(to_uint8(painted[key][asked]))
-                out[key][kind] = accuracy(pictures, [data.scenes[i] for i in asked])
+        out[key] |= by_kind(verdicts(painted[key], data), data)
     return out
+
+
+def verdicts(pictures: Float[Tensor, "n 3 h w"], data: HeldOut) -> list[dict[str, bool]]:
+    """The recognizer's, by caption; none without scenes, and at sizes that it does not judge."""
+    scenes = (pictures.shape[-1] in JUDGED and data.scenes) or []
+    return [judge(*pair) for pair in zip(scenes, to_uint8(pictures[: len(scenes)]), strict=True)]
+
+
+def by_kind(found: Sequence[Mapping[str, bool]], data: HeldOut) -> Metrics:
+    """The rates of right pictures by kind of caption, from the verdicts that were `found`."""
+    kinds = {kind: data.kind(kind) for kind in KINDS if found}
+    return {
+        kind: rates(torch.stack([tally(data.scenes[i], found[i]) for i in rows]))
+        for kind, rows in kinds.items()
+        if rows
+    }
+
+
+def tally(scene: Scene, verdict: Mapping[str, bool]) -> Int64[Tensor, "2 m"]:
+    """By criterion, whether a picture meets it (row 0) and whether its scene asks for it (row 1).
+
+    Only scenes of two objects ask for a relation; all scenes ask for the other criteria.
+    """
+    asked = [criterion != "relations" or scene.relation is not None for criterion in CRITERIA]
+    right = [a and verdict[criterion] for a, criterion in zip(asked, CRITERIA)]
+    return torch.tensor([right, asked], dtype=torch.int64)
+
+
+def rates(tallies: Int64[Tensor, "n 2 m"]) -> dict[str, Any]:
+    """The share of right pictures by criterion, without criteria that no scene asks for.
+
+    `intervals` holds their 95 % intervals (Wilson's), `count` the number of pictures.
+    """
+    counts = tallies.sum(0)
+    shares = {
+        c: (right / asked, asked) for c, right, asked in zip(CRITERIA, *counts.tolist()) if asked
+    }
+    return {
+        **{criterion: share for criterion, (share, _) in shares.items()},
+        "intervals": {criterion: of_share(*of) for criterion, of in shares.items()},
+        "count": int(counts[1, -1]),
+    }
 
 
 def sample_of(

@@ -4,20 +4,15 @@ Rates and costs are followed by their 95 % interval. `n` is the number of pictur
 """
 
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from cascade.batch import Batch, image_size
 from cascade.data.tars.splits import described
 from cascade.eval.cascades.attribution import sentence
 from cascade.eval.cascades.protocol import KINDS, Metrics
-from cascade.eval.metrics.measures import (
-    ATTRIBUTION,
-    CLIP_SCORE,
-    EVALUATION,
-    FRECHET,
-    Measure,
-    measures,
-)
+from cascade.eval.metrics import measures
+from cascade.eval.metrics.measures import CLIP_SCORE, FRECHET, Measure
 from cascade.eval.pages.report import Report
 from cascade.eval.scenes.geneval import TASKS
 from cascade.grids import grid, to_uint8
@@ -51,12 +46,8 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     )
     if "targets" in metrics:
         report.heading("Targets")
-        report.targets(
-            [
-                (row["what"], row["asked"], row["measured"], row["reached"])
-                for row in metrics["targets"]
-            ]
-        )
+        columns = itemgetter("what", "asked", "measured", "reached")
+        report.targets(list(map(columns, metrics["targets"])))
     for split, batch in shown.items():
         title = "True pictures of the same captions" if split == "truth" else f"Generated: {split}"
         report.heading(title)
@@ -116,7 +107,7 @@ def _within(value: float, interval: tuple[float, float]) -> str:
 
 def _found(rows: Sequence[Metrics]) -> list[Measure]:
     """The measures that some of the rows have."""
-    return [m for m in measures(EVALUATION) if any(m.key in row for row in rows)]
+    return [m for m in measures.measures(measures.EVALUATION) if any(m.key in row for row in rows)]
 
 
 def _by_size(report: Report, split: str, metrics: Metrics, halves: Metrics) -> None:
@@ -144,14 +135,10 @@ def _by_size(report: Report, split: str, metrics: Metrics, halves: Metrics) -> N
 def _guidance(report: Report, sweep: list[Metrics]) -> None:
     key = list(filter(image_size, sweep[0]))[-1]
     if sweep[0][key][FRECHET.key] is not None:
-        report.curve(
-            [row[key][CLIP_SCORE.key] for row in sweep],
-            [row[key][FRECHET.key] for row in sweep],
-            [f"{row['scale']:g}" for row in sweep],
-            CLIP_SCORE.name,
-            FRECHET.name,
-            f"{key}, {sweep[0]['count']} captions; labels are guidance scales",
-        )
+        curve = [(row[key][CLIP_SCORE.key], row[key][FRECHET.key], row["scale"]) for row in sweep]
+        points = [(x, y, f"{scale:g}") for x, y, scale in curve]
+        words = f"{key}, {sweep[0]['count']} captions; labels are guidance scales"
+        report.curve(points, CLIP_SCORE.name, FRECHET.name, words)
     sizes = [(row["scale"], k, m) for row in sweep for k, m in row.items() if image_size(k)]
     found = _found([m for _, _, m in sizes])
     rows = [
@@ -171,19 +158,17 @@ def _attribution(report: Report, table: Metrics) -> None:
     )
     for size in reversed(table["sizes"]):
         first = table["rows"][0][size]
-        found = [m for m in measures(ATTRIBUTION) if first.get(m.key) is not None]
+        found = [m for m in measures.measures(measures.ATTRIBUTION) if first.get(m.key) is not None]
         columns = [f"{size}, given the true", "n", "replaces"]
         columns += [name for m in found for name in (m.name, "cost")]
-        report.table(columns, [_attributed(row, size, found) for row in table["rows"]])
-
-
-def _attributed(row: Metrics, size: str, found: list[Measure]) -> list[str | int | float | None]:
-    cells = [", ".join(row["given"]), row[size]["count"], row.get("stage")]
-    for key in (measure.key for measure in found):
-        cost = row.get("cost", {}).get(size, {}).get(key)
-        cells.append(_rate(row[size][key], "whole") if key in KINDS else row[size][key])
-        cells.append(cost and _within(cost["cost"], cost["interval"]))
-    return cells
+        rows = []
+        for row in table["rows"]:
+            rows.append([", ".join(row["given"]), row[size]["count"], row.get("stage")])
+            for key in (m.key for m in found):
+                cost = row.get("cost", {}).get(size, {}).get(key)
+                value = _rate(row[size][key], "whole") if key in KINDS else row[size][key]
+                rows[-1] += [value, cost and _within(cost["cost"], cost["interval"])]
+        report.table(columns, rows)
 
 
 def _stages(report: Report, metrics: Metrics) -> None:

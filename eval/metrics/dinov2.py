@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascade.encoders.identity import identity
-from cascade.encoders.sources import read_json
-from cascade.encoders.weights import reading, weights_hash
+from cascade.encoders.weights import read_json, reading, weights_hash
 from cascade.errors import UserError
 from cascade.eval.metrics.features import eight_bit, full_precision
 

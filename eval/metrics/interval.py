@@ -53,24 +53,21 @@ def of_kernel(
     fake: Float[Tensor, "n d"],
     real: Float[Tensor, "m d"],
     unbiased: bool,
-    draws: int = 200,
-    seed: int = 0,
+    draws: int,
 ) -> Interval:
     """The bootstrap interval of `kernels.discrepancy`: the KID, or the CMMD / 1000."""
     estimate = discrepancy(kernel, fake, real, unbiased).item()
-    counts = _counts(len(fake), draws, seed).to(fake.device).double()
+    counts = _counts(len(fake), draws, seed=0).to(fake.device).double()
     return _percentiles(estimate, discrepancy(kernel, fake, real, unbiased, counts))
 
 
 def of_inception_score(
-    logits: Iterable[Float[Tensor, "_ c"]], n: int, splits: int = 10, draws: int = 200
+    logits: Iterable[Float[Tensor, "_ c"]], n: int, draws: int, splits: int = 10
 ) -> Interval:
     """The bootstrap interval of `inception_score`; pictures are resampled within each split."""
     split = torch.arange(n) % splits
-    sizes, weights = (
-        split.bincount(),
-        torch.ones(draws + 1, n, dtype=torch.float64),
-    )  # row 0: each once
+    sizes = split.bincount()
+    weights = torch.ones(draws + 1, n, dtype=torch.float64)  # row 0: each once
     for i, size in enumerate(sizes.tolist()):
         weights[1:, split == i] = _counts(size, draws, seed=i).double()
     weights /= sizes[split]

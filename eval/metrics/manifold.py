@@ -16,7 +16,7 @@ def precision(fake: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 3
 
     (Kynkäänniemi et al. 2019, arXiv 1904.06991.) ValueError if a set has at most k rows.
     """
-    counts, _ = _inside(fake, real, radii(real, k))
+    counts, _ = _inside(fake, real, k, closed=True)
     return (counts > 0).double().mean().item()
 
 
@@ -29,7 +29,7 @@ def in_balls(
     of the same distribution. Balls are open, as in the authors' code. ValueError if the real set
     has at most k rows.
     """
-    counts, covered = _inside(fake, real, radii(real, k), closed=False)
+    counts, covered = _inside(fake, real, k, closed=False)
     return counts.double() / k, covered
 
 
@@ -51,18 +51,16 @@ def radii(x: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]:
 
 
 def _inside(
-    queries: Float[Tensor, "n d"],
-    centres: Float[Tensor, "m d"],
-    radii: Float[Tensor, " m"],
-    closed: bool = True,
+    queries: Float[Tensor, "n d"], centres: Float[Tensor, "m d"], k: int, closed: bool
 ) -> tuple[Int64[Tensor, " n"], Bool[Tensor, " m"]]:
     """In how many balls each query lies, and which balls contain a query."""
     counts = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     found = torch.zeros(len(centres), dtype=torch.bool, device=queries.device)
+    reach = radii(centres, k)
     for i, rows in blocks(queries):
         for j, columns in blocks(centres):
             distances = torch.cdist(rows, columns)
-            inside = distances <= radii[j] if closed else distances < radii[j]
+            inside = distances <= reach[j] if closed else distances < reach[j]
             counts[i] += inside.sum(1)
             found[j] |= inside.any(0)
     return counts, found

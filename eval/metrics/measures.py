@@ -14,12 +14,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from cascade.eval.metrics import interval
-from cascade.eval.metrics.distances import frechet_rows, inception_score
+from cascade.eval.metrics import distances, interval, manifold
 from cascade.eval.metrics.features import CLIPFeatures, Features, InceptionFeatures
 from cascade.eval.metrics.interval import Interval
 from cascade.eval.metrics.kernels import cmmd, cubic, gaussian, kid, kid_subsets
-from cascade.eval.metrics.manifold import in_balls, precision
 from cascade.eval.metrics.statistics import Moments
 
 # Where a measure is reported: in metrics.json by size of picture, in the table of stages, as an
@@ -66,15 +64,15 @@ class Sample:
     @cached_property
     def balls(self) -> tuple[Float64[Tensor, " n"], Bool[Tensor, " m"]]:
         """What density and coverage are the means of."""
-        return in_balls(self.rows, self.real)
+        return manifold.in_balls(self.rows, self.real)
 
     @cached_property
     def precision(self) -> float:
-        return precision(self.rows, self.real)
+        return manifold.precision(self.rows, self.real)
 
     @cached_property
     def recall(self) -> float:
-        return precision(self.real, self.rows)
+        return manifold.precision(self.real, self.rows)
 
     @cached_property
     def coverage(self) -> float:
@@ -86,7 +84,7 @@ class Sample:
 
     @cached_property
     def inception_score(self) -> tuple[float, float]:
-        return inception_score(self.logits())
+        return distances.inception_score(self.logits())
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,10 @@ class Measure:
     distance: Callable[[Any], Any] | None = None
 
     @property
+    def title(self) -> str:
+        return self.name[0].upper() + self.name[1:]
+
+    @property
     def less(self) -> bool:
         """Whether less of it is better."""
         return self.better == "less"
@@ -125,15 +127,13 @@ class Measure:
         """The index of the best of some values; of the first, where several are equal."""
         return int(np.argmin(values) if self.less else np.argmax(values))
 
-    def applies(self, sample: Sample) -> bool:
-        """Whether a sample has everything that this reads."""
-        return all(getattr(sample, name) is not None for name in self.reads)
-
 
 def measures(place: str, sample: Sample | None = None) -> list[Measure]:
     """The measures reported in a place, in the table's order; those that apply to a sample."""
     found = [m for m in MEASURES if place in m.places]
-    return found if sample is None else [m for m in found if m.applies(sample)]
+    if sample is None:
+        return found
+    return [m for m in found if all(getattr(sample, name) is not None for name in m.reads)]
 
 
 def _bootstrapped(of: Callable[[Sample], Interval]) -> Callable[[Sample], Interval | None]:
@@ -143,7 +143,7 @@ def _bootstrapped(of: Callable[[Sample], Interval]) -> Callable[[Sample], Interv
 def _frechet(sample: Sample) -> float | None:
     if sample.moments is not None:
         return sample.moments.frechet(sample.reference)
-    return frechet_rows(sample.rows, sample.real, sample.minimum)
+    return distances.frechet_rows(sample.rows, sample.real, sample.minimum)
 
 
 @_bootstrapped
@@ -154,18 +154,10 @@ def _frechet_interval(sample: Sample) -> Interval:
     return (max(low, 0.0) if sample.moments is None else low), high
 
 
-def _cmmd(sample: Sample) -> float:
-    return cmmd(sample.rows, sample.real)
-
-
 @_bootstrapped
 def _cmmd_interval(sample: Sample) -> Interval:
     ends = interval.of_kernel(gaussian, sample.rows, sample.real, False, sample.draws)
     return 1000 * ends[0], 1000 * ends[1]
-
-
-def _kid(sample: Sample) -> float:
-    return kid(sample.rows, sample.real)
 
 
 @_bootstrapped
@@ -221,8 +213,14 @@ ACCURACY = _of_scenes("accuracy", "scene accuracy", "more", places=(SWEEPS,))
 
 MEASURES = (
     FRECHET,
-    _of_sets("cmmd", "CMMD", "less", _in_clip(_cmmd, True), _cmmd_interval),
-    _of_sets("kid", "KID", "less", _in_clip(_kid, False), _kid_interval),
+    _of_sets(
+        "cmmd",
+        "CMMD",
+        "less",
+        _in_clip(lambda s: cmmd(s.rows, s.real), True),
+        _cmmd_interval,
+    ),
+    _of_sets("kid", "KID", "less", _in_clip(lambda s: kid(s.rows, s.real), False), _kid_interval),
     _of_sets(
         "kid_subsets",
         "KID (subsets)",

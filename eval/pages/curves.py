@@ -151,16 +151,9 @@ def _means(spreads: Sequence[Spread]) -> list[float]:
 def _line(axes: Axes, curve: Curve) -> None:
     x, y = _means(curve.x), _means(curve.y)
     axes.plot(x, y, label=curve.name, linewidth=1.6, markersize=4.5, **curve.look)
+    style = {"va": "top", "fontsize": 7.5, "color": curve.look["color"]}
     for *point, note in zip(x, y, curve.notes):
-        axes.annotate(
-            note,
-            point,
-            (4, -3),
-            textcoords="offset points",
-            va="top",
-            fontsize=7.5,
-            color=curve.look["color"],
-        )
+        axes.annotate(note, point, (4, -3), textcoords="offset points", **style)
 
 
 def _hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -12,8 +12,6 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-import numpy as np
-from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -153,9 +151,8 @@ class Report:
             )
         self._table(head, body)
 
-    def picture(self, picture: Image.Image | UInt8[np.ndarray, "h w 3"], caption: str) -> None:
-        image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-        self._body.append(_figure(*_png(image), caption))
+    def picture(self, picture: Image.Image, caption: str) -> None:
+        self._body.append(_figure(*_png(picture), caption))
 
     def row(self, pictures: Sequence[tuple[Image.Image, str]], caption: str) -> None:
         """Add named pictures side by side, which scroll horizontally on a narrow page."""
@@ -175,26 +172,15 @@ class Report:
         )
 
     def curve(
-        self,
-        x: Sequence[float],
-        y: Sequence[float],
-        labels: Sequence[str],
-        xlabel: str,
-        ylabel: str,
-        caption: str,
+        self, points: Sequence[tuple[float, float, str]], xlabel: str, ylabel: str, caption: str
     ) -> None:
-        """Add a curve through labelled points, such as distance against CLIP score."""
+        """Add a curve through points (x, y, label), such as distance against CLIP score."""
         figure, axes = plot(xlabel, ylabel)
+        x, y, _ = zip(*points)
         axes.plot(x, y, "-o", color=PALETTE[0], linewidth=1.8, markersize=5)
-        for *point, label in zip(x, y, labels):  # below, on the outer side of a convex curve
+        for *point, label in points:  # below, on the outer side of a convex curve
             axes.annotate(
-                label,
-                point,
-                (0, -8),
-                textcoords="offset points",
-                ha="center",
-                va="top",
-                color=GREY,
+                label, point, (0, -8), textcoords="offset points", ha="center", va="top", color=GREY
             )
         axes.margins(0.12)
         self.figure(figure, caption)

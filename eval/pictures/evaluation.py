@@ -16,9 +16,8 @@ from cascade.eval.metrics.measures import Sample
 from cascade.eval.metrics.statistics import Moments, Origin
 from cascade.eval.pages.report import Report
 from cascade.eval.pictures import captions as captions_of
-from cascade.eval.pictures import coco, generation, record, scoring
+from cascade.eval.pictures import coco, extraction, generation, record, scoring
 from cascade.eval.pictures.captions import CaptionRow
-from cascade.eval.pictures.extraction import features_of, moments_of
 from cascade.eval.pictures.record import Record
 from cascade.eval.pictures.scoring import Captions, Reference
 from cascade.eval.pictures.sets import PictureSet, picture_set
@@ -126,8 +125,7 @@ class Evaluation:
     def _measured(
         self, space: Features, rows: Float[Tensor, "n d"], to: Reference | None
     ) -> Iterator[Record]:
-        fields = {**scoring.protocol(self.pictures), **self.made}
-        make = scoring.maker(space, fields, self.warnings)
+        known = {**scoring.protocol(self.pictures), **self.made, "warnings": self.warnings}
         read = None
         if isinstance(space, CLIPFeatures) and self.captions:
             read = Captions.of(space, rows, self.pictures, self.captions)
@@ -140,7 +138,7 @@ class Evaluation:
             cosines=read and read.cosines,
             draws=self.draws,
         )
-        return scoring.records(make, sample, to, read)
+        return scoring.records(known, sample, to, read)
 
     def _rows(
         self, pictures: PictureSet, space: Features, shard: tuple[int, int]
@@ -148,7 +146,7 @@ class Evaluation:
         folder = self.folder(pictures)
         try:
             with shown("features", "pictures") as progress:
-                return features_of(pictures, space, folder, self.device, shard, progress)
+                return extraction.features_of(pictures, space, folder, self.device, shard, progress)
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"cannot keep features in {folder}: {why}; give a --cache") from error
@@ -156,7 +154,7 @@ class Evaluation:
     def _moments(
         self, pictures: PictureSet, space: Features, rows: Float[Tensor, "n d"]
     ) -> Moments:
-        return moments_of(rows, Origin.of(space, pictures.hash), self.folder(pictures))
+        return extraction.moments_of(rows, Origin.of(space, pictures.hash), self.folder(pictures))
 
     def _reference(self, space: Features, rows: Float[Tensor, "m d"]) -> Reference:
         other = self.reference

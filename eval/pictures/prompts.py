@@ -9,10 +9,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,11 +22,7 @@ from cascade.formats.tables import table, text_column
 from cascade.formats.texts import brief, one_line
 from cascade.grids import grid
 
-CATEGORIES = (
-    "category",
-    "challenge",
-    "tag",
-)  # of DrawBench, PartiPrompts, GenEval; in any case
+CATEGORIES = ("category", "challenge", "tag")  # of DrawBench, PartiPrompts, GenEval; in any case
 
 _ID = re.compile(r"\S+|\S.*\.\w+")  # spaces are allowed in file names only
 _LONGEST = 255 - len("_000000.png")  # bytes of a prompt in a file name
@@ -90,8 +85,7 @@ def hash_of(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@runtime_checkable
-class Layout(Protocol):
+class Layout:
     """Where pictures are saved.
 
     Attributes:
@@ -104,16 +98,17 @@ class Layout(Protocol):
 
     def ids(self, prompts: Sequence[Prompt], per_prompt: int) -> list[list[str]]:
         """The ids of each prompt's pictures. UserError if the scorer could not read them."""
+        raise NotImplementedError
 
     def sheets(self, prompts: int) -> set[str]:
         """Ids of the extra pictures that `finish` writes, which do not belong to the set."""
+        return set()
 
     def finish(self, out: Path, prompts: Sequence[Prompt], ids: Sequence[Sequence[str]]) -> None:
         """Writes the layout's other files, once all pictures are complete."""
 
 
-@dataclass(frozen=True)
-class Plain:
+class Plain(Layout):
     """`00000_0000.png`: numbers of prompt and picture, in one folder."""
 
     name = "plain"
@@ -122,15 +117,8 @@ class Plain:
     def ids(self, prompts: Sequence[Prompt], per_prompt: int) -> list[list[str]]:
         return [[f"{i:05d}_{k:04d}" for k in range(per_prompt)] for i in range(len(prompts))]
 
-    def sheets(self, prompts: int) -> set[str]:
-        return set()
 
-    def finish(self, out: Path, prompts: Sequence[Prompt], ids: Sequence[Sequence[str]]) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class GenEval:
+class GenEval(Layout):
     """`00000/samples/0000.png`, with `metadata.jsonl` and `grid.png` (djghosh13/geneval)."""
 
     name = "geneval"
@@ -151,16 +139,15 @@ class GenEval:
 
     def finish(self, out: Path, prompts: Sequence[Prompt], ids: Sequence[Sequence[str]]) -> None:
         for i, (prompt, names) in enumerate(zip(prompts, ids)):
-            folder, text = out / f"{i:05d}", json.dumps(prompt.fields, default=str)
-            write_atomically(folder / "metadata.jsonl", partial(_write, text=text))
+            folder, text = out / f"{i:05d}", json.dumps(prompt.fields, default=str) + "\n"
+            write_atomically(folder / "metadata.jsonl", partial(Path.write_text, data=text))
             if not (folder / "grid.png").exists():
                 pictures = [np.asarray(_opened(out / f"{name}.png")) for name in names]
                 sheet = grid(np.stack(pictures), columns=min(4, len(names)))
                 write_atomically(folder / "grid.png", partial(sheet.save, format="PNG"))
 
 
-@dataclass(frozen=True)
-class CompBench:
+class CompBench(Layout):
     """`samples/PROMPT_000000.png`, numbered across all prompts (Karine-Huang/T2I-CompBench).
 
     Its scorers read the prompt from the name, up to the first underscore. If prompts differ only in
@@ -186,18 +173,8 @@ class CompBench:
             )
         return name
 
-    def sheets(self, prompts: int) -> set[str]:
-        return set()
 
-    def finish(self, out: Path, prompts: Sequence[Prompt], ids: Sequence[Sequence[str]]) -> None:
-        pass
-
-
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Plain(), GenEval(), CompBench())}
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n")
+LAYOUTS = {layout.name: layout for layout in (Plain(), GenEval(), CompBench())}
 
 
 def _opened(path: Path) -> Image.Image:

@@ -3,13 +3,11 @@
 Two numbers are comparable only if everything but the pictures is equal.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -65,18 +63,6 @@ class Record:
     def __post_init__(self):
         if not math.isfinite(self.value):
             raise UserError(f"{self.name} is {self.value}: look for damaged weights or pictures")
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "Record":
-        """The inverse of `to_json`. UserError for anything else."""
-        try:
-            ends = found["interval"] and tuple(found["interval"])
-            return cls(**{**found, "interval": ends, "warnings": tuple(found["warnings"])})
-        except (KeyError, TypeError) as error:
-            raise UserError("this is no number with its protocol: measure again") from error
 
     @property
     def words(self) -> str:
@@ -154,14 +140,6 @@ def tables(records: Iterable[Record]) -> list[Table]:
 
 def save(records: Sequence[Record], notes: Sequence[str], path: Path) -> None:
     """Writes records, and notes about conversions of pictures, as JSON."""
-    found = {"records": [record.to_json() for record in records], "notes": list(notes)}
+    found = {"records": [asdict(record) for record in records], "notes": list(notes)}
     text = json.dumps(found, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda beside: beside.write_text(text))
-
-
-def load(path: Path) -> list[Record]:
-    """The records that `save` wrote. UserError if there are none."""
-    try:
-        return [Record.from_json(found) for found in json.loads(path.read_text())["records"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no numbers that can be read: measure again") from error

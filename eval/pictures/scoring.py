@@ -5,7 +5,7 @@ distance; in Inception's space the Inception score; in a CLIP's space, with capt
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,20 +24,6 @@ from cascade.eval.pictures.record import Record
 from cascade.eval.pictures.sets import PictureSet
 
 FEWEST = 10  # pictures of a set: one for each split of the Inception score
-
-Make = Callable[..., Record]  # takes name, value and whatever else `maker` does not know
-
-
-def maker(space: Features, fields: Mapping[str, Any], warnings: Sequence[str]) -> Make:
-    """Makes records in a feature space, with known `fields` and with `warnings` first."""
-    known = {**fields, "extractor": space.name, "extractor_hash": space.hash}
-    known["resize"] = space.resize
-    first = warnings
-
-    def make(*, warnings: Sequence[str] = (), **more: Any) -> Record:
-        return Record(**{**known, **more}, warnings=(*first, *warnings))
-
-    return make
 
 
 @dataclass(frozen=True)
@@ -139,10 +125,15 @@ def without_reference(space: Features, captioned: bool) -> bool:
 
 
 def records(
-    make: Make, of: Sample, to: Reference | None, captioned: Captions | None
+    known: Mapping[str, Any], of: Sample, to: Reference | None, captioned: Captions | None
 ) -> Iterator[Record]:
-    """A record of every measure that applies to a sample."""
-    n = len(of.rows)
+    """A record of every measure that applies to a sample.
+
+    Args:
+        known: the fields of every record; its `warnings` come first.
+    """
+    space, n = of.space, len(of.rows)
+    known = {**known, "extractor": space.name, "extractor_hash": space.hash, "resize": space.resize}
     alone = {"warnings": warnings_for(n, 0)}
     compared = to and {
         "reference": to.name,
@@ -150,35 +141,35 @@ def records(
         "reference_hash": to.hash,
         "warnings": (
             *to.warnings,
-            *warnings_for(n if to.count is None else min(n, to.count), of.space.dim),
+            *warnings_for(n if to.count is None else min(n, to.count), space.dim),
         ),
     }
     for measure in measures(PICTURES, of):
         if "cosines" in measure.reads:
-            yield from _by_group(make, measure, of, captioned)
+            yield from _by_group(known, measure, of, captioned)
         else:
-            name = distance_name(of.space) if measure == FRECHET else measure.name
+            name = distance_name(space) if measure == FRECHET else measure.name
             fields = compared if {"real", "reference"} & set(measure.reads) else alone
-            yield from _record(make, measure, of, name=name, **fields)
+            yield from _record(known, measure, of, name=name, **fields)
 
 
-def _by_group(make: Make, measure: Measure, of: Sample, found: Captions) -> Iterator[Record]:
+def _by_group(
+    known: Mapping[str, Any], measure: Measure, of: Sample, found: Captions
+) -> Iterator[Record]:
     for name, part in found.groups(measure.name).items():
+        some = replace(of, rows=of.rows[part], cosines=of.cosines[part])
         cut = sum(found.long[i] for i in part)
         warnings = [f"{cut:,} captions have more than {found.length} tokens, and are cut"]
-        yield from _record(
-            make,
-            measure,
-            replace(of, rows=of.rows[part], cosines=of.cosines[part]),
-            name=name,
-            count=len(part),
-            captions_hash=captions.hash_of(found.rows),
-            warnings=(*(warnings if cut else ()), *warnings_for(len(part), 0)),
-        )
+        warnings = [*(warnings if cut else ()), *warnings_for(len(part), 0)]
+        fields = {"count": len(part), "captions_hash": captions.hash_of(found.rows)}
+        yield from _record(known, measure, some, warnings, name=name, **fields)
 
 
-def _record(make: Make, measure: Measure, of: Sample, **fields: Any) -> Iterator[Record]:
+def _record(
+    known: Mapping[str, Any], measure: Measure, of: Sample, warnings: Sequence[str], **fields: Any
+) -> Iterator[Record]:
     value = measure.compute(of)
     if value is not None:
-        interval, deviation = measure.interval(of), measure.deviation(of)
-        yield make(value=value, interval=interval, std=deviation, **fields)
+        fields |= {"interval": measure.interval(of), "std": measure.deviation(of)}
+        fields |= {"warnings": (*known["warnings"], *warnings)}
+        yield Record(**{**known, **fields}, value=value)

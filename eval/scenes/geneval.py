@@ -156,7 +156,8 @@ def verdict(metadata: Metadata, picture: Picture) -> Verdict:
         if not missing and "position" in clause:
             relation, target = clause["position"]
             if not any(relation in relations(o, t) for o in found for t in matched[target]):
-                missing = f"no {clause['class']} is {relation} the {_name(metadata, target)}"
+                other = metadata["include"][target]["class"]
+                missing = f"no {clause['class']} is {relation} the {other}"
         matched.append(found)
         reasons += [missing] if missing else []
     for clause in metadata.get("exclude", ()):
@@ -193,10 +194,6 @@ def _matching(clause: Mapping[str, Any], objects: Sequence[Object]) -> tuple[lis
         colors = ", ".join(sorted({o.color for o in found}))
         return of_color, f"{shape}: {count} in {color}, not {len(of_color)} (there: {colors})"
     return of_color, ""
-
-
-def _name(metadata: Metadata, clause: int) -> str:
-    return metadata["include"][clause]["class"]
 
 
 def relations(a: Object, b: Object) -> set[str]:

@@ -13,29 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cascade.eval.metrics.measures import ACCURACY, Measure
-from cascade.eval.sweeps.comparison import (
-    OWN,
-    SIGNIFICANT,
-    Comparison,
-    agreement,
-    comparison,
-    label,
-    p_text,
-    title,
-    where,
-)
-from cascade.eval.sweeps.folder import SEED
-from cascade.eval.sweeps.results import (
-    EVALUATIONS,
-    STEPS,
-    Cell,
-    Sweep,
-    Value,
-    Values,
-    as_value,
-    combinations,
-)
-from cascade.eval.sweeps.significance import Effect, TwoWay, two_way
+from cascade.eval.pages.report import text
+from cascade.eval.sweeps.comparison import OWN, Comparison, agreement, comparison, label, where
+from cascade.eval.sweeps.folder import EVALUATIONS, SEED, STEPS
+from cascade.eval.sweeps.results import Cell, Sweep, Value, Values, as_value, combinations
+from cascade.eval.sweeps.significance import SIGNIFICANT, Effect, TwoWay, p_text, two_way
 
 SIGNAL = 0.3  # nothing is concluded if even the best cell has a lower scene accuracy
 
@@ -56,7 +38,7 @@ class Factorial:
 
     def short(self) -> str:
         """State which factor explains more, and whether that is significant."""
-        head = f"{title(self.measure)}{where(self.at)}:"
+        head = f"{self.measure.title}{where(self.at)}:"
         if self.test is None:
             return f"{head} too little has run to compare the factors."
         matter = [n for n, effect in zip(self.names, self.test[:2]) if effect.p < SIGNIFICANT]
@@ -147,9 +129,33 @@ def cheapest(sweep: Sweep, measure: Measure) -> str:
     )
 
 
+def found(sweep: Sweep) -> list[str]:
+    """Return what the sweep found, a few sentences per measure."""
+    if not sweep.rows:
+        return ["not run."]
+    if no_signal(sweep):
+        best = max(sweep.numbers(ACCURACY.key))
+        return [f"no signal: the best cell's scene accuracy is {text(best)}, below {SIGNAL:g}."]
+    lines = []
+    for answer in answers(sweep):
+        lines.append(answer.sentence())
+        if isinstance(answer, Factorial) and answer.control:
+            lines.append(answer.control.control_sentence(sweep.control))
+        if extra := cheapest(sweep, answer.measure):
+            lines.append(extra)
+    return lines
+
+
+def short(sweep: Sweep) -> str:
+    """Return what the sweep found by its first measure, in one sentence."""
+    if not sweep.rows or no_signal(sweep):
+        return found(sweep)[0]
+    return answers(sweep)[0].short()
+
+
 def no_signal(sweep: Sweep) -> bool:
     """Return whether all accuracies are too low for differences to mean anything."""
-    accuracies = [row[ACCURACY.key] for row in sweep.rows if row.get(ACCURACY.key) is not None]
+    accuracies = sweep.numbers(ACCURACY.key)
     return bool(accuracies) and max(accuracies) < SIGNAL
 
 

@@ -16,9 +16,8 @@ from cascade.eval.metrics.measures import ACCURACY, Measure
 from cascade.eval.pages.report import text
 from cascade.eval.pages.spread import TINY, Spread, spread
 from cascade.eval.sweeps.results import Cell, Value, Values, shown
-from cascade.eval.sweeps.significance import Blocks, blocks, rates_differ
+from cascade.eval.sweeps.significance import SIGNIFICANT, Blocks, blocks, p_text, rates_differ
 
-SIGNIFICANT = 0.05  # p-value
 OWN = "own"  # as a held value: hold the factor where each compared value is best
 
 
@@ -87,13 +86,12 @@ class Comparison:
         if not self.over:
             return f"{self.short()} {_others(self)}; too few seeds for a test."
         parts = [self.short()]
-        for significant, verb in (
-            (True, "significantly better than"),
-            (False, "not significantly better than"),
-        ):
+        verbs = {True: "significantly better than", False: "not significantly better than"}
+        for significant, verb in verbs.items():
             chosen = [pair for pair in self.pairs if pair.significant == significant]
             if chosen:
-                parts.append(f"It is {verb} {'; '.join(map(self._against, chosen))}.")
+                others = [f"{label(self.values[pair.other])} ({pair})" for pair in chosen]
+                parts.append(f"It is {verb} {'; '.join(others)}.")
         parts.append(f"Intervals: simultaneous 95 % for all pairs, over {self.over}.")
         if any(pair.ratio for pair in self.pairs):
             of = "" if self.measure.less else " from 1"
@@ -139,9 +137,6 @@ class Comparison:
             rows.append([label(values), found[:2], found.n, *gap])
         return columns, rows
 
-    def _against(self, pair: Pair) -> str:
-        return f"{label(self.values[pair.other])} ({pair})"
-
 
 def comparison(
     measure: Measure,
@@ -185,10 +180,6 @@ def _over_captions(
     return Pair(j, rates[0] - rates[1], *rates_differ(rates, (counts[0], counts[1]), level))
 
 
-def p_text(p: float) -> str:
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
-
-
 def agreement(same: bool, significant: bool) -> str:
     if significant:
         return "agrees" if same else "does not agree"
@@ -200,23 +191,15 @@ def label(values: Values) -> str:
     if len(values) == 1 and isinstance(only := next(iter(values.values())), str):
         return only
     return ", ".join(
-        v if _is_named_after(name, v) else f"{name} {shown(v)}" for name, v in values.items()
+        v if isinstance(v, str) and name in v else f"{name} {shown(v)}"  # as "text_96" of "text"
+        for name, v in values.items()
     )
-
-
-def _is_named_after(name: str, v: Value) -> bool:
-    """Return whether a value contains its factor's name, as "text_96" does for "text"."""
-    return isinstance(v, str) and name in v
 
 
 def where(at: Values) -> str:
     fixed = ", ".join(f"{name} {shown(v)}" for name, v in at.items() if v != OWN)
     own = " and ".join(name for name, v in at.items() if v == OWN)
     return (f" at {fixed}" if fixed else "") + (f", each at its best {own}" if own else "")
-
-
-def title(measure: Measure) -> str:
-    return measure.name[0].upper() + measure.name[1:]
 
 
 def _others(found: Comparison) -> str:

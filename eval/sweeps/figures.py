@@ -16,17 +16,9 @@ from cascade.eval.pages.curves import Curve, against, dots, loss_columns, tradeo
 from cascade.eval.pages.plots import Panel, alike, compose, save
 from cascade.eval.pages.spread import Distance, Spread, spread
 from cascade.eval.sweeps.answers import factorial
-from cascade.eval.sweeps.comparison import label, title
-from cascade.eval.sweeps.folder import SEED, Point
-from cascade.eval.sweeps.results import (
-    EVALUATIONS,
-    STEPS,
-    Sweep,
-    Value,
-    Values,
-    combinations,
-    shown,
-)
+from cascade.eval.sweeps.comparison import label
+from cascade.eval.sweeps.folder import EVALUATIONS, SEED, STEPS, Point
+from cascade.eval.sweeps.results import Sweep, Value, Values, combinations, shown
 
 WIDE = 4  # ratio of distances from which an axis shows ratios
 _NAMES = {"scale": "guidance scale", EVALUATIONS: "network evaluations per picture"}
@@ -87,10 +79,8 @@ def curves_of_training(sweep: Sweep) -> Drawing | None:
 
 def named(sweep: Sweep) -> list[tuple[str, Drawing]]:
     """Return the figures with the names of their files, NAME, NAME_tradeoff and so on."""
-    names = [
-        sweep.name if i == 0 else f"{sweep.name}_{d.name}" for i, d in enumerate(drawings(sweep))
-    ]
-    return list(zip(names, drawings(sweep)))
+    drawn = drawings(sweep)
+    return [(f"{sweep.name}_{d.name}" if i else sweep.name, d) for i, d in enumerate(drawn)]
 
 
 def save_drawings(sweep: Sweep, folder: Path) -> None:
@@ -146,7 +136,7 @@ def _common(sweep: Sweep, axis: str, other: str) -> list[Values]:
 
 def _panel(sweep: Sweep, measure: Measure, groups: Sequence[Values]) -> Panel:
     better = "less" if measure.less else "more"
-    name, outcome = f"{title(measure)} ({better} is better)", measure.name
+    name, outcome = f"{measure.title} ({better} is better)", measure.name
     curves = [_curve(sweep, values, [{}], measure, i) for i, values in enumerate(groups)]
     curves = [curve for curve in curves if curve.x]
     ratios = _ratios(sweep, measure)
@@ -165,7 +155,7 @@ def _ratios(sweep: Sweep, measure: Measure) -> Distance | None:
     """Return the measure's distance if the cells span such a range that ratios suit them."""
     if measure.distance is None:
         return None
-    found = [measure.distance(row[measure.key]) for row in sweep.rows if measure.key in row]
+    found = [measure.distance(value) for value in sweep.numbers(measure.key)]
     return measure.distance if found and max(found) > WIDE * min(found) > 0 else None
 
 

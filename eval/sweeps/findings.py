@@ -10,25 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from cascade.errors import UserError
-from cascade.eval.metrics.measures import ACCURACY, Measure
+from cascade.eval.metrics.measures import Measure
 from cascade.eval.pages.report import Entry, text
 from cascade.eval.pages.spread import spread
-from cascade.eval.sweeps.answers import (
-    SIGNAL,
-    Factorial,
-    answers,
-    by_held,
-    cheapest,
-    factorial,
-    held,
-    no_signal,
-    settled,
-)
+from cascade.eval.sweeps import figures, results
+from cascade.eval.sweeps.answers import answers, by_held, factorial, found, held, no_signal, settled
 from cascade.eval.sweeps.comparison import label, where
-from cascade.eval.sweeps.figures import named, save_drawings
 from cascade.eval.sweeps.folder import SEED, find_copies
 from cascade.eval.sweeps.results import INTERVALS, Sweep, combinations, read_sweep, shown
-from cascade.eval.sweeps.tables import write_copy, write_summary
 from cascade.files.atomic import write_atomically
 
 _INTRO = """# Findings
@@ -52,10 +41,10 @@ def write_findings(page: Path, sweeps: Sequence[Sweep]) -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two sweeps are called {min(twice)}: report them separately")
     for sweep in sweeps:
-        write_copy(sweep, folder)
+        results.write_copy(sweep, folder)
         copy = read_sweep(folder / f"{sweep.name}.json")
-        write_summary(copy, folder / f"{sweep.name}_summary.csv")
-        save_drawings(copy, folder)
+        results.write_summary(copy, folder / f"{sweep.name}_summary.csv")
+        figures.save_drawings(copy, folder)
     copies = [read_sweep(path) for path in find_copies(folder)]
     copies.sort(key=lambda sweep: (not factorial(sweep), len(sweep.axes), sweep.name))
     intro = page.read_text(encoding="utf-8").split("\n## ")[0] if page.exists() else _INTRO
@@ -96,36 +85,12 @@ def section(sweep: Sweep, folder: Path) -> str:
         lines += [*_markdown(columns, rows), ""] if rows else []
     if missing := not_run(sweep):
         lines += [f"Not run: {missing}.", ""]
-    for name, drawing in named(sweep):
+    for name, drawing in figures.named(sweep):
         lines += [f"![{name}]({folder.name}/{name}.svg)", "", drawing.caption, ""]
     if sweep.rows:
         tables = (f"{sweep.name}.csv", f"{sweep.name}_summary.csv")
         lines += [", ".join(f"[{name}]({folder.name}/{name})" for name in tables), ""]
     return "\n".join(lines)
-
-
-def found(sweep: Sweep) -> list[str]:
-    """Return what the sweep found, a few sentences per measure."""
-    if not sweep.rows:
-        return ["not run."]
-    if no_signal(sweep):
-        best = max(row[ACCURACY.key] for row in sweep.rows if row.get(ACCURACY.key) is not None)
-        return [f"no signal: the best cell's scene accuracy is {text(best)}, below {SIGNAL:g}."]
-    lines = []
-    for answer in answers(sweep):
-        lines.append(answer.sentence())
-        if isinstance(answer, Factorial) and answer.control:
-            lines.append(answer.control.control_sentence(sweep.control))
-        if extra := cheapest(sweep, answer.measure):
-            lines.append(extra)
-    return lines
-
-
-def short(sweep: Sweep) -> str:
-    """Return what the sweep found by its first measure, in one sentence."""
-    if not sweep.rows or no_signal(sweep):
-        return found(sweep)[0]
-    return answers(sweep)[0].short()
 
 
 def agreements(sweep: Sweep) -> list[str]:
@@ -169,12 +134,11 @@ def outcomes(sweep: Sweep) -> tuple[list[str], list[list[Entry]]]:
     columns = [*names, *(f"{m.name}{where(at[m])}" for m in at), "n"]
     rows: list[list[Entry]] = []
     for values in combinations({name: sweep.factors[name] for name in names}):
-        cells = [
-            _outcome(sweep, measure, {**values, **settled(sweep, measure, values, at[measure])})
-            for measure in at
-        ]
-        n = max((cell[1] for cell in cells), default=0)
-        rows.append([*map(shown, values.values()), *(cell[0] for cell in cells), n or NOT_RUN])
+        settings = [{**values, **settled(sweep, m, values, at[m])} for m in at]
+        numbers = [sweep.numbers(m.key, setting) for m, setting in zip(at, settings)]
+        means = [spread(of)[:2] if of else None for of in numbers]
+        n = max(map(len, numbers), default=0)
+        rows.append([*map(shown, values.values()), *means, n or NOT_RUN])
     return columns, rows
 
 
@@ -204,11 +168,6 @@ def not_run(sweep: Sweep) -> str:
             missing.append(f"{name} ({done} of {cells} cells)" if done else name)
     more = [f"and {len(missing) - _NAMED} more"] if len(missing) > _NAMED else []
     return ", ".join(missing[:_NAMED] + more)
-
-
-def _outcome(sweep: Sweep, measure: Measure, values: dict) -> tuple[Entry, int]:
-    numbers = [r[measure.key] for r in sweep.where(values) if r.get(measure.key) is not None]
-    return (spread(numbers)[:2], len(numbers)) if numbers else (None, 0)
 
 
 def _half(sweep: Sweep, measure: Measure) -> float | None:

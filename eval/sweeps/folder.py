@@ -28,7 +28,7 @@ from cascade.files.atomic import write_atomically
 from cascade.formats.texts import lines
 from cascade.runs.run import METRICS
 
-SEED = "seed"
+SEED, STEPS, EVALUATIONS = "seed", "steps", "evaluations"  # of a cell
 _ABOUT, _CELLS, _COST, _GRIDS = "sweep.json", "cells.jsonl", "cost.json", "grids"
 
 
@@ -154,15 +154,12 @@ def write_about(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def save_copy(
-    folder: Path,
-    name: str,
-    about: Mapping[str, Any],
-    columns: Sequence[str],
-    table: Iterable[Sequence[Any]],
+    folder: Path, about: Mapping[str, Any], columns: Sequence[str], table: Iterable[Sequence[Any]]
 ) -> None:
     """Write NAME.json and NAME.csv, from which the findings can be regenerated."""
-    _write(folder / f"{name}.json", json.dumps(dict(about), indent=1, ensure_ascii=False) + "\n")
-    write_csv(folder / f"{name}.csv", columns, table)
+    text = json.dumps(dict(about), indent=1, ensure_ascii=False) + "\n"
+    _write(folder / f"{about['name']}.json", text)
+    write_csv(folder / f"{about['name']}.csv", columns, table)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,22 +12,10 @@ from PIL import Image
 from cascade.eval.pages.plots import compose
 from cascade.eval.pages.report import Entry, Report
 from cascade.eval.pages.spread import spread
-from cascade.eval.sweeps.answers import answers, no_signal
-from cascade.eval.sweeps.figures import curves_of_training, drawings, save_drawings
-from cascade.eval.sweeps.findings import (
-    NOT_RUN,
-    agreements,
-    best_where,
-    found,
-    not_run,
-    outcomes,
-    scale,
-    short,
-    write_findings,
-)
+from cascade.eval.sweeps import figures, findings, results
+from cascade.eval.sweeps.answers import answers, found, no_signal, short
 from cascade.eval.sweeps.folder import Point, find_sweeps, is_sweep
 from cascade.eval.sweeps.results import Sweep, as_value, combinations, read_sweep, shown
-from cascade.eval.sweeps.tables import write_cells, write_summary
 from cascade.files.atomic import check_writable
 
 _ROWS, _ACROSS = 8, 12  # most grids of a page: choices down, points across
@@ -43,27 +31,27 @@ _COSTS = {
 }
 
 
-def write_report(root: Path, out: Path | None, findings: Path | None) -> list[Path]:
+def write_report(root: Path, out: Path | None, update: Path | None) -> list[Path]:
     """Report the sweep, or all sweeps, in a folder; return the pages that were written.
 
     Args:
         out: folder for pages, tables and figures; None: `root`.
-        findings: page of findings to update, with its tables in the folder of the same name.
+        update: page of findings to update, with its tables in the folder of the same name.
     """
     sweeps, pages = [read_sweep(path) for path in find_sweeps(root)], []
-    if findings:
-        check_writable(findings.parent, "choose another --findings")
-        write_findings(findings, sweeps)
-        pages.append(findings)
+    if update:
+        check_writable(update.parent, "choose another --findings")
+        findings.write_findings(update, sweeps)
+        pages.append(update)
     if out is None and all(sweep.folder is None for sweep in sweeps):
         return pages  # the tables of a page of findings, which have no page of their own
     out = out or root
     check_writable(out, "choose another --out")
     folders = [out if is_sweep(root) else out / sweep.place for sweep in sweeps]
     for sweep, folder in zip(sweeps, folders):
-        write_cells(sweep, folder / "cells.csv")
-        write_summary(sweep, folder / "summary.csv")
-        save_drawings(sweep, folder / "figures")
+        results.write_cells(sweep, folder / "cells.csv")
+        results.write_summary(sweep, folder / "summary.csv")
+        figures.save_drawings(sweep, folder / "figures")
         write_page(sweep, folder / "report.html")
         pages.append(folder / "report.html")
     if not is_sweep(root):
@@ -81,35 +69,35 @@ def write_page(sweep: Sweep, path: Path) -> None:
     page.heading("Findings")
     for line in found(sweep):
         page.paragraph(line)
-    if agreed := agreements(sweep):
+    if agreed := findings.agreements(sweep):
         page.paragraph(f"Agreement with the papers: {'; '.join(agreed)}.")
-    page.paragraph(scale(sweep))
-    if missing := not_run(sweep):
+    page.paragraph(findings.scale(sweep))
+    if missing := findings.not_run(sweep):
         page.paragraph(f"Not run: {missing}.")
     if sweep.stale:
         page.paragraph(f"Left out: {sweep.stale} cells of settings that are no longer asked for.")
     if sweep.rows:
         _outcomes(page, sweep)
     _pictures(page, sweep)
-    if (curves := curves_of_training(sweep)) is not None:
+    if (curves := figures.curves_of_training(sweep)) is not None:
         page.heading("Training")
         page.panels([compose([panel]) for panel in curves.panels], curves.caption)
     page.save(path)
 
 
 def _outcomes(page: Report, sweep: Sweep) -> None:
-    drawn = drawings(sweep)
+    drawn = figures.drawings(sweep)
     if drawn:
         page.heading("Figures")
     for drawing in drawn:
         page.panels([compose([panel]) for panel in drawing.panels], drawing.caption)
     page.heading("Outcomes")
     page.paragraph("Means and standard deviations over seeds.")
-    page.table(*outcomes(sweep))
+    page.table(*findings.outcomes(sweep))
     tables = [
         (answer.measure.name, *table)
         for answer in ([] if no_signal(sweep) else answers(sweep))
-        for table in (answer.table(), best_where(sweep, answer.measure))
+        for table in (answer.table(), findings.best_where(sweep, answer.measure))
         if table[1]
     ]
     if tables:
@@ -134,10 +122,10 @@ def _settings(sweep: Sweep) -> tuple[list[str], list[list[Entry]], set[tuple[int
     columns = [*factors, "n", *(measure.name for measure in measures), *others.values()]
     rows: list[list[Entry]] = []
     for values in combinations(sweep.factors):
-        cells = sweep.where(values)
-        rows.append([*map(shown, values.values()), len(cells) or NOT_RUN])
+        n = len(sweep.where(values)) or findings.NOT_RUN
+        rows.append([*map(shown, values.values()), n])
         for key in keys:
-            numbers = [cell[key] for cell in cells if cell.get(key) is not None]
+            numbers = sweep.numbers(key, values)
             rows[-1].append(_number(key, numbers) if numbers else None)
     best = set()
     for column, measure in enumerate(measures, start=len(factors) + 1):

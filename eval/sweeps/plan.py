@@ -27,9 +27,8 @@ from cascade.files.atomic import check_writable, write_atomically
 from cascade.runs.cascade_file import CASCADE, parsed_choice
 from cascade.runs.done import DONE, FROZEN, finished
 from cascade.runs.run import Run
-from cascade.slurm.chain import trainings
+from cascade.slurm.chain import LAUNCHER, split, training_task, trainings
 from cascade.slurm.plan import Launcher, Task, TaskGroup, launch
-from cascade.slurm.submit import LAUNCHER, split, training_task
 
 # Overrides of the sweep itself; all others apply to the training of each point.
 _OWN = (

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from cascade.batch import image_size
 from cascade.config.compose import loaded
-from cascade.data.embeddings import EMBEDDINGS
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.identity import differs
 from cascade.encoders.weights import weights_hash
@@ -103,7 +102,7 @@ def _measure(asked: Grid, point: Point) -> None:
         check_writable(folder)
         cascade, data = load_cascade(folder), Path(asked.data)
         check_unseen(stage_runs(folder / CASCADE).values(), data, asked.split)
-        captions = held_out_split(data, asked.split, asked.count, cascade, data / EMBEDDINGS)
+        captions = held_out_split(data, asked.split, asked.count, cascade)
         last = cascade.stages[-1].writes
         write_picture(point.truth, _sheet(captions.truth[last], captions))
         if asked.trained:
@@ -163,7 +162,7 @@ def _cell(
     key = cascade.stages[-1].writes
     painted = paint(cascade, data.captions, seed, size=50, what=" ".join(sets) or folder.name)
     seconds = time.monotonic() - begin
-    final = picture_metrics({key: painted[key]}, data, real, features, features.clip)[key]
+    final = picture_metrics({key: painted[key]}, data, real, features)[key]
     kinds = [final[kind] for kind in ("one", "two") if kind in final]
     row = {"count": len(data), **final, "evaluations": sum(calls.values()) / len(data)}
     row["evaluations_by_stage"] = {name: n / len(data) for name, n in calls.items()}

@@ -1,4 +1,4 @@
-"""The results of a sweep: its cells, read from its folder or from the CSV copy of it.
+"""The results of a sweep: its cells, read from its folder or the CSV copy of it, and its tables.
 
 A cell is a flat mapping: the values of the axes (trained) and choices (of sampling) by name, the
 `seed`, the measures, "cost.*" and "protocol.*". Values that look like numbers are numbers, so "2",
@@ -9,28 +9,20 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cascade.errors import UserError
 from cascade.eval.metrics.measures import SWEEPS, Measure, measures
-from cascade.eval.sweeps.folder import (
-    SEED,
-    Point,
-    about_file,
-    point_name,
-    read_copied_cells,
-    read_json,
-)
+from cascade.eval.pages.spread import spread
+from cascade.eval.sweeps import folder as files
+from cascade.eval.sweeps.folder import SEED, Point
 
 Value = str | float  # of an axis or a choice
 Values = Mapping[str, Value]
 Cell = Mapping[str, Any]
-
-STEPS, EVALUATIONS = "steps", "evaluations"
-
 
 PROTOCOL, INTERVALS = "protocol.", "intervals."
 JUDGES_WEIGHTS = "judge's weights"
@@ -89,13 +81,13 @@ class Sweep:
 
     @property
     def measures(self) -> list[Measure]:
-        return [m for m in measures(SWEEPS) if any(row.get(m.key) is not None for row in self.rows)]
+        return [measure for measure in measures(SWEEPS) if self.numbers(measure.key)]
 
     def points(self) -> list[tuple[str, dict[str, Value], int]]:
         """Folder, values and seed of every trained point that was asked for."""
         asked = [list(self.about["axes"][axis]) for axis in self.axes]
         return [
-            (point_name(raw, seed), dict(zip(self.axes, map(as_value, raw))), seed)
+            (files.point_name(raw, seed), dict(zip(self.axes, map(as_value, raw))), seed)
             for raw in itertools.product(*asked)
             for seed in self.seeds
         ]
@@ -104,9 +96,13 @@ class Sweep:
         """The cells with these values of some factors, or with this seed."""
         return [row for row in self.rows if all(row[key] == v for key, v in values.items())]
 
-    def ran(self, factor: str, rows: Iterable[Cell] | None = None) -> list[Value]:
+    def numbers(self, key: str, values: Mapping[str, Any] = {}) -> list[Any]:
+        """What the cells with these values have under a key, without those that lack it."""
+        return [row[key] for row in self.where(values) if row.get(key) is not None]
+
+    def ran(self, factor: str) -> list[Value]:
         """The values of a factor that were measured, in order."""
-        seen = {row[factor] for row in (self.rows if rows is None else rows)}
+        seen = {row[factor] for row in self.rows}
         return [v for v in self.factors[factor] if v in seen]
 
 
@@ -129,14 +125,14 @@ def combinations(factors: Mapping[str, Sequence[Value]]) -> list[dict[str, Value
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Read a sweep's folder, or the pair NAME.json and NAME.csv that `tables.write_copy` writes.
+    """Read a sweep's folder, or the pair NAME.json and NAME.csv that `write_copy` writes.
 
     Raises:
         UserError: a file is missing, damaged or not a sweep's, a cell occurs twice, or cells were
             measured with different protocols.
     """
-    file = about_file(path)
-    about = read_json(file)
+    file = files.about_file(path)
+    about = files.read_json(file)
     for key, kind in {"name": str, "axes": Mapping, "choices": Mapping, "seeds": Sequence}.items():
         if not isinstance(about.get(key), kind):
             raise UserError(
@@ -215,7 +211,7 @@ def _check(rows: Sequence[Cell], identity: Sequence[str], file: Path) -> None:
 
 
 def _copied_cells(path: Path, factors: Container[str]) -> list[dict[str, Any]]:
-    rows = read_copied_cells(path)
+    rows = files.read_copied_cells(path)
     return [{key: _parsed(key, text, factors) for key, text in row.items()} for row in rows]
 
 
@@ -228,3 +224,40 @@ def _parsed(column: str, text: str, factors: Container[str]) -> Any:
             with contextlib.suppress(ValueError):
                 return kind(text)
     return text
+
+
+def write_cells(sweep: Sweep, path: Path) -> None:
+    """Write one line per measured cell."""
+    files.write_csv(path, *_table(sweep))
+
+
+def write_copy(sweep: Sweep, folder: Path) -> None:
+    """Write NAME.json and NAME.csv, from which `read_sweep` restores the cells exactly."""
+    files.save_copy(folder, sweep.about, *_table(sweep))
+
+
+def write_summary(sweep: Sweep, path: Path) -> None:
+    """Write mean, standard deviation and extremes over seeds of every number, for each setting.
+
+    A setting that was not run has n = 0.
+    """
+    measured = {k for row in sweep.rows for k, v in row.items() if isinstance(v, float | int)}
+    keys = sorted(measured - {*sweep.factors, SEED})
+    keys = [key for key in keys if not key.startswith(PROTOCOL)]
+    parts = ("mean", "deviation", "low", "high")
+    columns = [*sweep.factors, "n", *(f"{key}.{part}" for key in keys for part in parts)]
+    lines = []
+    for values in combinations(sweep.factors):
+        line: list[Any] = [*values.values(), len(sweep.where(values))]
+        for key in keys:
+            numbers = sweep.numbers(key, values)
+            line += spread(numbers)[:4] if numbers else [None] * 4
+        lines.append(line)
+    files.write_csv(path, columns, lines)
+
+
+def _table(sweep: Sweep) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows: factors, seed, and every key of any cell."""
+    first = [*sweep.factors, SEED]
+    columns = list(dict.fromkeys([*first, *(key for row in sweep.rows for key in row)]))
+    return columns, [[row.get(column) for column in columns] for row in sweep.rows]

@@ -17,6 +17,7 @@ from scipy import stats
 
 from cascade.eval.metrics.interval import of_share
 
+SIGNIFICANT = 0.05  # p-value
 DRAWS = 9999  # permutations or simulations: a p of 0.05 has a standard error of 0.002
 
 
@@ -157,6 +158,10 @@ def rates_differ(
     (low1, high1), (low2, high2) = (of_share(p, n, level) for p, n in zip(right, counts))
     below = math.hypot(right[0] - low1, high2 - right[1])
     return d - below, d + math.hypot(high1 - right[0], right[1] - low2)
+
+
+def p_text(p: float) -> str:
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
 
 
 def _one_hot(levels: Sequence[object]) -> np.ndarray:

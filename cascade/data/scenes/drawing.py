@@ -72,12 +72,7 @@ def heart(x, y):
 
 
 SHAPES: Mapping[str, Shape] = {
-    "circle": circle,
-    "square": square,
-    "triangle": triangle,
-    "cross": cross,
-    "star": star,
-    "heart": heart,
+    shape.__name__: shape for shape in (circle, square, triangle, cross, star, heart)
 }
 
 

@@ -20,16 +20,8 @@ import webdataset
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from cascade.data.scenes.captions import (
-    ALIKE,
-    ONE,
-    RELATED,
-    RELATIONS,
-    Object,
-    Scene,
-    caption,
-    long_caption,
-)
+from cascade.data.scenes import captions
+from cascade.data.scenes.captions import RELATIONS, Object, Scene
 from cascade.data.scenes.drawing import BACKGROUNDS, COLORS, SHAPES, blank, paint
 from cascade.draws import generator
 from cascade.errors import UserError
@@ -83,7 +75,7 @@ def split_of(
     if relation in ("right of", "below"):
         pairs, relation = pairs[::-1], RELATIONS[relation][1]
     number = zlib.crc32(f"{[list(pair) for pair in pairs]} {relation}".encode())
-    held_out = number % 10 == 0 if len(pairs) > 1 else number % len(ONE) == phrasing
+    held_out = number % 10 == 0 if len(pairs) > 1 else number % len(captions.ONE) == phrasing
     return "val" if held_out else "train"
 
 
@@ -127,11 +119,11 @@ def _content(
     if group == 1:
         first, second = rng.choice(len(pairs), 2, replace=False)
         relation = str(rng.choice(list(RELATIONS)))
-        return [pairs[first], pairs[second]], relation, int(rng.integers(len(RELATED)))
+        return [pairs[first], pairs[second]], relation, int(rng.integers(len(captions.RELATED)))
     pair = pairs[rng.integers(len(pairs))]
     if group == 0:
-        return [pair], None, int(rng.integers(len(ONE)))
-    return [pair] * int(rng.integers(2, 4)), None, int(rng.integers(len(ALIKE)))
+        return [pair], None, int(rng.integers(len(captions.ONE)))
+    return [pair] * int(rng.integers(2, 4)), None, int(rng.integers(len(captions.ALIKE)))
 
 
 def _fixed(
@@ -176,7 +168,7 @@ def write_scenes(
     size: int,
     seed: int,
     shard_size: int = 1000,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Path]:
     """Write `count` scenes of a split as WebDataset tars in img2dataset's layout.
 
@@ -199,8 +191,7 @@ def write_scenes(
             write_atomically(path, partial(_write, samples, start, progress))
         elif _stored(path) != [(f"{key}.json", fields) for key, fields in samples()]:
             raise UserError(f"{path} holds other scenes: choose another folder, or remove it")
-        if progress:
-            progress(numbers.stop)
+        progress(numbers.stop)
         paths.append(path)
     return paths
 
@@ -212,8 +203,8 @@ def _samples(
     for index, number in enumerate(numbers):
         scene = sample_scene(level, split, generator(seed, split, number))
         fields = {
-            "caption": caption(scene),
-            "long_caption": long_caption(scene),
+            "caption": captions.caption(scene),
+            "long_caption": captions.long_caption(scene),
             "scene": scene.to_json(),
             "level": level,
             "seed": seed,
@@ -227,7 +218,7 @@ def _samples(
 def _write(
     samples: Callable[[], Iterator[tuple[str, dict[str, Any]]]],
     start: int,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None],
     path: Path,
 ) -> None:
     # As an open file: webdataset would take some paths for URLs.
@@ -239,8 +230,7 @@ def _write(
             text = json.dumps(fields).encode()
             members = {"png": png.getvalue(), "txt": fields["caption"], "json": text}
             writer.write({"__key__": key, **members})
-            if progress:
-                progress(done)
+            progress(done)
 
 
 def _stored(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -13,25 +13,16 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
-from cascade.data.tars.dataset import DATASET, Dataset, read_dataset, remedy, renewed, total
-from cascade.data.tars.index import (
-    CUT,
-    LIMITS,
-    MEMBERS,
-    Index,
-    Summary,
-    check_unchanged,
-    counted,
-    load,
-    scan,
-)
+from cascade.data.tars import index as indexes
+from cascade.data.tars.dataset import DATASET, Dataset, read_dataset, renew, total
+from cascade.data.tars.index import Index, Summary, check_unchanged, counted, load, remedy, scan
 from cascade.data.tars.keys import DOTTED, FIRST_DOT, REMEDY
 from cascade.data.tars.splits import ALL, chosen, lacking
 from cascade.data.tars.tar import Paths, listed
 from cascade.data.transforms import BadSample
-from cascade.errors import UserError
+from cascade.errors import UserError, explained
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +36,9 @@ class OpenTar:
     def __init__(self, index: Index, captions: Set[str], part: str = ALL, share: float = 0.0):
         self.shard, self._index = index.tar.stem, index
         self._given = index, captions, part, share
-        self._rows, self._file = index.usable(captions, part, share), _opened(index.tar)
+        self._rows = index.usable(captions, part, share)
+        with explained(f"cannot read {index.tar}"):
+            self._file = open(index.tar, "rb", buffering=0)  # noqa: SIM115 (kept open)
 
     def __reduce__(self):  # open files cannot be sent to workers
         return OpenTar, self._given
@@ -60,10 +53,10 @@ class OpenTar:
         """Return the bytes of "picture", "txt" or "json", b"" if absent.
 
         Raises:
-            BadSample: the tar cannot be read there, or the member exceeds `LIMITS`.
+            BadSample: the tar cannot be read there, or the member exceeds `index.LIMITS`.
         """
-        offset, size = self._index.spans[self._rows[place], MEMBERS.index(member)].tolist()
-        if not 0 <= size <= LIMITS[member]:
+        offset, size = self._index.spans[self._rows[place], indexes.MEMBERS.index(member)].tolist()
+        if not 0 <= size <= indexes.LIMITS[member]:
             raise BadSample("huge file")
         try:
             data = os.pread(self._file.fileno(), size, offset) if size else b""
@@ -91,13 +84,6 @@ class Placed(NamedTuple):
     def read(self, member: str) -> bytes:
         """Read a member, as `OpenTar.read` does."""
         return self.tar.read(self.place, member)
-
-
-def _opened(tar: Path) -> IO[bytes]:
-    try:
-        return open(tar, "rb", buffering=0)
-    except OSError as error:
-        raise UserError(f"cannot read {tar}: {os.strerror(error.errno or 0)}") from error
 
 
 class Corpus:
@@ -161,7 +147,7 @@ class Corpus:
 
     @property
     def share(self) -> float:
-        shares = {self._share(tar) for tar in self.paths}
+        shares = {self._share(tar.parent, tar.stem) for tar in self.paths}
         return max(shares) if self.part != ALL else 0.0
 
     @property
@@ -186,11 +172,8 @@ class Corpus:
             return None
         return _hashed(zip(digests, self.counts), self.part_of_tars)
 
-    def _share(self, tar: Path) -> float:
-        return self._share_of(self._datasets[tar.parent], tar.stem)
-
-    def _share_of(self, dataset: Dataset | None, name: str) -> float:
-        if dataset is None:
+    def _share(self, folder: Path, name: str) -> float:
+        if (dataset := self._datasets[folder]) is None:
             return 0.0
         if self._hold_out is not None:
             dataset = replace(dataset, held_out=self._hold_out)
@@ -199,14 +182,14 @@ class Corpus:
     def _chosen(self, path: Paths, found: Sequence[Path], split: str) -> tuple[list[Path], str]:
         """Return the tars of a split, and which part of their samples belongs to it."""
         one_by_one = not isinstance(path, str | Path)
-        shares = {tar.stem: self._share(tar) for tar in found}
+        shares = {tar.stem: self._share(tar.parent, tar.stem) for tar in found}
         names, part = chosen(shares, split, one_by_one)
         if not names:
             raise lacking(path, list(shares), split)
         whole = not one_by_one and Path(path).is_dir() and self._datasets[Path(path)]
         if whole:
             stems = (name.removesuffix(".tar") for name in whole.tars if name[0] != ".")
-            shares |= {stem: self._share_of(whole, stem) for stem in stems}
+            shares |= {stem: self._share(Path(path), stem) for stem in stems}
             if gone := sorted({*chosen(shares, split)[0]} - {*names}):
                 raise UserError(f"{Path(path) / gone[0]}.tar is gone: {remedy(Path(path))}")
         return [tar for tar in found if tar.stem in names], part
@@ -219,18 +202,16 @@ class Corpus:
                 summaries.append(self._noted(tar, dataset, moved[tar.parent]))
                 continue
             self._scanned[n] = scan(tar, self._keys or FIRST_DOT)
-            summaries.append(self._scanned[n].summary)
+            summaries.append(self._scanned[n].summary())
             if start and time.monotonic() - start > LONG:
                 log.warning(
                     "%s has no index, so all %d tars are searched at each start: %s",
-                    tar.parent,
-                    len(self.paths),
-                    remedy(tar.parent),
+                    *(tar.parent, len(self.paths), remedy(tar.parent)),
                 )
                 start = 0.0
         for folder, times in moved.items():
             if times:
-                renewed(folder, self._datasets[folder], times)
+                renew(folder, self._datasets[folder], times)
         return summaries
 
     def _noted(self, tar: Path, dataset: Dataset, moved: dict[str, int]) -> Summary:
@@ -242,9 +223,9 @@ class Corpus:
                 f"{tar.parent} was indexed with keys={dataset.keys}, not {self._keys}: "
                 f"{remedy(tar.parent)[:-1]} --keys {self._keys}`"
             )
-        summary, share = dataset.tars[tar.name], self._share(tar)
+        summary, share = dataset.tars[tar.name], self._share(tar.parent, tar.stem)
         if share != dataset.held_out:
-            summary = load(tar).divided(share) if share else replace(summary, held_out={})
+            summary = load(tar).summary(share) if share else replace(summary, held_out={})
         now = check_unchanged(tar, summary)
         if now == summary.mtime_ns:
             return summary
@@ -258,10 +239,10 @@ class Corpus:
                 f"(jpg, jpeg, png, webp) and a caption ({', '.join(sorted(self.captions))}) with "
                 "the same key"
             )
-        cut = [n for n, summary in enumerate(self._summaries) if summary.left_out.get(CUT)]
+        cut = [n for n, summary in enumerate(self._summaries) if summary.left_out.get(indexes.CUT)]
         for n in cut[:3]:
             samples = self._summaries[n].samples
-            log.warning("%s is %s after %d samples: %s", self.paths[n], CUT, samples, MEND)
+            log.warning("%s is %s after %d samples: %s", self.paths[n], indexes.CUT, samples, MEND)
         if self.left_out:
             log.warning("%s: samples left out: %s", path, self.lost)
 
@@ -275,8 +256,8 @@ class Corpus:
             path, summary = self.paths[n], self._summaries[n]
             if (now := check_unchanged(path, summary)) != summary.mtime_ns:
                 summary = self._summaries[n] = replace(summary, mtime_ns=now)
-            index, share = self._scanned.get(n) or load(path), self._share(path)
-            if replace(index.divided(share), mtime_ns=now) != summary:
+            index, share = self._scanned.get(n) or load(path), self._share(path.parent, path.stem)
+            if replace(index.summary(share), mtime_ns=now) != summary:
                 raise UserError(f"{path}: its index contradicts {DATASET}: {remedy(path.parent)}")
             tar = OpenTar(index, self.captions, self.part, share)
             if len(self._open) >= self._max_open:

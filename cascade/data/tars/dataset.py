@@ -6,21 +6,22 @@ options that it was indexed with until others are given.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cascade.data.tars.index import Index, Summary, check_unchanged, load, read_through, save, scan
+from cascade.data.tars import index as indexes
+from cascade.data.tars.index import Summary, load, remedy, save, scan
 from cascade.data.tars.keys import FIRST_DOT, check_rule
 from cascade.data.tars.splits import HELD_OUT, is_divided, share_of, split_of
 from cascade.data.tars.tar import tars_of
-from cascade.errors import UserError
-from cascade.files.atomic import write_atomically
+from cascade.errors import UserError, explained
+from cascade.files.atomic import write_text
 
 DATASET = "dataset.json"
 
@@ -42,10 +43,6 @@ class Dataset:
     def share(self, tar: str) -> float:
         """Return the share of the pictures that is held out of a tar, given its name."""
         return self.held_out if is_divided(tar) else 0.0
-
-
-def remedy(folder: Path) -> str:
-    return f"run `cascade data index {folder}`"
 
 
 def index_folder(
@@ -78,7 +75,7 @@ def index_folder(
     if val is not None and any(split_of(path.stem) == HELD_OUT for path in paths):
         raise UserError(f"{folder} has tars that are held out by name: omit --val")
     read, unreadable = [], []
-    try:
+    with explained(f"cannot write to {folder}"):
         for n, tar in enumerate(paths):
             try:
                 read.append(_indexed(tar, keys))
@@ -90,11 +87,9 @@ def index_folder(
         if val is not None:
             share = share_of(val, np.concatenate([np.zeros(0, np.int64), *numbers]))
         chosen = Dataset({}, keys, share)
-        summaries = {i.tar.name: i.divided(chosen.share(i.tar.stem)) for i in read}
+        summaries = {i.tar.name: i.summary(chosen.share(i.tar.stem)) for i in read}
         found = replace(chosen, tars=summaries)
         _write(found, folder)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {os.strerror(error.errno or 0)}") from error
     return found, unreadable
 
 
@@ -105,35 +100,27 @@ def _before(folder: Path) -> Dataset:
         return Dataset({})
 
 
-def _indexed(tar: Path, keys: str) -> Index:
-    try:
+def _indexed(tar: Path, keys: str) -> indexes.Index:
+    with suppress(UserError):
         index = load(tar)
         if index.keys == keys and index.digest:
-            now = check_unchanged(tar, index)
+            now = indexes.check_unchanged(tar, index)
             if now != index.mtime_ns:
                 index = replace(index, mtime_ns=now)
                 save(index)
             return index
-    except UserError:
-        pass
-    index = read_through(scan(tar, keys))
+    index = indexes.read_through(scan(tar, keys))
     save(index)
     return index
 
 
-def renewed(folder: Path, dataset: Dataset, times: Mapping[str, int]) -> Dataset:
-    """Return a summary with new modification times of some tars, and write it if possible."""
-    tars = dict(dataset.tars)
-    for name, time in times.items():
-        tars[name] = replace(tars[name], mtime_ns=time)
-    found = replace(dataset, tars=tars)
-    try:
+def renew(folder: Path, dataset: Dataset, times: Mapping[str, int]) -> None:
+    """Write new modification times of some tars, if possible."""
+    tars = {name: replace(dataset.tars[name], mtime_ns=time) for name, time in times.items()}
+    with suppress(OSError, UserError):  # read-only folders: tars are hashed again at each start
         for name, time in times.items():
             save(replace(load(folder / name), mtime_ns=time))
-        _write(found, folder)
-    except (OSError, UserError):  # a read-only folder: its tars are hashed again at each start
-        pass
-    return found
+        _write(replace(dataset, tars=dataset.tars | tars), folder)
 
 
 def _write(dataset: Dataset, folder: Path) -> None:
@@ -146,8 +133,7 @@ def _write(dataset: Dataset, folder: Path) -> None:
         "held_out": dataset.held_out,
         "tars": {name: asdict(summary) for name, summary in dataset.tars.items()},
     }
-    text = json.dumps(found, indent=1) + "\n"
-    write_atomically(folder / DATASET, lambda partial: partial.write_text(text))
+    write_text(folder / DATASET, json.dumps(found, indent=1) + "\n")
 
 
 def total(summaries: Iterable[Summary]) -> Summary:

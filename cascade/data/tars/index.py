@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,19 +20,11 @@ from jaxtyping import Int64, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from cascade.data.tars.keys import (
-    CAPTIONS,
-    DOTTED,
-    DUPLICATE,
-    FIRST_DOT,
-    Group,
-    check_rule,
-    grouped,
-    joined,
-)
+from cascade.data.tars import keys as rules
+from cascade.data.tars.keys import CAPTIONS, FIRST_DOT
 from cascade.data.tars.splits import ALL, HELD_OUT, content_number, is_held_out
 from cascade.data.tars.tar import contents
-from cascade.errors import UserError
+from cascade.errors import UserError, explained
 from cascade.files.atomic import write_atomically
 
 MEMBERS = ("picture", *CAPTIONS)
@@ -118,30 +110,31 @@ class Index:
         chosen = self.spans[:, columns, 1].any(1)
         if part != ALL and share:
             if self.numbers is None:
-                remedy = f"run `cascade data index {self.tar.parent}`"
-                raise UserError(f"{self.tar} was indexed by an older version: {remedy}")
+                again = remedy(self.tar.parent)
+                raise UserError(f"{self.tar} was indexed by an older version: {again}")
             held_out = is_held_out(self.numbers, share)
             chosen = chosen & (held_out if part == HELD_OUT else ~held_out)
         return np.flatnonzero(chosen)
 
-    @property
-    def summary(self) -> Summary:
-        return self.divided(0.0)
-
-    def divided(self, share: float) -> Summary:
+    def summary(self, share: float = 0.0) -> Summary:
         """Return the summary with a fraction `share` of the pictures held out."""
         members = {"samples": set(CAPTIONS), "txt": {"txt"}, "json": {"json"}}
         counts = {name: len(self.usable(of)) for name, of in members.items()}
-        held_out = {}
-        if share:
-            held_out = {n: len(self.usable(of, HELD_OUT, share)) for n, of in members.items()}
-        left_out, such_as = dict(self.left_out), dict(self.such_as)
-        about = {"left_out": left_out, "such_as": such_as, "digest": self.digest}
-        return Summary(self.bytes, self.mtime_ns, **counts, **about, held_out=held_out)
+        held_out = {n: len(self.usable(of, HELD_OUT, share)) for n, of in members.items() if share}
+        about = dict(self.left_out), dict(self.such_as), self.digest, held_out
+        return Summary(self.bytes, self.mtime_ns, *counts.values(), *about)
 
 
-def counted(reasons: Mapping[str, int], such_as: Mapping[str, str] | None = None) -> str:
-    """Format reasons: "3 no caption (such as a.jpg), 1 no picture"; "none" if empty."""
+def remedy(folder: Path) -> str:
+    return f"run `cascade data index {folder}`"
+
+
+def counted(reasons: Iterable[str], such_as: Mapping[str, str] | None = None) -> str:
+    """Format reasons: "3 no caption (such as a.jpg), 1 no picture"; "none" if empty.
+
+    Args:
+        reasons: with duplicates, or a mapping to the number of each.
+    """
     named = {reason: f" (such as {name})" for reason, name in (such_as or {}).items()}
     parts = (f"{n} {reason}{named.get(reason, '')}" for reason, n in Counter(reasons).most_common())
     return ", ".join(parts) or "none"
@@ -159,24 +152,23 @@ def scan(tar: Path, keys: str = FIRST_DOT) -> Index:
     Raises:
         UserError: the tar cannot be opened, or is compressed.
     """
-    check_rule(keys)
+    rules.check_rule(keys)
     found = contents(tar)
-    groups = list(grouped(found.members, keys, lambda m: (m.offset, m.bytes)))
-    left_out: Counter[str] = Counter()
-    if found.whole:
-        groups = joined(groups)
-    else:
-        groups = groups[:-1]
-        left_out[CUT] += 1
+    groups = list(rules.grouped(found.members, keys, lambda m: (m.offset, m.bytes)))
+    groups = rules.joined(groups) if found.whole else groups[:-1]
+    left_out: Counter[str] = Counter() if found.whole else Counter({CUT: 1})
     kept: dict[str, list[tuple[int, int]]] = {}
     such_as: dict[str, str] = {}
     for group in groups:
-        faults = _faults(group, kept)
-        left_out += faults
+        faults = [rules.DOTTED] * group.dotted
+        fault = group.fault or (rules.DUPLICATE if group.key in kept else "")
+        if not fault:
+            kept[group.key] = [group.picture, *(group.members.get(e, (0, 0)) for e in CAPTIONS)]
+        elif group.members or not faults:  # dotted names alone are the samples that they contain
+            faults.append(fault)
+        left_out.update(faults)
         for reason in faults:
             such_as.setdefault(reason, group.first.encode(errors="replace").decode())
-        if not group.fault and group.key not in kept:
-            kept[group.key] = [group.picture, *(group.members.get(e, (0, 0)) for e in CAPTIONS)]
     names = [key.encode(errors="surrogateescape") for key in kept]
     return Index(
         tar,
@@ -191,15 +183,6 @@ def scan(tar: Path, keys: str = FIRST_DOT) -> Index:
     )
 
 
-def _faults(group: Group, kept: Mapping[str, object]) -> Counter[str]:
-    """Count the samples that are lost with a group, by reason."""
-    dotted, reason = group.dotted, group.fault or (DUPLICATE if group.key in kept else "")
-    # A group of dotted names counts as the samples that it was meant to be, not as one itself.
-    return Counter({DOTTED: dotted} if dotted else {}) + Counter(
-        {reason: 1} if reason and not (dotted and not group.members) else {}
-    )
-
-
 def read_through(index: Index) -> Index:
     """Return the index with the tar's digest and the pictures' hashes, which reads the whole tar.
 
@@ -207,13 +190,10 @@ def read_through(index: Index) -> Index:
         UserError: the tar cannot be read.
     """
     numbers, most = np.zeros(len(index.ends), np.int64), LIMITS["picture"]
-    try:
-        with open(index.tar, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            for row, (offset, size) in enumerate(index.spans[:, 0].tolist()):
-                numbers[row] = content_number(os.pread(file.fileno(), min(size, most), offset))
-    except OSError as error:
-        raise UserError(f"cannot read {index.tar}: {os.strerror(error.errno or 0)}") from error
+    with explained(f"cannot read {index.tar}"), open(index.tar, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        for row, (offset, size) in enumerate(index.spans[:, 0].tolist()):
+            numbers[row] = content_number(os.pread(file.fileno(), min(size, most), offset))
     return replace(index, digest=digest, numbers=numbers)
 
 
@@ -241,7 +221,7 @@ def load(tar: Path) -> Index:
     Raises:
         UserError: the index is missing or damaged.
     """
-    path, remedy = tar.with_suffix(".index"), f"run `cascade data index {tar.parent}`"
+    path = tar.with_suffix(".index")
     try:
         with safe_open(path, framework="np") as file:
             about = dict(file.metadata())
@@ -260,7 +240,7 @@ def load(tar: Path) -> Index:
             numbers=arrays.get("numbers"),
         )
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged: {remedy}") from error
+        raise UserError(f"{path} is missing or damaged: {remedy(tar.parent)}") from error
 
 
 def check_unchanged(tar: Path, then: Index | Summary) -> int:
@@ -271,18 +251,16 @@ def check_unchanged(tar: Path, then: Index | Summary) -> int:
     Raises:
         UserError: its content has changed, or its time has and the digest is unknown.
     """
-    try:
+    with explained(f"cannot read {tar}"):
         stat = tar.stat()
         same = stat.st_size == then.bytes
         if same and stat.st_mtime_ns != then.mtime_ns:
             with open(tar, "rb") as file:
                 digest = then.digest and hashlib.file_digest(file, "sha256").hexdigest()
             same = bool(digest) and digest == then.digest
-    except OSError as error:
-        raise UserError(f"cannot read {tar}: {os.strerror(error.errno or 0)}") from error
     if not same:
         raise UserError(
-            f"{tar} has changed since it was indexed: run `cascade data index {tar.parent}` "
+            f"{tar} has changed since it was indexed: {remedy(tar.parent)} "
             "(cp -p and rsync -t keep the modification time of a copy)"
         )
     return stat.st_mtime_ns

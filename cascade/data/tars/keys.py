@@ -61,13 +61,10 @@ class Group:
         """Why this is not a usable sample; "" if it is."""
         if HOSTILE.search(self.key):
             return HOSTILE_NAME
-        missing = [*(() if self._has(PICTURES) else PICTURES)]
-        missing += () if self._has(CAPTIONS) else CAPTIONS
-        if lost := [self.lost[e] for e in missing if e in self.lost]:
-            return lost[0]
-        if not self._has(PICTURES):
-            return NO_PICTURE
-        return "" if self._has(CAPTIONS) else NO_CAPTION
+        kinds = {NO_PICTURE: PICTURES, NO_CAPTION: CAPTIONS}
+        lacking = {why: of for why, of in kinds.items() if self.members.keys().isdisjoint(of)}
+        lost = [self.lost[e] for of in lacking.values() for e in of if e in self.lost]
+        return next(iter([*lost, *lacking]), "")
 
     @property
     def dotted(self) -> int:
@@ -82,9 +79,6 @@ class Group:
             not p.isdisjoint(PICTURES) and (alone or not p.isdisjoint(CAPTIONS))
             for p in parts.values()
         )
-
-    def _has(self, extensions: Sequence[str]) -> bool:
-        return not self.members.keys().isdisjoint(extensions)
 
 
 def check_rule(rule: str) -> None:
@@ -142,15 +136,12 @@ def joined(groups: Sequence[Group]) -> list[Group]:
     parts: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
         parts[group.key].append(group)
-    whole = {key: _one(some) for key, some in parts.items() if len(some) > 1}
-    out = []
-    for group in groups:
-        one = whole.get(group.key)
-        if one is None:
-            out.append(group)
-        elif group is parts[group.key][0]:
-            out.append(one)
-    return out
+    whole = {key: one for key, some in parts.items() if len(some) > 1 and (one := _one(some))}
+    return [
+        whole.get(group.key, group)
+        for group in groups
+        if group.key not in whole or group is parts[group.key][0]
+    ]
 
 
 def _one(parts: Sequence[Group]) -> Group | None:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +65,7 @@ def _head(path: Path) -> bytes:
 def usable(
     folder: Path,
     named: Iterable[tuple[str | Stored, dict[str, Caption] | str]],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[list[Row], dict[str, list[str]]]:
     """Return the existing pictures with a caption, without duplicates, and the others by reason.
 
@@ -96,10 +96,16 @@ def usable(
         else:
             seen.add(path)
             rows.append(Row(name, path, size, captions))
-    rows, twins = _each_content_once(rows, progress)
-    if twins:
-        refused["duplicate"] += [row.name for row in twins]
-    return rows, dict(refused)
+    once, contents, sizes = [], set(), Counter(row.size for row in rows)
+    for done, row in enumerate(rows, 1):
+        content = _content(row.path) if row.size and sizes[row.size] > 1 else None
+        if content is None or content not in contents:
+            once.append(row)
+        else:
+            refused["duplicate"].append(row.name)
+        contents.add(content)
+        progress(done, len(rows))
+    return once, dict(refused)
 
 
 def _size(path: Path) -> int | None:
@@ -108,21 +114,6 @@ def _size(path: Path) -> int | None:
     except (OSError, ValueError):  # ValueError: a null byte in the name
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None
-
-
-def _each_content_once(
-    rows: Sequence[Row], progress: Callable[[int, int], None] | None
-) -> tuple[list[Row], list[Row]]:
-    once, twins, contents = [], [], set()
-    sizes = Counter(row.size for row in rows)
-    for done, row in enumerate(rows, 1):
-        content = _content(row.path) if row.size and sizes[row.size] > 1 else None
-        (twins if content in contents else once).append(row)
-        if content:
-            contents.add(content)
-        if progress:
-            progress(done, len(rows))
-    return once, twins
 
 
 def _content(path: Path | Stored) -> bytes | None:

@@ -25,7 +25,7 @@ from cascade.data.tars.splits import share_or_count
 from cascade.data.tars.tar import tars_of
 from cascade.draws import generator
 from cascade.errors import UserError
-from cascade.files.atomic import write_atomically
+from cascade.files.atomic import write_atomically, write_text
 from cascade.formats import rgb
 from cascade.formats.rgb import BadSample
 
@@ -102,7 +102,7 @@ def pack(
     short: int | None,
     per_shard: int,
     seed: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, list[str]]:
     """Write `val-*.tar` with `val` pictures and `train-*.tar` with the others.
 
@@ -138,8 +138,7 @@ def pack(
             if stats.exists():
                 for reason, names in json.loads(stats.read_text())["refused"].items():
                     refused[reason] += names
-            if progress:
-                progress(numbers.stop)
+            progress(numbers.stop)
     return dict(refused)
 
 
@@ -149,7 +148,7 @@ def _check_manifest(out: Path, about: dict[str, Any]) -> None:
     if not path.exists():
         if tars_of(out):
             raise UserError(f"{out} holds other shards: choose another folder")
-        write_atomically(path, lambda partial: partial.write_text(json.dumps(about) + "\n"))
+        write_text(path, json.dumps(about) + "\n")
         return
     try:
         before = json.loads(path.read_text())
@@ -173,7 +172,7 @@ def _write(
     rows: dict[int, Row],
     short: int | None,
     stats: Path,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None],
     path: Path,
 ) -> None:
     """Write a shard of rows by number, and its statistics."""
@@ -191,10 +190,9 @@ def _write(
                     refused[picture].append(rows[number].name)
                 else:
                     writer.write(_sample(number, rows[number], picture))
-                if progress:
-                    progress(number + 1)
+                progress(number + 1)
     counts = {"pictures": len(rows) - sum(map(len, refused.values())), "refused": refused}
-    write_atomically(stats, lambda partial: partial.write_text(json.dumps(counts) + "\n"))
+    write_text(stats, json.dumps(counts) + "\n")
 
 
 def _made(row: Row, short: int | None) -> Fitted | str:

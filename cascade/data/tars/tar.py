@@ -13,7 +13,7 @@ from pathlib import Path
 from posixpath import dirname, join, normpath
 from typing import IO, NamedTuple, Protocol, runtime_checkable
 
-from cascade.errors import UserError
+from cascade.errors import UserError, explained
 from cascade.files.atomic import matching
 from cascade.formats.kinds import COMPRESSED
 
@@ -131,15 +131,13 @@ def contents(tar: Path) -> Contents:
     """
     found: list[tarfile.TarInfo] = []
     try:
-        with open(tar, "rb") as file:
+        with explained(f"cannot read {tar}"), open(tar, "rb") as file:
             stat = os.fstat(file.fileno())
             _check_plain(file.read(8))
             file.seek(0)
             whole = _headers(file, stat.st_size, found)
     except Compressed as error:
         raise UserError(f"{tar}: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {tar}: {os.strerror(error.errno or 0)}") from error
     return Contents(_followed(found), whole, stat)
 
 

@@ -21,20 +21,9 @@ from urllib.request import pathname2url, url2pathname
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
+from cascade.data.tars import keys as rules
 from cascade.data.tars.index import CUT, LIMITS
-from cascade.data.tars.keys import (
-    CAPTIONS,
-    DOTTED,
-    DUPLICATE,
-    FIRST_DOT,
-    HOSTILE_NAME,
-    NO_CAPTION,
-    NO_PICTURE,
-    PICTURES,
-    REMEDY,
-    Group,
-    grouped,
-)
+from cascade.data.tars.keys import CAPTIONS, DOTTED, FIRST_DOT, PICTURES
 from cascade.data.tars.splits import lacking, of_split
 from cascade.data.tars.tar import BROKEN, Compressed, StreamMember
 from cascade.data.tars.tar import streamed as members_of
@@ -75,7 +64,8 @@ def named(urls: str | Sequence[str], split: str, allow_pipe: bool) -> dict[str, 
             split.
     """
     given = [urls] if isinstance(urls, str) else urls
-    found = [url for some in given for url in _expanded(some)]
+    # An existing file is never a pattern of braces and "::".
+    found = [url for some in given for url in ([some] if _is_file(some) else expand_urls(some))]
     for url in found:
         scheme = "" if _is_file(url) else urlparse(url).scheme
         if scheme == "pipe" and not allow_pipe:
@@ -96,11 +86,6 @@ def named(urls: str | Sequence[str], split: str, allow_pipe: bool) -> dict[str, 
     if not chosen:
         raise lacking("data.urls", list(tars), split)
     return {name: tars[name] for name in chosen}
-
-
-def _expanded(urls: str) -> list[str]:
-    """Expand braces and "::"; an existing file is never a pattern."""
-    return [urls] if _is_file(urls) else expand_urls(urls)
 
 
 def _is_file(url: str) -> bool:
@@ -149,21 +134,24 @@ class _Seen:
         self.halves: dict[str, str] = {}  # by key, what the sample lacks
         self.warned: set[str] = set()
 
-    def good(self, group: Group) -> bool:
+    def good(self, group: rules.Group) -> bool:
         if group.dotted:
-            self._warn(f"{group.first}: {REMEDY}", DOTTED)
+            self._warn(f"{group.first}: {rules.REMEDY}", DOTTED)
             self.bad += [(f"{self.name}/{group.first}", DOTTED)] * group.dotted
             if not group.members:
                 return False
-        fault = group.fault or (DUPLICATE if group.key in self.good_keys else "")
+        fault = group.fault or (rules.DUPLICATE if group.key in self.good_keys else "")
         if not fault:
             self.good_keys.add(group.key)
             return True
-        if {self.halves.setdefault(group.key, fault), fault} == {NO_PICTURE, NO_CAPTION}:
+        if {self.halves.setdefault(group.key, fault), fault} == {
+            rules.NO_PICTURE,
+            rules.NO_CAPTION,
+        }:
             what = f"picture and caption of {group.key} are not adjacent: write the tar sorted"
             self._warn(f"{what}, as tar --sort=name does", "unsorted")
             return False  # recorded with its first half
-        key = repr(group.key) if fault == HOSTILE_NAME else group.key
+        key = repr(group.key) if fault == rules.HOSTILE_NAME else group.key
         self.bad.append((f"{self.name}/{key}", fault))
         return False
 
@@ -173,7 +161,7 @@ class _Seen:
         self.warned.add(what)
 
 
-def groups(url: str, keys: str = FIRST_DOT) -> Iterator[Group]:
+def groups(url: str, keys: str = FIRST_DOT) -> Iterator[rules.Group]:
     """Yield the groups of a tar as `index.scan` does; the last one only if the tar is complete.
 
     Raises:
@@ -186,7 +174,7 @@ def groups(url: str, keys: str = FIRST_DOT) -> Iterator[Group]:
     except ValueError as error:  # WDS_SECURE=1 in the environment
         raise UserError(f"{url}: {error}") from error
     try:
-        yield from grouped(members_of(stream), keys, _taken)
+        yield from rules.grouped(members_of(stream), keys, _taken)
     finally:
         with suppress(OSError, TimeoutExpired):  # a command may fail once its output was read
             stream.close()

@@ -4,13 +4,14 @@ decay_t = min(decay, (1 + t) / (10 + t)): a constant 0.9999 would keep 92 % of t
 after 785 steps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from cascade.batch import Batch
 from cascade.nets.dtensors import placed, whole
 
 
@@ -81,3 +82,22 @@ class EMA(L.Callback):
 
     def load_state_dict(self, state: dict) -> None:
         self.step, self.average = state["step"], state["average"]
+
+
+class Measure(L.Callback):
+    """Calls `module.measure` with the averaged weights after the last step, before it is saved.
+
+    A process may so measure the trained network (Analytic-DPM's variances).
+
+    Args:
+        ema: the average.
+        batches: training samples, without end.
+    """
+
+    def __init__(self, ema: EMA, batches: Iterable[Batch]):
+        self.ema, self.batches = ema, batches
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == trainer.max_steps:
+            with self.ema.applied(module):
+                module.measure(self.batches)

@@ -7,9 +7,8 @@ import torch
 
 from cascade.batch import Batch
 from cascade.grids import grid, to_uint8
-from cascade.runs.run import Run
+from cascade.runs.run import Position, Run
 from cascade.training.callbacks.ema import EMA
-from cascade.training.position import Position
 
 
 class SampleGrids(L.Callback):

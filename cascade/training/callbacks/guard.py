@@ -11,6 +11,7 @@ import os
 import statistics
 from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade.errors import Failed
-from cascade.files.atomic import write_atomically
-from cascade.runs.events import event
-from cascade.runs.run import Run
-from cascade.training.position import Position
+from cascade.files.atomic import write_text
+from cascade.runs.run import Position, Run, event
 
 BAD_BATCHES = "bad_batches.jsonl"
 ROLLBACKS = "rollbacks.json"
@@ -107,9 +106,8 @@ class Guard(L.Callback):
         if trainer.is_global_zero:
             with (self.run / BAD_BATCHES).open("a") as file:
                 file.write(json.dumps({"step": step, "ranks": ranks}) + "\n")
-            event(
-                self.run, "skipped step", step=step, samples=sum(len(r["samples"]) for r in ranks)
-            )
+            count = sum(len(rank["samples"]) for rank in ranks)
+            event(self.run, "skipped step", step=step, samples=count)
         in_a_row = self.skipped[-IN_A_ROW - 1 :] == list(range(step - IN_A_ROW, step + 1))
         if in_a_row or len(self.skipped) > PER_THOUSAND:
             raise Failed(
@@ -140,18 +138,14 @@ class Guard(L.Callback):
         spike began with the unbroken run of steps before this one whose loss exceeded the median.
         """
         median = statistics.median(self.losses)
-        begun = step
-        for earlier in reversed(self.losses):
-            if earlier <= median:
-                break
-            begun -= 1
+        begun = step - len([*takewhile(lambda loss: loss > median, reversed(self.losses))])
         facts = {"step": step, "begun": begun, "loss": loss, "gradient": norm}
         if self.rollbacks == PER_RUN:
             event(self.run, "one jump too many", **facts)
             return
         facts["consumed"] = self.start.at(step + 1).consumed  # this step's samples included
         past = [*rollbacks(self.run), facts]
-        write_atomically(self.run / ROLLBACKS, lambda p: p.write_text(json.dumps(past) + "\n"))
+        write_text(self.run / ROLLBACKS, json.dumps(past) + "\n")
         for saved, path in Run(self.run).checkpoints():
             if saved >= begun:  # checkpoint n precedes step n, whose loss is that of its weights
                 os.replace(path, path.with_name(f"aside-{len(past)}-{path.name}"))

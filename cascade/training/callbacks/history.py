@@ -14,8 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cascade.files.atomic import write_atomically
 from cascade.runs.progress import bar
-from cascade.runs.run import Run
-from cascade.training.position import Position
+from cascade.runs.run import Position, Run
 
 SLOW = 0.05  # fraction of the time spent waiting for data above which the bar mentions it
 
@@ -66,10 +65,8 @@ class History(L.Callback):
         if steps == 0 or (trainer.global_step % self.every and not last):
             return
         losses = torch.stack(self.losses)  # not finite in skipped steps, which do not count
-        loss = (
-            losses.where(losses.isfinite(), torch.nan).nanmean() * trainer.accumulate_grad_batches
-        )
-        loss = trainer.strategy.reduce(loss).item()  # mean over ranks
+        loss = losses.where(losses.isfinite(), torch.nan).nanmean()
+        loss = trainer.strategy.reduce(loss * trainer.accumulate_grad_batches).item()  # over ranks
         now, waited = time.monotonic(), trainer.train_dataloader.waited
         seconds, wait = now - self.mark, waited - self.waited
         rate, waiting = steps * self.start.batch / seconds, wait / seconds
@@ -95,11 +92,10 @@ class History(L.Callback):
             table.writeheader()
             table.writerows(rows)
 
-    def on_exception(self, trainer, module, exception: BaseException) -> None:
-        self.teardown(trainer, module, "fit")  # which Lightning does not call after an error
-
-    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+    def teardown(self, trainer, module, stage: str | BaseException) -> None:
         if hasattr(self, "bar"):
             self.bar.stop()
             self.board.close()
             self.file.close()
+
+    on_exception = teardown  # after an error, Lightning calls no teardown

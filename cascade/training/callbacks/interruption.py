@@ -20,7 +20,7 @@ import torch
 from cascade.errors import Failed, Superseded, TryAgain
 from cascade.files.lease import Lease
 from cascade.files.process import is_first_rank
-from cascade.runs.events import event
+from cascade.runs.run import event
 from cascade.training.callbacks.saving import Checkpoints
 
 # If ranks receive different signals, the greatest number wins, which is SIGTERM's.
@@ -159,16 +159,12 @@ class Interruption(L.Callback):
     def _receive(self, number: int, frame: object) -> None:
         self.received = max(self.received, number)
 
-    def _restore(self) -> None:
+    def on_train_end(self, trainer, module, exception: BaseException | None = None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
-    def on_train_end(self, trainer, module) -> None:
-        self._restore()
-
-    def on_exception(self, trainer, module, exception) -> None:
-        self._restore()
+    on_exception = on_train_end
 
 
 def ignore_signals(worker: int) -> None:

@@ -11,11 +11,9 @@ from safetensors import SafetensorError
 
 from cascade.errors import Failed, Superseded, TryAgain
 from cascade.files.atomic import REST, remove, remove_rests
-from cascade.runs.events import event
-from cascade.runs.run import Run
+from cascade.runs.run import Position, Run, event
 from cascade.training.callbacks.ema import EMA
 from cascade.training.checkpoint import newest_checkpoint, set_batches_done
-from cascade.training.position import Position
 
 
 class Checkpoints(L.Callback):

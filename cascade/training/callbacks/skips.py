@@ -17,7 +17,7 @@ import torch.distributed as dist
 from cascade.data.items import Skip
 from cascade.data.tars.index import counted
 from cascade.errors import UserError
-from cascade.runs.events import event
+from cascade.runs.run import event
 
 SKIPPED = "skipped.jsonl"
 
@@ -61,10 +61,8 @@ class Skips(L.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.met += batch.get("skipped", [])
-        last = trainer.global_step == trainer.max_steps
-        if trainer.global_step == self.step or (
-            trainer.global_step - self.step < self.every and not last
-        ):
+        steps, last = trainer.global_step - self.step, trainer.global_step == trainer.max_steps
+        if steps == 0 or (steps < self.every and not last):
             return
         self._exchange(trainer, module)
         samples = sum(samples for samples, _ in self.recent)

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 
-from cascade.runs.events import event
-from cascade.runs.run import Run
+from cascade.runs.run import Run, event
 
 TRY_AGAIN = 75
 SLOW = 3
@@ -72,17 +71,13 @@ class Watchdog(L.Callback):
     def on_train_end(self, trainer, module) -> None:
         self.beat("end", trainer.global_step)
 
-    def teardown(self, trainer, module, stage: str) -> None:
-        self._stop()
-
-    def on_exception(self, trainer, module, exception) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
+    def teardown(self, trainer, module, stage: str | BaseException) -> None:
         self._over.set()
         if self._thread:  # an error may precede its start
             self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+
+    on_exception = teardown  # after an error, Lightning calls no teardown
 
     def _arm(self) -> None:
         # If something holds the GIL, or the thread blocks on a dead disk, faulthandler's own C

@@ -75,6 +75,16 @@ def parser() -> argparse.ArgumentParser:
         "--config", help="file of a complete configuration, as launched jobs read it"
     )
 
+    distill = verb(
+        "distill",
+        "Train a stage to sample in few steps, as a trained one, its teacher, does in many.",
+        "Give run=DIR teacher=RUN steps=N, and perhaps images=, lr=, 'choices={scale: 3.0, steps: "
+        "16}' (how the teacher samples); conf/distill.yaml holds the defaults. The result is a run "
+        "like any other: name it in cascade.yaml with steps: N.",
+    )
+    overrides(distill, "such as run=runs/fast teacher=runs/demo/decoder steps=4", "+")
+    distill.add_argument("--show", action="store_true", help="print the configuration and exit")
+
     launched = (
         "launcher=local runs several tasks at a time on this machine; launcher=slurm submits jobs "
         "and returns. launcher.KEY=VALUE overrides conf/launcher/ (launcher.partition=gpu, "

@@ -6,10 +6,10 @@ Every stage is this one class; stages differ in the objects that they are compos
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import lightning as L
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from cascade.batch import Batch
 from cascade.conditioning import Cond, Conditioner
 from cascade.data.degradations import Corruption
+from cascade.data.loading import on
+from cascade.diffusion.distillation import Carry
 from cascade.draws import Draws
 from cascade.encoders.identity import Encoder, differs
 from cascade.encoders.weights import check_tensors, reading
@@ -26,6 +28,7 @@ from cascade.errors import UserError
 from cascade.files.atomic import write_atomically
 from cascade.nets.dtensors import whole
 from cascade.nets.prior import Places
+from cascade.trainable import Trainable
 
 WEIGHTS = "weights.safetensors"
 
@@ -65,7 +68,33 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
-class Stage(L.LightningModule):
+@dataclass(frozen=True)
+class Teacher:
+    """A trained stage that shows another how its own sampler proceeds (`Distilled`).
+
+    Both embed the batch, and drop conditions, each with its own conditioner, for the same samples.
+    """
+
+    stage: "Stage"
+
+    def __call__(self, batch: Batch, student: "Stage") -> Carry:
+        """Returns what carries some rows of an encoded batch from one noise level to another."""
+        stage = self.stage.to(student.device)
+        sampler: Any = stage.sampler
+
+        @torch.no_grad()
+        def carry(rows: Tensor, x: Tensor, logsnrs: Tensor) -> Tensor:
+            some: Batch = {k: v[rows] for k, v in batch.items() if isinstance(v, Tensor)}
+            some["caption"] = [one for one, row in zip(batch["caption"], rows) if row]
+            cond = stage.conditioner(some, student.draws("drop", some))
+            weaker = stage.weaker_on(some, some) if sampler.scale != 1 else None
+            denoise = sampler.denoiser(stage.process, stage.net, cond, weaker)
+            return sampler.solver(denoise, x, logsnrs, None)
+
+        return carry
+
+
+class Stage(Trainable):
     """One generative stage of a cascade.
 
     Args:
@@ -85,6 +114,7 @@ class Stage(L.LightningModule):
         weaker: for sampling only: a stage trained on the same data and with the same process, which
             guidance extrapolates away from (autoguidance, 2406.02507). None: guidance uses this
             stage's own network without its conditions.
+        teacher: for distillation only.
     """
 
     def __init__(
@@ -101,15 +131,15 @@ class Stage(L.LightningModule):
         encoders: Sequence[Encoder] = (),
         seed: int = 0,
     ):
-        super().__init__()
+        super().__init__(optimizer, learning_rate, batch)
         self.codec: Any = codec
         self.process: Any = process
         self.encoders: tuple[Any, ...] = tuple(encoders)
         self.conditioner, self.net = conditioner, net
         self.sampler, self.corruption = sampler, corruption
-        self.optimizer, self.learning_rate = optimizer, learning_rate
-        self.batch, self.seed = batch, seed
+        self.seed = seed
         self.weaker: Stage | None = None
+        self.teacher: Teacher | None = None
 
     @property
     def reads(self) -> frozenset[str]:
@@ -130,22 +160,20 @@ class Stage(L.LightningModule):
                 batch = encoder.to(self.device)(batch)
         return batch
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        return self.encoded(batch)
-
     def loss(self, batch: Batch) -> Float[Tensor, " b"]:
         """The loss of each sample, whose draws depend only on (seed, sample number).
 
         If the condition holds a sketch of x0, its mean squared error is added.
         """
         x0, batch = self._task(batch)
-        cond = self.conditioner(batch, self._draws("drop", batch))
-        loss = self.process.loss(self.net, x0, cond, self._draws("noise", batch))
+        cond = self.conditioner(batch, self.draws("drop", batch))
+        taught = () if self.teacher is None else (self.teacher(batch, self),)
+        loss = self.process.loss(self.net, x0, cond, self.draws("noise", batch), *taught)
         if cond.sketch is None:
             return loss
         return loss + (cond.sketch - x0).square().flatten(1).mean(1)
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def training_step(self, batch: Batch, number: int) -> Tensor:
         return self.loss(batch).mean()
 
     @torch.no_grad()
@@ -158,9 +186,9 @@ class Stage(L.LightningModule):
 
         def examples() -> Iterator[tuple[Tensor, Cond, Draws]]:
             for batch in batches:
-                batch = self.encoded(self.transfer_batch_to_device(batch, self.device, 0))
+                batch = self.encoded(on(batch, self.device))
                 x0, batch = self._task(batch)
-                yield x0, self.conditioner(batch), self._draws("measure", batch)
+                yield x0, self.conditioner(batch), self.draws("measure", batch)
 
         self.process.measure(self.net, examples())
 
@@ -192,14 +220,14 @@ class Stage(L.LightningModule):
         noise = Draws(seed, f"{name}/noise", batch["sample"], self.device)
         shape = (len(batch["sample"]), *self.codec.shape(batch))
         cond = self.conditioner(batch, without=without)
-        weaker = self._weaker(given, batch, without) if self.sampler.scale != 1 else None
+        weaker = self.weaker_on(given, batch, without) if self.sampler.scale != 1 else None
         x0 = self.sampler(self.process, self.net, shape, cond, weaker, noise, progress)
         return self.codec.decode(x0)
 
     def export(self, run: Path) -> None:
         """Writes the current weights to `weights.safetensors`. All ranks must call it."""
         state = whole(self.state_dict())
-        if self.global_rank > 0:
+        if self.rank > 0:
             return
         state = {k: v.detach().contiguous() for k, v in state.items()}
         about = {"encoders": json.dumps([encoder.hash for encoder in self.encoders])}
@@ -243,26 +271,8 @@ class Stage(L.LightningModule):
             "the longest caption in its batch; newly trained weights do not"
         )
 
-    def on_fit_start(self) -> None:
-        if note := self.note:  # a checkpoint was loaded
-            self.print(note)
-
-    def configure_model(self) -> None:
-        """Shards the parameters, if the strategy does so."""
-        if divide := getattr(self.trainer.strategy, "divide", None):
-            divide(self)
-
-    def configure_optimizers(self):
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if (factor := self.learning_rate) is None:
-            return optimizer
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: factor(step * self.batch)
-        )
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-    def _weaker(
-        self, given: Batch, encoded: Batch, without: Collection[str]
+    def weaker_on(
+        self, given: Batch, encoded: Batch, without: Collection[str] = ()
     ) -> tuple[nn.Module, Cond]:
         """The network and condition that guidance extrapolates away from."""
         if (other := self.weaker) is None:
@@ -273,8 +283,8 @@ class Stage(L.LightningModule):
         """x0, and the batch with its low-resolution picture corrupted for training."""
         x0 = self.codec.encode(batch)
         if self.corruption:
-            batch = self.corruption(batch, self._draws("corruption", batch), training=True)
+            batch = self.corruption(batch, self.draws("corruption", batch), training=True)
         return x0, batch
 
-    def _draws(self, purpose: str, batch: Batch) -> Draws:
+    def draws(self, purpose: str, batch: Batch) -> Draws:
         return Draws(self.seed, f"{self.writes}/{purpose}", batch["sample"], self.device)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from cascade.cli import main
 from cascade.config.compose import built, composed
 from cascade.diffusion import noise
 from cascade.nets.cost import GIB, Rehearsal, Way, parameters, parts
+from cascade.trainable import Trainable
 from cascade.training.callbacks.ema import EMA
 from cascade.verbs.describe import batches, rehearsed
 
@@ -54,11 +54,11 @@ def test_flops_are_those_of_a_real_step(overrides):
     assert rehearsal.step().flops == pytest.approx(training.get_total_flops() / 8, rel=0.01)
 
 
-class Tiny(L.LightningModule):
+class Tiny(Trainable):
     """A convolution, then one head of attention over the places."""
 
     def __init__(self, c=8):
-        super().__init__()
+        super().__init__(torch.optim.AdamW)
         self.conv = nn.Conv2d(3, c, 3, padding=1, bias=False)
         self.norm = nn.LayerNorm(c)
         self.qkv = nn.Linear(c, 3 * c, bias=False)
@@ -70,6 +70,8 @@ class Tiny(L.LightningModule):
 
     def training_step(self, batch, _):
         return self.loss(batch)
+
+    export = restore = None
 
 
 def tiny(side):

@@ -13,6 +13,7 @@ from cascade.data.scenes.generate import write_scenes
 from cascade.encoders.clip import save_clip
 from cascade.eval.sweeps import points
 from cascade.eval.sweeps.points import measure_point
+from tests.small import SR
 
 TINY = ["data.path=none", "net.channels=8", "net.embed=16", "net.blocks=1", "net.width=32"]
 TINY += ["net.head_channels=8", "text.size=8", "text.encoder.heads=2", "text.encoder.layers=1"]
@@ -126,8 +127,39 @@ def test_cells_that_an_earlier_version_measured_are_not_measured_again(home, mon
         assert row["protocol"].pop("judge's weights") == sha256(weights).hexdigest()[:16]
         row["protocol"]["judge"] = sha256(weights).hexdigest()[:16]
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(points, "_cell", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(points, "_sample", lambda *_: pytest.fail("measured again"))
     measure_point(file)
+
+
+def test_a_stage_that_cells_share_is_sampled_once(home, monkeypatch):
+    """The numbers are those of cells that are measured one by one."""
+    run = home / "two" / "sr256"
+    config = composed("train", [*SR, "data.path=none", "size=256", "low=64", f"run={run}"])
+    saved(config, run / "config.yaml")
+    built(config.stage).export(run)
+    told = "stages:\n  decoder: {run: ../point/decoder, steps: 2}\n  sr256: {steps: 2}\n"
+    (home / "two" / "cascade.yaml").write_text(told)
+    asked = OmegaConf.to_container(OmegaConf.load(home / "asked.yaml"))
+    choices = {"steps": {n: [f"sr256.steps={n}"] for n in (1, 2)}}
+    choices |= {"scale": {n: [f"decoder.scale={n}"] for n in (1, 2)}}
+    asked |= {"model": str(home / "two"), "choices": choices, "trained": None, "count": 2}
+    OmegaConf.save(OmegaConf.create(asked), home / "two.yaml")
+    sampled, paint = [], points.paint
+
+    def painting(cascade, *args, **options):
+        sampled.extend(stage.writes for stage in cascade.stages)
+        return paint(cascade, *args, **options)
+
+    monkeypatch.setattr(points, "paint", painting)
+    found = measure_point(home / "two.yaml").cells()
+    assert sorted(sampled) == 4 * ["image_256"] + 2 * ["image_64"]
+    assert [row["evaluations"] for row in found] == [3, 5, 4, 6]
+    for row in found[1:3]:
+        one = {axis: {n: choices[axis][n]} for axis, n in row["choices"].items()}
+        OmegaConf.save(OmegaConf.create({**asked, "choices": one}), home / "two.yaml")
+        (home / "two" / "cells.jsonl").unlink()
+        (alone,) = measure_point(home / "two.yaml").cells()
+        assert {**alone, "seconds": 0} == {**row, "seconds": 0}
 
 
 def test_of_training_pictures_the_nearest_is_itself(home, monkeypatch):

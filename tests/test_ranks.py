@@ -25,6 +25,7 @@ from cascade.encoders.clip import CLIPTraining
 from cascade.errors import UserError
 from cascade.stage import Stage
 from cascade.training.devices import Bfloat16
+from cascade.training.module import Training
 from cascade.training.sharding import Sharded, divided, replicated, sharded
 from tests.processes import Job
 
@@ -94,15 +95,16 @@ def test_a_trainer_is_a_choice_of_two(choice, kind):
 
 def test_what_cannot_be_divided_is_refused():
     strategy = Sharded()
-    clip = CLIPTraining(Architecture(32, 32, 16, 32, 1, 32, 1, 16), torch.optim.AdamW)
+    clip = Training(CLIPTraining(Architecture(32, 32, 16, 32, 1, 32, 1, 16), torch.optim.AdamW))
     with pytest.raises(UserError, match="not a CLIPTraining") as refusal:
         strategy.connect(clip)
     assert "\n" not in str(refusal.value)
     stage = built(composed("train", [*SMALL, "data.path=none", "optim=adafactor"]).stage)
-    stage.trainer = L.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
-    strategy.connect(stage)
+    module = Training(stage)
+    module.trainer = L.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    strategy.connect(module)
     with pytest.raises(UserError, match="optim=adamw"):
-        strategy.setup_optimizers(stage.trainer)
+        strategy.setup_optimizers(module.trainer)
 
 
 def test_only_what_its_own_forward_enters_is_divided():

@@ -35,6 +35,7 @@ from cascade.training.callbacks import saving
 from cascade.training.callbacks.history import History
 from cascade.training.callbacks.saving import Checkpoints
 from cascade.training.checkpoint import newest_checkpoint
+from cascade.training.module import Training
 from tests.processes import Job
 
 STEPS, BATCH = 4, 4
@@ -422,8 +423,7 @@ def process(argv, notes, kill_at=None, before=None):
 
         return training_step
 
-    for module in (Stage, CLIPTraining):
-        module.training_step = noting(module.training_step)
+    Training.training_step = noting(Training.training_step)
     if before:
         before()
     return cli.main(["train", *argv])

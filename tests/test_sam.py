@@ -12,6 +12,7 @@ from cascade.config.compose import built, composed
 from cascade.encoders.clip import Architecture, CLIPTraining
 from cascade.encoders.contrastive import contrastive
 from cascade.encoders.sam import SAM
+from cascade.training.module import Training
 
 VIT = Architecture(32, 8, 2, 32, text_width=32, text_layers=2, text_heads=2, length=16, patch=8)
 LR, RHO = 0.1, 0.1
@@ -89,7 +90,7 @@ def trained(module, batches, **choices):
         enable_progress_bar=False,
         enable_model_summary=False,
         **choices,
-    ).fit(module, DataLoader(batches, batch_size=None))
+    ).fit(Training(module), DataLoader(batches, batch_size=None))
     return module.state_dict()
 
 
@@ -166,7 +167,7 @@ def test_a_clip_trains_with_it_by_a_choice_of_optimizer():
         optimizer.zero_grad()
         losses.append(module.training_step(batch, 0))
         losses[-1].backward()
-        module.on_after_backward()
+        module.after_backward()
         optimizer.step()
     image, text, _ = module.embed(batch)
     assert (image @ text.T).argmax(1).tolist() == list(range(8))

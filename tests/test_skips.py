@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -48,7 +49,8 @@ def folder(tmp_path):
 class Module(L.LightningModule):
     def __init__(self, batch):
         super().__init__()
-        self.batch, self.weight = batch, torch.nn.Parameter(torch.zeros(1))
+        self.trained = SimpleNamespace(batch=batch)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def training_step(self, batch, _):
         return (self.weight * batch["image_8"]).mean()

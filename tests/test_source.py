@@ -203,6 +203,7 @@ READERS = {
 OWN = {
     "Image.open": """
         cascade/data/bsr
+        eval/benchmarks/sampling
         eval/cascades/summary
         eval/pictures/prompts
         eval/sweeps/page
@@ -244,6 +245,7 @@ OWN = {
         cascade/stage
         cascade/training/callbacks/guard
         cascade/training/checkpoint
+        eval/benchmarks/demo
         eval/pictures/generation
         eval/sweeps/folder
         slurm/queue
@@ -281,6 +283,7 @@ OWN = {
         cascade/runs/done
         cascade/runs/run
         cascade/training/callbacks/guard
+        eval/benchmarks/demo
         eval/benchmarks/nets
         eval/metrics/statistics
         eval/pictures/generation

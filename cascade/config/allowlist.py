@@ -36,6 +36,7 @@ NAMES = frozenset(
         "cascade.slurm.local.Local",
         "cascade.stage.Stage",
         "cascade.stage.warmup_constant",
+        "cascade.training.muon.Muon",
         "cascade.stage.warmup_cosine",
         "cascade.training.sharding.replicated",
         "cascade.training.sharding.sharded",

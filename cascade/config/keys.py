@@ -53,6 +53,21 @@ class Train:
     trainer: Trainer
 
 
+class Distill:
+    run: str
+    teacher: str
+    steps: int
+    choices: "cascade.runs.choices.SamplingChoices | None"
+    images: int
+    batch: int | None
+    micro_batch: int | None
+    lr: float | None
+    ema: float
+    seed: int
+    grids: int
+    workers: int
+
+
 class Scenes:
     level: str
     size: int

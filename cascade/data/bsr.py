@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float64
 from PIL import Image
-from scipy.fft import next_fast_len
 from torch import Tensor
 
 FACTOR = 4
@@ -52,6 +51,8 @@ def filtered(
 
     By FFT, at a fast size: 25 x 25 taps on 256 px take a tenth of the time of a convolution.
     """
+    from scipy.fft import next_fast_len  # here, as sampling does not need it
+
     (h, w), reach = x.shape[1:], len(kernel) // 2
     padded = np.pad(x.numpy(), ((0, 0), (reach, reach), (reach, reach)), mode="reflect")
     shape = tuple(next_fast_len(n) for n in padded.shape[1:])

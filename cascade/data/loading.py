@@ -76,6 +76,11 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
     return batch
 
 
+def on(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch with its tensors on a device."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
 def put_rows(whole: dict[str, Tensor], part: Mapping[str, Tensor], start: int, count: int) -> None:
     """Copy the rows of `part` into tensors of `count` rows, from row `start` on.
 

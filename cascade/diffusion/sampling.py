@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from cascade.diffusion.distillation import Distilled
 from cascade.diffusion.gaussian import Denoised, Denoiser, Net, Process
 from cascade.diffusion.guidance import Pair, extrapolate, interval
 from cascade.diffusion.noise import LIMIT, Noise, alpha_sigma, cosine
@@ -101,8 +102,15 @@ class DiffusionSampler:
         """The levels [steps + 1], on the CPU, from the noisiest to clean (+inf).
 
         The first is clamped to -`LIMIT`, the lowest that networks read, so that Heun's x / alpha
-        and eps-prediction's 1 / alpha are finite.
+        and eps-prediction's 1 / alpha are finite. A distilled process knows its own levels alone.
+
+        Raises:
+            UserError: the process was distilled for another number of steps.
         """
+        if isinstance(process, Distilled):
+            if self.steps != process.steps:
+                raise UserError(f"steps={self.steps}: it was distilled for {process.steps} steps")
+            return process.levels
         return self.spacing(process.schedule, self.steps).clamp(min=-LIMIT)
 
     def denoiser(

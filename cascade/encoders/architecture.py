@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import open_clip
-
 from cascade.errors import UserError
 
 
@@ -69,6 +67,8 @@ class Architecture:
         }
         return {"embed_dim": self.dim, "vision_cfg": vision, "text_cfg": text}
 
-    def build(self) -> open_clip.CLIP:
-        """An untrained model."""
+    def build(self) -> Any:
+        """An untrained `open_clip.CLIP`."""
+        import open_clip
+
         return open_clip.CLIP(**self.model_config())

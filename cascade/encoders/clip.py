@@ -8,33 +8,43 @@ Pictures are [b, 3, h, w] in [-1, 1]; embeddings are [b, d] of unit norm.
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import lightning as L
-import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.batch import Batch, image_key
 from cascade.encoders.architecture import Architecture
 from cascade.encoders.contrastive import contrastive, gathered
 from cascade.encoders.identity import Former, OfCaptions
 from cascade.encoders.sam import SAM
-from cascade.encoders.sources import CLIP_CONFIG, CLIP_WEIGHTS, CLIPSource, clip_model, clip_source
+from cascade.encoders.sources import (
+    CLIP_CONFIG,
+    CLIP_WEIGHTS,
+    CLIPSource,
+    clip_model,
+    clip_source,
+    default_of,
+)
 from cascade.encoders.text import token_mask, tokenize, trimmed
+from cascade.encoders.text_tower import OPTIONS, load_text_tower
 from cascade.encoders.weights import check_tensors, reading, tensors_of, weights_hash
 from cascade.errors import UserError
 from cascade.files.atomic import write_atomically, write_text
+from cascade.trainable import Trainable
 
 MAX_LOGIT_SCALE = math.log(100)
 _OF_ARCHIVES = ("input_resolution", "context_length", "vocab_size")  # OpenAI stores these, too
 
 
-def save_clip(architecture: Architecture, clip: open_clip.CLIP, folder: Path) -> None:
+def save_clip(architecture: Architecture, clip: nn.Module, folder: Path) -> None:
     """Writes a CLIP trained here, as two files, each atomically."""
     half = [0.5, 0.5, 0.5]  # pictures in [-1, 1] go in as they are
     pictures = {"mean": half, "std": half}
@@ -45,9 +55,11 @@ def save_clip(architecture: Architecture, clip: open_clip.CLIP, folder: Path) ->
 
 
 def _fitting(
-    model: open_clip.CLIP, state: dict[str, Tensor], weights: Path, name: str
+    model: nn.Module, state: dict[str, Tensor], weights: Path, name: str
 ) -> dict[str, Tensor]:
     """Renames weights to open_clip's names. Raises UserError if they do not fit the model."""
+    import open_clip
+
     state = open_clip.factory.convert_state_dict(model, state)
     state = {k: v for k, v in state.items() if k not in _OF_ARCHIVES}
     if "logit_scale" in state:  # some write [1]
@@ -58,6 +70,8 @@ def _fitting(
 
 def check_clip(source: CLIPSource, name: str) -> None:
     """Raises UserError if the weights do not fit. Of safetensors only the header is read."""
+    import open_clip
+
     weights = source.weights
     with reading([weights], name):
         with torch.device("meta"):
@@ -67,6 +81,20 @@ def check_clip(source: CLIPSource, name: str) -> None:
         else:
             state = open_clip.factory.load_state_dict(str(weights), weights_only=True)
         _fitting(model, state, weights, name)
+
+
+class _Whole(nn.Module):
+    """Maps tokens to embeddings and states by the text tower of a whole CLIP, of any kind."""
+
+    def __init__(self, clip: nn.Module):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, tokens: Int64[Tensor, "b n"]) -> tuple[Tensor, Tensor]:
+        found = self.clip.forward_intermediates(
+            text=tokens, text_indices=1, normalize_intermediates=True
+        )
+        return found["text_features"], found["text_intermediates"][-1]
 
 
 class FrozenCLIP(OfCaptions):
@@ -102,7 +130,7 @@ class FrozenCLIP(OfCaptions):
     @property
     def length(self) -> int:
         """n, the context length."""
-        return self._model.context_length
+        return self._text_sizes["context_length"]
 
     @property
     def text_parameters(self) -> int:
@@ -120,13 +148,18 @@ class FrozenCLIP(OfCaptions):
         """The sizes of `clip_text` and `text`, if known on this machine; loads nothing."""
         if not (model := clip_model(self.name)):
             return {}
-        width = model["text_cfg"].get("width", open_clip.CLIPTextCfg.width)
+        width = (default_of("CLIPTextCfg") | model["text_cfg"])["width"]
         return {"clip_text": model["embed_dim"], "text": width}
 
     @property
     def former(self) -> Former:
         """The hash of earlier versions, which covered the weights alone."""
         return Former(self._weights, self._source.again, self._source.doubtful)
+
+    def to(self, device: torch.device | str) -> "FrozenCLIP":
+        if "_tower" in vars(self):
+            self._tower.to(device)
+        return super().to(device)
 
     @torch.no_grad()
     def image(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -144,13 +177,11 @@ class FrozenCLIP(OfCaptions):
         `text` holds the states after the last norm; n is the length of the longest caption.
         """
         tokens = tokenize(captions, self.length).to(self.device)
-        found = self._model.forward_intermediates(
-            text=tokens, text_indices=1, normalize_intermediates=True
-        )
+        embeddings, states = self._tower(tokens)
         kept = trimmed(tokens)
         return {
-            "clip_text": found["text_features"],
-            "text": found["text_intermediates"][-1][:, : kept.shape[1]],
+            "clip_text": embeddings,
+            "text": states[:, : kept.shape[1]],
             "text_mask": token_mask(kept),
             "tokens": kept,
         }
@@ -164,7 +195,25 @@ class FrozenCLIP(OfCaptions):
         return weights_hash([self._source.weights])
 
     @cached_property
-    def _model(self) -> open_clip.CLIP:
+    def _text_sizes(self) -> dict[str, Any]:
+        chosen = self._source.choices["text_cfg"]
+        return {k: v for k, v in default_of("CLIPTextCfg").items() if k in OPTIONS} | chosen
+
+    @cached_property
+    def _tower(self) -> nn.Module:
+        """Maps tokens to embeddings and states. Of a usual CLIP, the text tower alone is loaded."""
+        quick, weights = self._source.choices["quick_gelu"], self._source.weights
+        tower = None
+        with suppress(SafetensorError, OSError):  # which loading all of it reports
+            tower = load_text_tower(self.dim, quick, self._text_sizes, weights)
+        if tower is None:
+            return _Whole(self._model)
+        return tower.eval().requires_grad_(False).to(self.device)
+
+    @cached_property
+    def _model(self) -> Any:
+        import open_clip
+
         weights = self._source.weights
         with reading([weights], self.name):
             model = open_clip.CLIP(**self._source.model)
@@ -174,7 +223,7 @@ class FrozenCLIP(OfCaptions):
         return model.eval().requires_grad_(False).to(self.device)
 
 
-class CLIPTraining(L.LightningModule):
+class CLIPTraining(Trainable):
     """Trains a CLIP from `image_{size}` and `caption` with the symmetric contrastive loss.
 
     Args:
@@ -194,10 +243,8 @@ class CLIPTraining(L.LightningModule):
         batch: int = 1,
         sam: SAM | None = None,
     ):
-        super().__init__()
-        self.architecture, self.clip = clip, clip.build()
-        self.optimizer, self.learning_rate, self.batch = optimizer, learning_rate, batch
-        self.sam = sam
+        super().__init__(optimizer, learning_rate, batch)
+        self.architecture, self.clip, self.sam = clip, clip.build(), sam
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Int64[Tensor, "b n"]]:
         """Embeds pictures and captions; returns the tokens as well."""
@@ -211,43 +258,36 @@ class CLIPTraining(L.LightningModule):
         image, text, tokens = self.embed(batch)
         images, texts, all_tokens = gathered(image), gathered(text), gathered(tokens)
         captions = torch.unique(all_tokens, dim=0, return_inverse=True)[1]
-        own = self.global_rank * len(image) + torch.arange(len(image), device=image.device)
+        own = self.rank * len(image) + torch.arange(len(image), device=image.device)
         scale = self.clip.logit_scale.exp()
         with torch.autocast(image.device.type, enabled=False):  # bfloat16 is too coarse for logits
             by_image = contrastive(image, texts, own, captions, scale)
             by_text = contrastive(text, images, own, captions, scale)
         return (by_image + by_text).mean() / 2
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def training_step(self, batch: Batch, number: int) -> Tensor:
         loss = self.loss(batch)
         if self.sam is None:
             return loss
         self.sam.climb(loss, self.parameters())
         return self.loss(batch)
 
-    def on_after_backward(self) -> None:
+    def after_backward(self) -> None:
         if self.sam is not None:
             self.sam.descend()
 
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        with torch.no_grad():  # before the average and a checkpoint see it
-            self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
-    def configure_optimizers(self):
+    def groups(self) -> list[dict[str, Any]]:
         matrices = [p for p in self.parameters() if p.ndim > 1]
         others = [p for p in self.parameters() if p.ndim <= 1]  # no decay, as in CLIP
-        optimizer = self.optimizer([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
-        if self.learning_rate is None:
-            return optimizer
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.learning_rate(step * self.batch)
-        )
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
 
     def export(self, run: Path) -> None:
         """Writes the current weights, in the format that `FrozenCLIP` reads."""
-        if self.global_rank == 0:
+        if self.rank == 0:
             save_clip(self.architecture, self.clip, run)
 
     def restore(self, run: Path) -> None:

@@ -5,16 +5,17 @@ directory, or a name whose files are given or in the local Hugging Face cache. W
 whether their model uses GELU or QuickGELU, so another source has to tell.
 """
 
+import ast
 import hashlib
 import re
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip
-
 from cascade.encoders.weights import NotHere, read_json
 from cascade.errors import UserError
+from cascade.formats.texts import read
 
 CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _CLIP_FILES = (CLIP_WEIGHTS, "open_clip_pytorch_model.bin")  # in this order
@@ -35,10 +36,10 @@ class CLIPSource(NamedTuple):
     @property
     def choices(self) -> dict[str, Any]:
         """Everything besides the weights that the output depends on, defaults left out."""
-        defaults = {"vision_cfg": open_clip.CLIPVisionCfg(), "text_cfg": open_clip.CLIPTextCfg()}
+        defaults = {"vision_cfg": "CLIPVisionCfg", "text_cfg": "CLIPTextCfg"}
         towers = {
-            part: {k: v for k, v in self.model[part].items() if v != getattr(default, k, None)}
-            for part, default in defaults.items()
+            part: {k: v for k, v in self.model[part].items() if v != default_of(name).get(k)}
+            for part, name in defaults.items()
         }
         quick = _quick(self.model)
         return {**self.model, **towers, "quick_gelu": quick, "mean": self.mean, "std": self.std}
@@ -49,10 +50,26 @@ class CLIPSource(NamedTuple):
 
         They used the activation of the name, and OpenAI's normalisation.
         """
+        import open_clip
+
         names, quick = open_clip.list_models(), _quick(self.model)
         if (self.mean, self.std) != _normalisation({}):
             return frozenset(names)
         return frozenset(n for n in names if _quick(open_clip.get_model_config(n)) != quick)
+
+
+def module_file(name: str) -> Path:
+    """The source of one of open_clip's modules, whose package takes seconds to import."""
+    return Path(find_spec("open_clip").submodule_search_locations[0]) / f"{name}.py"
+
+
+@cache
+def default_of(config: str) -> dict[str, Any]:
+    """The defaults of `CLIPTextCfg` or `CLIPVisionCfg`, read from open_clip's source."""
+    tree = ast.parse(read(module_file("model")))
+    found = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == config)
+    fields = [field for field in found.body if isinstance(field, ast.AnnAssign)]
+    return {field.target.id: ast.literal_eval(field.value) for field in fields}
 
 
 def clip_source(
@@ -70,13 +87,8 @@ def clip_source(
     """
     if Path(path_or_name).is_dir():
         found = _clip_directory(Path(path_or_name), checkpoint, quick_gelu)
-    elif path_or_name in open_clip.list_models():
-        found = _clip_named(path_or_name, checkpoint, quick_gelu)
     else:
-        raise NotHere(
-            f"{path_or_name} is neither a directory nor a CLIP that open_clip knows: put "
-            f"{CLIP_CONFIG} and {CLIP_WEIGHTS} there, or give a name such as ViT-L-14"
-        )
+        found = _clip_named(path_or_name, checkpoint, quick_gelu)
     model = found.model
     foreign = {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"} & model["text_cfg"].keys()
     if model.pop("custom_text", False) or foreign:
@@ -97,6 +109,8 @@ def clip_model(path_or_name: str) -> dict[str, Any] | None:
     file = Path(path_or_name) / CLIP_CONFIG
     if file.is_file():
         return _configured(file)[0]
+    import open_clip
+
     known = path_or_name in open_clip.list_models()  # other names would be looked up on the network
     return open_clip.get_model_config(path_or_name) if known else None
 
@@ -140,11 +154,22 @@ def _configured(file: Path) -> tuple[dict[str, Any], tuple[float, ...], tuple[fl
 
 
 def _normalisation(pictures: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    mean = pictures.get("mean", open_clip.OPENAI_DATASET_MEAN)
-    return tuple(mean), tuple(pictures.get("std", open_clip.OPENAI_DATASET_STD))
+    if not {"mean", "std"} <= pictures.keys():
+        import open_clip
+
+        openai = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+        pictures = openai | pictures
+    return tuple(pictures["mean"]), tuple(pictures["std"])
 
 
 def _clip_named(name: str, checkpoint: str | None, quick_gelu: bool | None) -> CLIPSource:
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise NotHere(
+            f"{name} is neither a directory nor a CLIP that open_clip knows: put {CLIP_CONFIG} and "
+            f"{CLIP_WEIGHTS} there, or give a name such as ViT-L-14"
+        )
     model = open_clip.get_model_config(name)
     if checkpoint and Path(checkpoint).is_file():
         return _clip_file(name, model, Path(checkpoint), quick_gelu)
@@ -178,6 +203,8 @@ def _clip_file(name: str, model: dict, file: Path, quick_gelu: bool | None) -> C
 
 
 def _choices(name: str) -> str:
+    import open_clip
+
     tags = open_clip.list_pretrained_tags_by_model(name)
     quick = [tag for tag in tags if _quick(open_clip.get_pretrained_cfg(name, tag))]
     plain = [tag for tag in tags if tag not in quick]
@@ -197,6 +224,8 @@ def _published(file: Path) -> bool | None:
 @cache
 def _digests() -> dict[str, bool]:
     """Activations by SHA-256, or its first eight digits, from the URLs that open_clip lists."""
+    import open_clip
+
     found = {}
     for name, tag in open_clip.list_pretrained():
         config = open_clip.get_pretrained_cfg(name, tag)

@@ -6,7 +6,9 @@ load on first use. Tokens are open_clip's, [b, n], zero-padded after the end-of-
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.util import module_from_spec, spec_from_file_location
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from cascade.encoders.identity import Former, OfCaptions
+from cascade.encoders.sources import module_file
 from cascade.encoders.t5 import T5Source, t5_network, t5_source, t5_tokenizer, t5_width
 from cascade.encoders.weights import NotHere, weights_hash
 from cascade.nets.attention import TransformerBlock
@@ -28,12 +31,19 @@ def tokenize(captions: Sequence[str], length: int) -> Int64[Tensor, "b {length}"
 
     A caption that is too long is cut, and still ends with end-of-text. An empty caption is two
     tokens. (Merging a word takes time quadratic in its length, so the part that cannot fit is cut
-    first. open_clip is slow to import, so it is imported for the first caption.)
+    first.)
     """
-    import open_clip
-
     short = [" ".join(caption.split())[: _LONGEST_TOKEN * length] for caption in captions]
-    return open_clip.tokenize(short, length)
+    return _tokenizer().tokenize(short, length)
+
+
+@cache
+def _tokenizer() -> ModuleType:
+    """open_clip's module, loaded without the rest of open_clip, whose import takes seconds."""
+    spec = spec_from_file_location("open_clip_tokenizer", module_file("tokenizer"))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def token_mask(tokens: Int64[Tensor, "b n"]) -> Bool[Tensor, "b n"]:

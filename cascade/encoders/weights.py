@@ -7,7 +7,7 @@ them is ever run.
 import hashlib
 import json
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,23 @@ def reading(weights: Sequence[Path], whose: str) -> Iterator[None]:
         raise UserError(
             f"{names} cannot be read as weights of {whose}: {type(error).__name__}: {reason}"
         ) from error
+
+
+def some_of(
+    file: Path, wanted: Callable[[str], bool], shapes: Mapping[str, list[int]]
+) -> dict[str, Tensor] | None:
+    """Reads the wanted tensors of a safetensors file, and no others.
+
+    They are copied, since results depend on how memory is aligned, which in the file is arbitrary.
+
+    Returns:
+        None if they do not have just these names and shapes.
+    """
+    with safe_open(file, framework="pt") as opened:
+        names = [name for name in opened.keys() if wanted(name)]  # noqa: SIM118
+        if {name: opened.get_slice(name).get_shape() for name in names} != shapes:
+            return None
+        return {name: opened.get_tensor(name).clone() for name in names}
 
 
 def fault(path: Path) -> str | None:

@@ -14,7 +14,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
-import lightning as L
 import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from cascade.batch import Batch
+from cascade.trainable import Trainable
 
 PRIME = 1009  # divides no width, length or side
 GIB = 2**30
@@ -108,7 +108,7 @@ class Rehearsal:
         batch: creates a batch of a number of samples.
     """
 
-    def __init__(self, module: L.LightningModule, batch: Callable[[int], Batch]):
+    def __init__(self, module: Trainable, batch: Callable[[int], Batch]):
         self.module, self.batch = module, batch
         self.blocks = blocks(module)
         self.switched = [m for m in module.modules() if isinstance(vars(m).get("checkpoint"), bool)]
@@ -116,7 +116,7 @@ class Rehearsal:
         # Without data there are no sample numbers, and so no stream for each sample.
         module._draws = lambda purpose, batch: torch.randn
         with self._fake:
-            module.to_empty(device="cpu")._device = torch.device("cpu")  # as Lightning's `to` does
+            module.to_empty(device="cpu")
             for parameter in module.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
 
@@ -144,7 +144,7 @@ class Rehearsal:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = self.module.training_step(batch, 0)
             loss.backward()
-            self.module.on_after_backward()
+            self.module.after_backward()
         return Step(account.flops / PRIME, torch.tensor(account.events, dtype=torch.float64))
 
 

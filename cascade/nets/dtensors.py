@@ -1,7 +1,8 @@
 """Gathers sharded tensors (FSDP2's DTensors) to full ones, and shards full ones again.
 
 Full tensors have the memory layout of a single device, with convolution weights channels-last;
-shards are contiguous, because a fused optimizer pairs numbers by their place in memory.
+shards are contiguous, because a fused optimizer pairs numbers by their place in memory. A single
+process has no DTensors, and does not import them, which takes a second.
 """
 
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 
@@ -18,6 +18,9 @@ def whole(tree: Any) -> Any:
 
     All ranks must call it. A tree without shards is returned unchanged, on every rank.
     """
+    if not dist.is_initialized():
+        return tree
+    from torch.distributed.tensor import DTensor
 
     def gathered(share: DTensor) -> Tensor | None:
         full = share.full_tensor()
@@ -35,6 +38,10 @@ def placed(full: Tensor, like: Tensor) -> Tensor:
     Every rank passes the same full tensor.
     """
     full = full.to(like.device)
+    if not dist.is_initialized():
+        return full
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(like, DTensor):
         return full
     full = full.contiguous()

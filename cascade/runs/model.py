@@ -1,12 +1,14 @@
 """Load a whole cascade from its file, and sample pictures of captions with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cascade.batch import Batch
 from cascade.data.loading import put_rows
+from cascade.diffusion.distillation import Distilled
 from cascade.errors import UserError
 from cascade.formats.texts import encodable
 from cascade.pipeline import Cascade
@@ -23,12 +25,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_cascade(folder: Path, choices: Sequence[str] = ()) -> Cascade:
+def load_cascade(
+    folder: Path, choices: Sequence[str] = (), load: Callable[[Run], Any] = Run.load
+) -> Cascade:
     """Load the cascade that `folder/cascade.yaml` describes, in `eval()` mode.
 
     Args:
         folder: or the file itself; paths of runs are relative to it.
         choices: sampling choices that override those of the file, as "stage.option=value".
+        load: loads the stage of a run; it may return the same one again, which is not changed.
 
     Raises:
         UserError: the file, a choice or a run is not valid.
@@ -36,7 +41,19 @@ def load_cascade(folder: Path, choices: Sequence[str] = ()) -> Cascade:
     file = folder if folder.suffix == ".yaml" else folder / CASCADE
     runs, stages = stage_runs(file, choices), stage_choices(file, choices)
     asked = [(Run(runs[name]), SamplingChoices.of(name, of)) for name, of in stages.items()]
-    return Cascade([chosen.applied(run.load().to(device()), run) for run, chosen in asked])
+    return Cascade([chosen.applied(load(run).to(device()), run) for run, chosen in asked])
+
+
+def distilled(cascade: Cascade) -> dict[str, Distilled]:
+    """The processes of the cascade's distilled stages, by the key that each stage writes."""
+    found = {}
+    for link in cascade.stages:
+        stage: Any = link
+        while hasattr(stage, "stage"):
+            stage = stage.stage
+        if isinstance(stage.process, Distilled):
+            found[link.writes] = stage.process
+    return found
 
 
 def check_captions(captions: Sequence[str]) -> None:

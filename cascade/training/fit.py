@@ -32,6 +32,7 @@ from cascade.runs.done import DONE, finished
 from cascade.runs.resumable import check_resumable
 from cascade.runs.run import Position, Run
 from cascade.stage import Stage
+from cascade.trainable import Trainable
 from cascade.training.callbacks.ema import EMA, Measure
 from cascade.training.callbacks.grids import SampleGrids
 from cascade.training.callbacks.guard import Guard, Rollback, resume_from
@@ -43,7 +44,9 @@ from cascade.training.callbacks.skips import Skips
 from cascade.training.callbacks.watchdog import Watchdog
 from cascade.training.checkpoint import CheckpointFolders, newest_checkpoint
 from cascade.training.devices import check_processes, plugins
+from cascade.training.distill import teach
 from cascade.training.inputs import TrainingData, first_batches, grid_samples, training_samples
+from cascade.training.module import Training
 from cascade.training.provenance import Provenance
 
 
@@ -82,7 +85,9 @@ def _attempt(config: DictConfig, held: Lease | None) -> Path:
     module = built(config.stage)
     checkpoint = newest_checkpoint(folder)
     samples = training_samples(config, module, checkpoint)
-    if not checkpoint and isinstance(module, Stage):
+    if config.get("teacher"):
+        teach(module, config.teacher, begin=not checkpoint)
+    elif not checkpoint and isinstance(module, Stage):
         # `map` is lazy: a codec without statistics, such as that of pixels, reads no data.
         module.codec.fit(map(module.encoded, first_batches(samples, config.fit_images)))
     rank_zero_only(saved)(config, Run(folder).config_file)
@@ -100,7 +105,9 @@ def _attempt(config: DictConfig, held: Lease | None) -> Path:
         torch.set_float32_matmul_precision("high")
     module.to(memory_format=torch.channels_last)
     try:
-        trainer.fit(module, data, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True)
+        trainer.fit(
+            Training(module), data, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True
+        )
     except SystemExit:  # how Lightning ends after Ctrl-C
         raise KeyboardInterrupt from None
     return folder
@@ -109,7 +116,7 @@ def _attempt(config: DictConfig, held: Lease | None) -> Path:
 def _callbacks(
     config: DictConfig,
     held: Lease | None,
-    module: L.LightningModule,
+    module: Trainable,
     samples: Samples,
     start: Position,
 ) -> list[L.Callback]:

@@ -11,6 +11,7 @@ from cascade.data.loading import Loader, Samples, loader
 from cascade.data.tars.splits import ALL, TRAIN, NothingHeldOut, canonical
 from cascade.encoders.clip import FrozenCLIP
 from cascade.stage import Stage
+from cascade.trainable import Trainable
 from cascade.training.callbacks.interruption import ignore_signals
 from cascade.training.checkpoint import Checkpoint
 from cascade.training.compatibility import check, verify
@@ -35,7 +36,7 @@ class TrainingData(L.LightningDataModule):
 
 
 def training_samples(
-    config: DictConfig, module: L.LightningModule, checkpoint: Checkpoint | None
+    config: DictConfig, module: Trainable, checkpoint: Checkpoint | None
 ) -> Samples:
     """Build the training data, and check that it fits the module.
 

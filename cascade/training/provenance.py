@@ -16,6 +16,7 @@ from cascade.data.loading import Samples
 from cascade.data.tars.splits import ALL
 from cascade.encoders.identity import differs
 from cascade.errors import UserError
+from cascade.trainable import Trainable
 from cascade.training.checkpoint import STATE, Checkpoint, newest_checkpoint
 
 KEY = "surroundings"  # in checkpoints
@@ -29,7 +30,7 @@ class Provenance(L.Callback):
         samples: recorded by content or fingerprint, and by the encoders of their embeddings.
     """
 
-    def __init__(self, module: L.LightningModule, samples: Samples):
+    def __init__(self, module: Trainable, samples: Samples):
         named = {encoder.name: encoder for encoder in getattr(module, "encoders", ())}
         self.encoders = list(named.values())  # one of each name, which is the key in checkpoints
         self.hashes = {encoder.name: encoder.hash for encoder in self.encoders}

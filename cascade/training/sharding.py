@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import strategies
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from cascade.errors import UserError
 from cascade.nets.cost import blocks
 from cascade.nets.dtensors import placed, whole
+from cascade.stage import Stage
 
 # The methods of a stage that compute with whole parameters; all ranks call them together.
 FORWARD_METHODS = ("training_step", "measure", "sample")
@@ -74,14 +74,15 @@ class Sharded(strategies.ModelParallelStrategy):
     load_checkpoint = strategies.ParallelStrategy.load_checkpoint
 
     def connect(self, model: L.LightningModule) -> None:
-        """Attach the module, which must be a stage: only stages call `divide`.
+        """Attach the module, which must be that of a stage.
 
         Raises:
             UserError: a CLIP, or any other module.
         """
-        if not is_overridden("configure_model", model):
+        trained = getattr(model, "trained", model)
+        if not isinstance(trained, Stage):
             raise UserError(
-                f"trainer=fsdp shards stages, not a {type(model).__name__}: omit it (DDP)"
+                f"trainer=fsdp shards stages, not a {type(trained).__name__}: omit it (DDP)"
             )
         super().connect(model)
 

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import lightning as L
 import numpy as np
 import torch
 from omegaconf import DictConfig
@@ -17,6 +16,7 @@ from cascade.batch import Batch
 from cascade.config.compose import built, composed
 from cascade.errors import UserError
 from cascade.nets.cost import GIB, Rehearsal, Way, parameters, parts
+from cascade.trainable import Trainable
 
 # If no stage is named, the first of these that the network fits is described.
 STAGES = (
@@ -108,7 +108,7 @@ def rehearsed(overrides: list[str]) -> tuple[DictConfig, Rehearsal]:
     return config, rehearsal
 
 
-def batches(config: DictConfig, module: L.LightningModule) -> Callable[[int], Batch]:
+def batches(config: DictConfig, module: Trainable) -> Callable[[int], Batch]:
     """Returns a function that creates batches with every key that a stage may read.
 
     Pictures are cropped as in training, and captions have their greatest length.
@@ -144,7 +144,7 @@ def _ways(rehearsal: Rehearsal, gpus: int) -> dict[str, Way]:
     return whole | {f"sharded{name}": Way(rehearsal, step, gpus) for name, step in steps.items()}
 
 
-def _parts(title: str, module: L.LightningModule) -> Table:
+def _parts(title: str, module: Trainable) -> Table:
     table, total = Table("part", title=title), parameters(module)
     for heading in ("parameters", "share"):
         table.add_column(heading, justify="right")

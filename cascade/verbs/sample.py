@@ -9,7 +9,7 @@ from cascade.errors import UserError
 from cascade.eval.pictures.prompts import read_prompts
 from cascade.files.atomic import check_writable
 from cascade.grids import grid, to_uint8
-from cascade.runs.model import check_captions, load_cascade, paint
+from cascade.runs.model import check_captions, distilled, load_cascade, paint
 
 
 def main(args: argparse.Namespace) -> None:
@@ -33,4 +33,7 @@ def main(args: argparse.Namespace) -> None:
         Image.fromarray(pictures[0]).save(out)
     else:
         grid(pictures, columns=min(args.n if args.n > 1 else 4, 8), captions=repeated).save(out)
+    for key, process in distilled(cascade).items():
+        taught = process.steps * process.by
+        print(f"{key}: sampled in {process.steps} steps by a stage distilled from {taught}")
     print(f"{len(pictures)} pictures of {pictures.shape[1]} px: {out}")

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cascade.batch import Batch, image_size
+from cascade.diffusion.distillation import Distilled
 from cascade.diffusion.gaussian import Process
 from cascade.diffusion.likelihood import bound
 from cascade.draws import Draws
@@ -37,10 +38,16 @@ def bits_per_dimension(stage: Stage, batch: Batch, seed: int, steps: int) -> Flo
 def bounds(
     cascade: Cascade, captions: list[str], truth: Batch, seed: int, steps: int
 ) -> dict[str, float]:
-    """The mean bound of each stage that writes pictures, given what earlier stages should write."""
+    """The mean bound of each stage that writes pictures, given what earlier stages should write.
+
+    Distilled stages have none, since they know few noise levels.
+    """
     found = {}
     for stage in cascade.stages:
-        if not (image_size(stage.writes) and isinstance(getattr(stage, "process", None), Process)):
+        process = getattr(stage, "process", None)
+        if not (image_size(stage.writes) and isinstance(process, Process)):
+            continue
+        if isinstance(process, Distilled):
             continue
         bits = []
         for start in range(0, len(captions), BATCH):

@@ -19,6 +19,7 @@ from torch import Tensor
 from cascade.batch import Batch
 from cascade.data.scenes.captions import ONE
 from cascade.data.scenes.drawing import COLORS, SHAPES
+from cascade.diffusion.distillation import Distilled
 from cascade.diffusion.gaussian import Process
 from cascade.diffusion.noise import alpha_sigma
 from cascade.draws import Draws
@@ -213,9 +214,9 @@ def loss_by_level(stage: Stage, data: HeldOut, text: Float[Tensor, "n d"]) -> Me
     """The unweighted mean squared error of x0_hat at fixed noise levels, in the codec's units.
 
     All levels share the noise. `text` is the error of the text embedding as x0_hat. None for an
-    autoregressive prior, which has no noise levels.
+    autoregressive prior, which has no noise levels, and a distilled one, which knows few.
     """
-    if not isinstance(stage.process, Process):
+    if not isinstance(stage.process, Process) or isinstance(stage.process, Distilled):
         return None
     u = torch.tensor(LEVELS, dtype=torch.float64, device=stage.device)
     logsnrs = stage.process.schedule(u)

@@ -6,8 +6,10 @@ command measures only the missing cells.
 """
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from cascade.batch import image_size
+from cascade.batch import Batch, image_size
 from cascade.config.compose import loaded
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.identity import differs
@@ -35,7 +37,7 @@ from cascade.files.atomic import check_writable
 from cascade.files.lease import lease
 from cascade.grids import grid, to_uint8
 from cascade.nets.cost import Account
-from cascade.pipeline import Cascade
+from cascade.pipeline import Cascade, Link
 from cascade.runs.cascade_file import CASCADE, stage_choices, stage_runs
 from cascade.runs.model import device, load_cascade, paint
 from cascade.runs.run import Run
@@ -100,7 +102,8 @@ def _measure(asked: Grid, point: Point) -> None:
     left = [cell for cell in wanted if cell[0] not in [row["choices"] for row in done]]
     if left:
         check_writable(folder)
-        cascade, data = load_cascade(folder), Path(asked.data)
+        load = cache(Run.load)
+        cascade, data = load_cascade(folder, load=load), Path(asked.data)
         check_unseen(stage_runs(folder / CASCADE).values(), data, asked.split)
         captions = held_out_split(data, asked.split, asked.count, cascade)
         last = cascade.stages[-1].writes
@@ -111,9 +114,15 @@ def _measure(asked: Grid, point: Point) -> None:
             point.write_cost(_cost(stage, Run(runs[asked.trained]), captions))
         features = CLIPFeatures(judge)
         real = {last: features_of_split(data, asked.split, image_size(last), features)}
-    for choices, sets, protocol in left:
-        row, painted = _cell(folder, sets, captions, real, features, asked.seed)
+    kept: dict[str, Sampled] = {}
+    for i, (choices, sets, protocol) in enumerate(left):
+        named = list(zip(_prefixes(protocol), load_cascade(folder, sets, load).stages))
+        sampled = _sample(named, captions, asked.seed, kept, " ".join(sets) or folder.name)
+        later = {prefix for cell in left[i + 1 :] for prefix in _prefixes(cell[2])}
+        kept = {prefix: kept[prefix] for prefix in kept.keys() & later}
+        painted = sampled[-1].rows
         about = {"point": dict(asked.point), SEED: asked.seed, "choices": choices}
+        row = _row(sampled, picture_metrics({last: painted}, captions, real, features)[last])
         done.append({**about, **row, "protocol": protocol})
         write_picture(point.grid(choices), _sheet(painted, captions))
         if len(done) == 1:
@@ -148,45 +157,82 @@ def _sampled_by(file: Path, sets: Sequence[str], hash_of: Callable[[Path], str])
     return {"weights": weights, "stages": stages}
 
 
-def _cell(
-    folder: Path,
-    sets: Sequence[str],
+def _prefixes(protocol: Mapping[str, Any]) -> list[str]:
+    """Return, for each stage, what determines its samples: itself and the stages before it."""
+    stages, weights, prefix, found = protocol["stages"], protocol["weights"], [], []
+    for name, choices in stages.items():
+        prefix.append([choices, weights[name], weights.get(f"{name}.weaker")])
+        found.append(json.dumps(prefix))
+    return found
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a stage sampled for all captions.
+
+    Attributes:
+        key: that it writes.
+        rows: its samples.
+        calls: pictures that its networks evaluated.
+        seconds: that it took.
+    """
+
+    key: str
+    rows: Tensor
+    calls: int
+    seconds: float
+
+
+def _sample(
+    stages: Sequence[tuple[str, Link]],
     data: HeldOut,
-    real: Mapping[str, Tensor],
-    features: CLIPFeatures,
     seed: int,
-) -> tuple[dict[str, Any], Tensor]:
-    """Return one cell's numbers, and its samples."""
-    cascade, begin = load_cascade(folder, sets), time.monotonic()
-    calls = _count_calls(cascade)
-    key = cascade.stages[-1].writes
-    painted = paint(cascade, data.captions, seed, size=50, what=" ".join(sets) or folder.name)
-    seconds = time.monotonic() - begin
-    final = picture_metrics({key: painted[key]}, data, real, features)[key]
-    kinds = [final[kind] for kind in ("one", "two") if kind in final]
-    row = {"count": len(data), **final, "evaluations": sum(calls.values()) / len(data)}
-    row["evaluations_by_stage"] = {name: n / len(data) for name, n in calls.items()}
+    kept: dict[str, Sampled],
+    what: str,
+) -> list[Sampled]:
+    """Sample stage by stage, but for what is `kept` by what determines it; keep the rest there.
+
+    Args:
+        what: title of the progress bars.
+    """
+    given: Batch = {}
+    for prefix, link in stages:
+        if prefix not in kept:
+            with counted(link) as calls:
+                begin = time.monotonic()
+                rows = paint(Cascade([link]), data.captions, seed, size=50, given=given, what=what)[
+                    link.writes
+                ]
+                seconds = time.monotonic() - begin
+            kept[prefix] = Sampled(link.writes, rows, sum(calls), seconds)
+        given[link.writes] = kept[prefix].rows
+    return [kept[prefix] for prefix, _ in stages]
+
+
+def _row(sampled: Sequence[Sampled], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a cell's numbers, given the measures of its pictures."""
+    count = len(sampled[-1].rows)
+    kinds = [measured[kind] for kind in ("one", "two") if kind in measured]
+    row = {"count": count, **measured, "evaluations": sum(one.calls for one in sampled) / count}
+    row["evaluations_by_stage"] = {one.key: one.calls / count for one in sampled}
     if kinds:
         right = sum(kind["whole"] * kind["count"] for kind in kinds)
         row[ACCURACY.key] = right / sum(kind["count"] for kind in kinds)
-    return {**row, "seconds": round(seconds, 2)}, painted[key]
+    return {**row, "seconds": round(sum(one.seconds for one in sampled), 2)}
 
 
-def _count_calls(cascade: Cascade) -> dict[str, int]:
-    """Count from now on the pictures that each stage's networks evaluate, by the key it writes.
+@contextmanager
+def counted(link: Link) -> Iterator[list[int]]:
+    """Count the pictures of each call of a link's networks.
 
     Both branches of guidance count, and so does the weaker network of autoguidance.
     """
-    calls: dict[str, int] = {}
-    for link in cascade.stages:
+    calls: list[int] = []
+    with ExitStack() as hooks:
         for stage in _stages(link):
-            calls[link.writes] = 0
-
-            def count(net: Any, args: tuple, key: str = link.writes) -> None:
-                calls[key] += len(args[0])
-
-            stage.net.register_forward_pre_hook(count)
-    return calls
+            hook = stage.net.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+            hooks.callback(hook.remove)
+        yield calls
 
 
 def _stages(link: Any) -> list[Stage]:
@@ -206,16 +252,16 @@ def _sheet(pictures: Tensor, data: HeldOut) -> Image.Image:
 
 def _cost(stage: Stage, run: Run, data: HeldOut) -> dict[str, Any]:
     """Return the size of a trained stage, and what its training took."""
-    calls, account = _count_calls(Cascade([stage])), Account()
+    account = Account()
     given = {key: data.truth[key][:1].to(device()) for key in stage.reads & data.truth.keys()}
-    with torch.no_grad(), account:
+    with torch.no_grad(), account, counted(stage) as calls:
         stage.sample({**given, "caption": data.captions[:1], "sample": torch.arange(1)}, seed=0)
     last = run.metrics()[-1]
     texts = [getattr(encoder, "text_parameters", 0) for encoder in stage.encoders]
     return {
         "parameters": sum(p.numel() for p in stage.parameters()),
         "text_parameters": sum(texts),
-        "flops": account.flops // sum(calls.values()),
+        "flops": account.flops // sum(calls),
         "images": int(last["images"]),
         "hours": float(last["seconds"]) / 3600,
         "device": _device_name(),

@@ -6,6 +6,7 @@ import lightning as L
 import torch
 
 from cascade.batch import Batch
+from cascade.data.loading import on
 from cascade.grids import grid, to_uint8
 from cascade.runs.run import Position, Run
 from cascade.training.callbacks.ema import EMA
@@ -31,14 +32,14 @@ class SampleGrids(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            self._save(self.batch[module.writes], "truth")
+            self._save(self.batch[module.trained.writes], "truth")
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         seen = self.start.at(trainer.global_step).images
         if not any(n <= seen for n in self.images):
             return
         self.images = [n for n in self.images if n > seen]
-        here = module.transfer_batch_to_device(self.batch, module.device, 0)
+        here = on(self.batch, module.device)
         with self.ema.applied(module):  # on all ranks: sharded weights need them, others would wait
             pictures = module.sample(here, seed=0)
         if trainer.is_global_zero:

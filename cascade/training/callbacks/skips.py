@@ -87,7 +87,7 @@ class Skips(L.Callback):
         # Count sample numbers, not skips: of two bad samples in a row, the second is met under
         # both numbers.
         reasons = Counter({skip.sample: skip.reason for skip in skips}.values())
-        self.recent.append((steps * module.batch, reasons))
+        self.recent.append((steps * module.trained.batch, reasons))
         while sum(samples for samples, _ in self.recent) - self.recent[0][0] >= self.window:
             self.recent.popleft()
         if trainer.is_global_zero:

@@ -1,0 +1,66 @@
+"""The benchmarks of sampling and of the demo, on a cascade of one untrained stage."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from cascade.config.compose import built, composed, saved
+from cascade.errors import UserError
+from cascade.eval.benchmarks import demo, sampling
+from tests.small import SR
+
+
+def text(table):
+    return [list(column.cells) for column in table.columns]
+
+
+def test_evaluations_are_counted_by_stage(tmp_path):
+    for name, size, low in (("a", 16, 8), ("b", 32, 16)):
+        given = [f"size={size}", f"low={low}", f"run={tmp_path / name}", "data.path=none"]
+        config = composed("train", [*SR, *given])
+        saved(config, tmp_path / name / "config.yaml")
+        built(config.stage).export(tmp_path / name)
+    (tmp_path / "cascade.yaml").write_text("stages:\n  b: {steps: 3}\n")
+    paint = sampling.paint
+
+    def painting(cascade, captions, given, **options):
+        low = torch.zeros(len(captions), 3, 16, 16)
+        return paint(cascade, captions, given={**given, "image_16": low}, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "paint", painting)
+        _, models, stages, evaluations, seconds = text(sampling.warm({"model": tmp_path}))
+    assert models == ["model", "model"]
+    assert stages == ["image_32", "all"]
+    assert evaluations == ["3", "3"]
+    assert float(seconds[0]) == float(seconds[1])
+
+
+def test_a_demo_is_read_and_compared(tmp_path):
+    for name, seconds in (("before", 10), ("now", 4)):
+        run = tmp_path / name / "decoder"
+        run.mkdir(parents=True)
+        (run / "metrics.csv").write_text(f"images,loss,seconds\n64,0.5,3.0\n128,0.4,{seconds}\n")
+        right = {"image_256": {"one": {"binding": 0.9}, "two": {"whole": 0.25}}}
+        metrics = {"seconds": 5, "val": right}
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+        parts = [{"wall": seconds, "cpu": 1, "memory": 100}, {"wall": 10, "cpu": 2, "memory": 50}]
+        (tmp_path / name / "took.json").write_text(json.dumps(parts))
+    found = [demo.demo(tmp_path / "none", tmp_path / name, "smoke") for name in ("before", "now")]
+    rows = {row[0]: row[1:] for row in zip(*text(demo.table(*found)))}
+    assert rows["wall"] == ("20", "14", "0.70")
+    assert rows["memory"] == ("100", "100", "1.00")
+    assert rows["decoder"] == ("10", "4", "0.40")
+    assert rows["evaluation"] == ("5", "5", "1.00")
+    assert rows["one object"] == ("90.0%", "90.0%", "")
+
+
+def test_a_command_is_timed_and_its_failure_is_an_error():
+    block = "x = b'1' * 2**26; import time; time.sleep(0.2)"
+    took = demo.took([sys.executable, "-c", block])
+    assert took["wall"] >= 0.2
+    assert took["memory"] > 64
+    with pytest.raises(UserError, match="ended with 3"):
+        demo.took([sys.executable, "-c", "raise SystemExit(3)"])

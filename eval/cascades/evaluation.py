@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cascade.batch import Batch, image_size
 from cascade.config.checks import check_split
 from cascade.data.tars.splits import described
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
 from cascade.eval.cascades import attribution, held_out, likelihood, prior, summary
-from cascade.eval.cascades.protocol import HeldOut, Metrics, distance, picture_metrics
+from cascade.eval.cascades.protocol import KINDS, HeldOut, Metrics, distance, picture_metrics
 from cascade.eval.metrics.features import CLIPFeatures
 from cascade.eval.scenes.geneval import level_of, prompts, score_tasks, write_lines
 from cascade.files.atomic import write_atomically
@@ -21,7 +23,7 @@ from cascade.grids import to_uint8
 from cascade.pipeline import Cascade, Without
 from cascade.runs.cascade_file import CASCADE, stage_runs
 from cascade.runs.choices import SamplingChoices
-from cascade.runs.model import device, load_cascade, paint
+from cascade.runs.model import device, distilled, load_cascade, paint
 from cascade.training.checkpoint import Checkpoint, newest_checkpoint
 
 SHOWN = 24  # pictures of a sheet
@@ -137,6 +139,8 @@ def _split(
         out |= _by_stage(of, samples, painted)
         out["real_halves"] = _halves(samples.truth, of.features)
         out["guidance"] = _guidance(of, samples, painted, guidance)
+        if batch := _few_steps(of, samples, painted):
+            shown["steps"] = batch
         shown["truth"] = _evenly(samples.truth, samples.captions)
         out |= {"level": level_of(samples.scenes)} if of.geneval else {}
         if of.bound:
@@ -231,6 +235,28 @@ def _guidance(of: Judged, data: HeldOut, painted: Batch, scales: Sequence[float]
         row = picture_metrics(done, some, data.truth, of.features)
         out.append({"scale": scale, "count": len(some), **row})
     return out
+
+
+def _few_steps(of: Judged, data: HeldOut, painted: Batch) -> Batch:
+    """A few captions at 1, 2, 4 and all steps of the first stage that generates pictures.
+
+    Nothing if that stage has one step, or is distilled, and so knows one number of steps.
+    """
+    whole = of.cascade.painter.sampler.steps
+    fewer = [steps for steps in (4, 2, 1) if steps < whole]
+    if not fewer or of.cascade.painter.writes in distilled(of.cascade):
+        return {}
+    kinds = [data.kind(kind)[:2] for kind in KINDS] if data.scenes else [range(min(4, len(data)))]
+    rows = [i for some in kinds for i in some]
+    some, last = data.where(rows), of.cascade.stages[-1].writes
+    given = {k: painted[k][rows] for k in ("clip_image",) if k in painted}
+    pictures, titles = [painted[last][rows]], [f"{whole} steps: {text}" for text in some.captions]
+    for steps in fewer:
+        stage = SamplingChoices(steps=steps).applied(of.cascade.painter)
+        done = of.paint(of.cascade.replace(stage), some.captions, given, f"{steps} steps")
+        pictures.insert(0, done[last])
+        titles = [f"{steps} steps: {text}" for text in some.captions] + titles
+    return {last: torch.cat(pictures), "caption": titles}
 
 
 def _against(targets: Mapping[str, Any], metrics: Metrics) -> list[Metrics]:

@@ -35,7 +35,8 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     Args:
         model: directory of the cascade, for the loss curves of its stages.
         metrics: the content of metrics.json.
-        shown: some generated pictures with their captions by split, and the true ones as "truth".
+        shown: some generated pictures with their captions by split, the true ones as "truth", and
+            some at few "steps".
     """
     report = Report("Cascade: from captions to pictures")
     space = metrics["features"]
@@ -49,9 +50,12 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
         columns = itemgetter("what", "asked", "measured", "reached")
         report.targets(list(map(columns, metrics["targets"])))
     for split, batch in shown.items():
-        title = "True pictures of the same captions" if split == "truth" else f"Generated: {split}"
-        report.heading(title)
-        _pictures(report, batch)
+        titles = {
+            "truth": "True pictures of the same captions",
+            "steps": "In few steps",
+        }
+        report.heading(titles.get(split, f"Generated: {split}"))
+        _pictures(report, batch, columns=4 if split == "steps" else 6)
     report.heading("Measures by size")
     for split in metrics["captions"]:
         _by_size(report, split, metrics[split], metrics["real_halves"])
@@ -83,13 +87,13 @@ def _whose(metrics: Metrics) -> str:
     return "; ".join(dict.fromkeys(described(split) for split in metrics["captions"]))
 
 
-def _pictures(report: Report, batch: Batch) -> None:
+def _pictures(report: Report, batch: Batch, columns: int) -> None:
     keys = list(filter(image_size, batch))
     largest = max(keys, key=lambda key: batch[key].shape[-1])
     pictures = to_uint8(batch[largest])
     side = pictures.shape[1]
     shown = pictures[:, :: max(1, side // 128), :: max(1, side // 128)]
-    sheet = grid(shown, columns=6, captions=batch["caption"], scale=max(1, 128 // side))
+    sheet = grid(shown, columns=columns, captions=batch["caption"], scale=max(1, 128 // side))
     report.picture(sheet, f"{largest}, shown at {shown.shape[1] * max(1, 128 // side)} px")
 
 

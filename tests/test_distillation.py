@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from cascade import cli
 from cascade.conditioning import Cond
+from cascade.config.compose import saved
 from cascade.data.scenes.generate import write_scenes
 from cascade.diffusion.distillation import Distilled
 from cascade.diffusion.gaussian import Diffusion
@@ -145,6 +147,33 @@ def test_a_distillation_can_be_shown_and_trained_from_its_configuration(teacher,
     assert distilled(teacher, tmp_path / "two", "seed=3") == 0
     told = load_file(tmp_path / "two" / "weights.safetensors")
     assert all(torch.equal(shown[key], told[key]) for key in told)
+
+
+def test_a_student_can_teach_at_its_own_levels(teacher, tmp_path):
+    choices = "choices={sampler: few, steps: 8}"
+    assert distilled(teacher, tmp_path / "one", "steps=4", choices) == 0
+    assert distilled(tmp_path / "one", tmp_path / "two", "steps=2") == 0
+    one, two = (Run(tmp_path / name).load() for name in ("one", "two"))
+    assert torch.equal(two.process.taught, one.process.levels)
+    assert torch.equal(one.process.levels, karras(cosine, 8, sigma_min=0.05)[::2])
+    assert torch.equal(two.sampler.logsnrs(two.process), two.process.levels)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"_target_": "cascade.encoders.clip.CLIPTraining"},
+        {"process": {"_target_": "cascade.autoregressive.NextToken"}},
+        {"process": {"_target_": "cascade.diffusion.learned_variance.LearnedVariance"}},
+    ],
+)
+def test_a_run_without_a_plain_diffusion_is_refused(part, teacher, tmp_path, capfd):
+    config = OmegaConf.to_container(Run(teacher).config)
+    keep = ("sampler",) if "LearnedVariance" in str(part) else ()
+    config["stage"] = {**{key: config["stage"][key] for key in keep}, **part}
+    saved(OmegaConf.create(config), tmp_path / "other" / "config.yaml")
+    assert distilled(tmp_path / "other", tmp_path / "fast") == 2
+    assert "other " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

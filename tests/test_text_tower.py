@@ -63,7 +63,7 @@ def test_captions_are_encoded_as_by_open_clip(tmp_path, options, alone):
 
 
 def test_painting_imports_no_training(tmp_path):
-    """In a process of its own, as users start it: nothing that takes seconds and is not needed."""
+    """A process that only paints must not import modules that take seconds to load."""
     written(tmp_path, MODEL)
     code = (
         "import sys; import cascade.verbs.sample; from cascade.encoders.clip import FrozenCLIP;"

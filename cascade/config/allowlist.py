@@ -156,7 +156,7 @@ def _found(parts: list[str]) -> Any:
 
 
 def _may_import(path: str) -> bool:
-    """Whether a module is within a room, or is the module or a parent of what is admitted."""
+    """Whether a module is in a room or trusted, or holds, at any depth, a name on the list."""
     rooms = (*PURE, *ROOMS, *_trusted)
     admitted = (*rooms, *(name.rpartition(".")[0] for name in NAMES))
     return _within(path, rooms) or any(_within(module, [path]) for module in admitted)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cascade.diffusion.gaussian import Denoised, Diffusion, Net, call, per_sample
 from cascade.diffusion.noise import LIMIT, Noise, Schedule, alpha_sigma, uniform
-from cascade.diffusion.spacing import Spacing, even
+from cascade.diffusion.spacing import Spacing, even, thinned
 from cascade.errors import UserError
 
 # Carries some rows of the batch, at logsnrs[0], to logsnrs[-1], in len(logsnrs) - 1 steps.
@@ -60,7 +60,9 @@ class Distilled:
     @property
     def levels(self) -> Float64[Tensor, " n"]:
         """The student's levels [steps + 1]: every `by`-th of the teacher's."""
-        return self.taught[:: self.by]
+        return thinned(self.schedule, self.steps, spacing=self.spacing, by=self.by).clamp(
+            min=-LIMIT
+        )
 
     def loss(
         self,

@@ -64,6 +64,13 @@ def sections(
     return _at(schedule, _indices(steps, counts or (steps,), table), table)
 
 
+def thinned(
+    schedule: Schedule, steps: int, *, spacing: Spacing = even, by: int = 2
+) -> Float64[Tensor, " n"]:
+    """Every `by`-th level of another spacing (the levels of a distilled stage)."""
+    return spacing(schedule, steps * by)[::by]
+
+
 def fast27(schedule: Schedule, steps: int) -> Float64[Tensor, " n"]:
     """GLIDE's upsampler: sections of 10, 10, 3, 2 and 2 steps, from 997 as in its code, not 999."""
     return _at(schedule, [*_indices(steps, (10, 10, 3, 2, 2), 1000)[:-1], 997], 1000)

@@ -37,8 +37,12 @@ def student(config: DictConfig) -> DictConfig:
     sampler, process = stage.get("sampler"), stage.get("process")
     if name := choices.get("sampler"):
         sampler = OmegaConf.to_container(composed("sampler", [assigned("sampler", name)]).sampler)
+    if not (sampler and process and str(sampler["_target_"]).endswith(".DiffusionSampler")):
+        raise UserError(f"{run.path} is no diffusion stage: distil a prior, decoder or sr stage")
     while "process" in process:  # Analytic-DPM's, whose variance a deterministic teacher lacks
         process = process["process"]
+    if not process["_target_"].endswith(".Diffusion"):
+        raise UserError(f"{run.path} learned a variance, which steps of a student do not have")
     steps = choices.get("steps") or sampler["steps"]
     by, rest = divmod(steps, config.steps)
     if rest or by < 2:
@@ -51,7 +55,12 @@ def student(config: DictConfig) -> DictConfig:
         "_target_": "cascade.diffusion.distillation.Distilled",
         **{"process": process, "steps": config.steps, "by": by, **spacing},
     }
-    stage["sampler"] = {**_ddim(), "steps": config.steps, "init": sampler.get("init", 1.0)}
+    thinned = {"_target_": "cascade.diffusion.spacing.thinned", "_partial_": True, "by": by}
+    stage["sampler"] = {
+        **_ddim(),
+        **{"steps": config.steps, "init": sampler.get("init", 1.0)},
+        "spacing": {**thinned, **spacing},
+    }
     whole |= {key: config[key] for key in ("run", "images", "ema", "seed", "grids", "workers")}
     whole |= {
         "process": stage["process"],

@@ -252,7 +252,10 @@ def _few_steps(of: Judged, data: HeldOut, painted: Batch) -> Batch:
     given = {k: painted[k][rows] for k in ("clip_image",) if k in painted}
     pictures, titles = [painted[last][rows]], [f"{whole} steps: {text}" for text in some.captions]
     for steps in fewer:
-        stage = SamplingChoices(steps=steps).applied(of.cascade.painter)
+        try:
+            stage = SamplingChoices(steps=steps).applied(of.cascade.painter)
+        except UserError:  # its spacing has no such number of steps
+            continue
         done = of.paint(of.cascade.replace(stage), some.captions, given, f"{steps} steps")
         pictures.insert(0, done[last])
         titles = [f"{steps} steps: {text}" for text in some.captions] + titles

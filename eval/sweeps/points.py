@@ -190,9 +190,11 @@ def _sample(
     kept: dict[str, Sampled],
     what: str,
 ) -> list[Sampled]:
-    """Sample stage by stage, but for what is `kept` by what determines it; keep the rest there.
+    """Sample one stage after another, and reuse the samples of stages that are in `kept`.
 
     Args:
+        stages: each with what determines its samples (`_prefixes`).
+        kept: samples of earlier cells, by what determines them; receives the new ones.
         what: title of the progress bars.
     """
     given: Batch = {}

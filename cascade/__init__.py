@@ -14,4 +14,14 @@ A batch is a dictionary; a stage reads some of its keys and writes one. This is 
 | `text`           | float [b, n, w], states of a frozen text encoder              | that encoder |
 | `text_mask`      | bool [b, n], true where `text` is a token                     | that encoder |
 | `tokens`         | int64 [b, n], zero-padded, for a text encoder trained here    | tokenizer    |
+
+What captions are asked with (`encoders.phrases`), and what their encoders make of it:
+
+| key              | value                                                         | written by   |
+|------------------|---------------------------------------------------------------|--------------|
+| `negative`       | list of str, captions that guidance leads away from           | caller       |
+| `phrases`        | list of tuples of `Phrase`, the weighted parts of `caption`   | caller       |
+| `negative_phrases` | the same, of `negative`                                     | caller       |
+| `text_weights`   | float [b, n], log-weights of `text`; or `tokens_weights`      | an encoder   |
+| `lacking`        | a batch of k captions that lack one phrase, and their `share` | an encoder   |
 """

@@ -14,7 +14,13 @@ from pathlib import Path
 
 from cascade.config.allowlist import trust
 from cascade.errors import Failed, Superseded, TryAgain, UserError
-from cascade.options import data_options, picture_options, sampling_options, shard_option
+from cascade.options import (
+    caption_options,
+    data_options,
+    picture_options,
+    sampling_options,
+    shard_option,
+)
 from cascade.runs import done
 from cascade.slurm.code import check
 
@@ -132,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", default="out.png", help="PNG to write (default out.png)")
     sample.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     sample.add_argument("--batch", type=int, default=16, help="pictures per batch (default 16)")
+    caption_options(sample)
     sampling_options(sample)
 
     generate = verb(
@@ -149,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="seed of all noise (default 0)")
     generate.add_argument("--batch", type=int, default=16, help="pictures per batch (default 16)")
     shard_option(generate)
+    caption_options(generate)
     sampling_options(generate)
 
     evaluate = verb(
@@ -182,6 +190,17 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--seed", type=int, help="seed of all noise (default 0)")
     sampling_options(evaluate)
+
+    export = verb("export", "Write a trained cascade as a folder for other machines and programs.")
+    export.add_argument("--model", required=True, help="directory of a cascade (runs/demo)")
+    export.add_argument(
+        "--format",
+        choices=["card"],
+        default="card",
+        help="card: safetensors, encoders and a model card, for any cascade (default)",
+    )
+    export.add_argument("--out", required=True, help="folder to write; it must not exist")
+    export.add_argument("--license", help="of the weights, such as apache-2.0, for the card")
 
     data_options(verb("data", "Make, index and embed shards."))
 

@@ -80,6 +80,19 @@ def sampling_options(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def caption_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--negative",
+        metavar="CAPTION",
+        help="what guidance leads away from, instead of from nothing; needs a scale other than 1",
+    )
+    verb.add_argument(
+        "--weights",
+        action="store_true",
+        help=r"read weighted phrases, such as 'a (red:1.3) circle'; \( and \) are brackets",
+    )
+
+
 def named_options(verb: Any) -> None:
     verb.add_argument("--checkpoint", help="weights file or pretrained tag, with an open_clip name")
     verb.add_argument(

@@ -37,6 +37,10 @@ class Around(Link, Protocol):
     def writes(self) -> str:
         return self.stage.writes
 
+    @property
+    def leads_away(self) -> bool:
+        return self.stage.leads_away
+
     def encoded(self, batch: Batch) -> Batch:
         return self.stage.encoded(batch)
 
@@ -77,6 +81,10 @@ class Without(Around):
     stage: Link
     without: tuple[str, ...]
 
+    @property
+    def leads_away(self) -> bool:
+        return self.stage.leads_away and "caption" not in self.without
+
     def sample(self, batch: Batch, seed: int, purpose: str = "", progress=None) -> torch.Tensor:
         return self.stage.sample(batch, seed, purpose, progress, without=self.without)
 
@@ -90,6 +98,10 @@ class TextEmbedding(Around):
 
     stage: Link
     by: str = "clip_text"
+
+    @property
+    def leads_away(self) -> bool:
+        return False
 
     def sample(self, batch: Batch, seed: int, progress=None) -> torch.Tensor:
         return self.encoded(batch)[self.by]

@@ -22,6 +22,7 @@ from cascade.data.degradations import Corruption
 from cascade.data.loading import on
 from cascade.diffusion.distillation import Carry
 from cascade.draws import Draws
+from cascade.encoders import phrases
 from cascade.encoders.identity import Encoder, differs
 from cascade.encoders.weights import check_tensors, reading
 from cascade.errors import UserError
@@ -153,11 +154,16 @@ class Stage(Trainable):
         """The batch key that sampling gives."""
         return self.codec.writes
 
+    @property
+    def leads_away(self) -> bool:
+        """Whether guidance leads away from a negative caption, if there is one."""
+        return self.sampler.scale != 1 and "caption" in (self.weaker or self).conditioner.sources
+
     def encoded(self, batch: Batch) -> Batch:
         """Adds the keys that the encoders write, unless they were precomputed."""
         for encoder in self.encoders:
             if not encoder.writes <= batch.keys():
-                batch = encoder.to(self.device)(batch)
+                batch = phrases.encoded(encoder.to(self.device), batch)
         return batch
 
     def loss(self, batch: Batch) -> Float[Tensor, " b"]:
@@ -233,8 +239,11 @@ class Stage(Trainable):
         about = {"encoders": json.dumps([encoder.hash for encoder in self.encoders])}
         write_atomically(run / WEIGHTS, lambda path: save_file(state, path, about))
 
-    def restore(self, run: Path) -> None:
+    def restore(self, run: Path, of: str | None = None) -> None:
         """Loads what `export` wrote.
+
+        Args:
+            of: what this module is, for the message; None: the run's own.
 
         Raises:
             UserError: there are no weights, or they belong to another configuration or encoder.
@@ -250,7 +259,7 @@ class Stage(Trainable):
         # Older weights have no version of their table of positions: `Places` falls back.
         own = self.state_dict()
         own = {k: v for k, v in own.items() if k in theirs or not k.endswith(Places.KEY)}
-        check_tensors(own, theirs, str(path), f"{run}/config.yaml")
+        check_tensors(own, theirs, str(path), of or f"{run}/config.yaml")
         for encoder, noted in zip(self.encoders, json.loads(about["encoders"])):
             if why := differs(encoder, noted):
                 raise UserError(
@@ -274,8 +283,17 @@ class Stage(Trainable):
     def weaker_on(
         self, given: Batch, encoded: Batch, without: Collection[str] = ()
     ) -> tuple[nn.Module, Cond]:
-        """The network and condition that guidance extrapolates away from."""
-        if (other := self.weaker) is None:
+        """The network and condition that guidance extrapolates away from.
+
+        That is `weaker`, told the same as this stage, or this stage, told nothing. With negative
+        captions in the batch, it is told these alone.
+        """
+        other = self.weaker or self
+        if "negative" in given and "caption" in other.conditioner.sources.difference(without):
+            rest = other.conditioner.sources - {"caption"}
+            away = other.encoded(phrases.away_from(given, other.encoders))
+            return other.net, other.conditioner(away, without=rest)
+        if self.weaker is None:
             return self.net, self.conditioner.null(encoded)
         return other.net, other.conditioner(other.encoded(given), without=without)
 

@@ -83,5 +83,9 @@ class Trainable(nn.Module, ABC):
         """Write the current weights into a run directory. All ranks must call it."""
 
     @abstractmethod
-    def restore(self, run: Path) -> None:
-        """Load what `export` wrote. UserError if there is nothing, or if it does not fit."""
+    def restore(self, run: Path, of: str | None = None) -> None:
+        """Load what `export` wrote. UserError if there is nothing, or if it does not fit.
+
+        Args:
+            of: what this module is, for the message; None: the run's own.
+        """

@@ -24,6 +24,7 @@ from cascade.runs import cascade_file
 from cascade.runs.done import DONE, FROZEN, finished
 from cascade.runs.resumable import check_resumable
 from cascade.runs.run import Run
+from cascade.runs.start import training
 from cascade.slurm.plan import Launcher, Task, TaskGroup, launch
 
 LAUNCHER = "launcher"
@@ -50,7 +51,7 @@ def training_task(
             cannot be divided among the ranks. This is found before anything is queued.
     """
     ranks = launcher.ranks(resources or {})
-    config = composed("train", [*overrides, *(f"trainer.{key}={n}" for key, n in ranks.items())])
+    config = training([*overrides, *(f"trainer.{key}={n}" for key, n in ranks.items())])
     folder = Path(config.run).absolute()
     check_resumable(config, Run(folder))
     if ranks:

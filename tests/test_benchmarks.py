@@ -8,7 +8,8 @@ import torch
 
 from cascade.config.compose import built, composed, saved
 from cascade.errors import UserError
-from cascade.eval.benchmarks import demo, sampling
+from cascade.eval.benchmarks import demo, gpu, sampling
+from cascade.training.rehearsal import rehearsed
 from tests.small import SR
 
 
@@ -64,3 +65,17 @@ def test_a_command_is_timed_and_its_failure_is_an_error():
     assert took["memory"] > 64
     with pytest.raises(UserError, match="ended with 3"):
         demo.took([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+@pytest.mark.slow
+def test_training_rates_on_a_gpu_are_measured_at_tiny_sizes():
+    tiny = ["experiment=unclip_prior_tiny", "clip=tiny"]
+    found = gpu.rates(tiny, 2, 1, "cpu", backend="eager")
+    assert set(found) == {"eager", "compiled"}
+    flops = rehearsed(tiny)[1].step(bf16=True).flops
+    for each, rate in found.values():
+        assert rate / each == pytest.approx(flops)
+    rate = gpu.matrix_rate("cpu", side=64, steps=1)
+    training, _, shown = text(gpu.table({"prior": found}, rate))[:3]
+    assert training == ["prior", "prior"]
+    assert float(shown[0].replace(",", "")) == pytest.approx(found["eager"][0], abs=0.06)

@@ -168,11 +168,11 @@ def test_what_a_disk_refuses_is_one_line(tmp_path, capsys, monkeypatch):
 def test_captions_of_a_file_are_one_a_line_and_ids_are_not_painted(form, tmp_path, monkeypatch):
     found = []
 
-    def painted(captions):
+    def painted(captions, *_):
         found.extend(captions)
         raise UserError("enough")
 
-    monkeypatch.setattr(sample, "check_captions", painted)
+    monkeypatch.setattr(sample, "captions_asked", painted)
     texts = [f"a red{s}circle" for s in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"] + ["über"]
     lines = [form.replace("{n}", str(n)).replace("{}", text) for n, text in enumerate(texts)]
     (tmp_path / "a.txt").write_bytes("".join(lines).encode("utf-16"))

@@ -16,7 +16,7 @@ from cascade.diffusion import noise
 from cascade.nets.cost import GIB, Rehearsal, Way, parameters, parts
 from cascade.trainable import Trainable
 from cascade.training.callbacks.ema import EMA
-from cascade.verbs.describe import batches, rehearsed
+from cascade.training.rehearsal import batches, rehearsed
 
 CONF = Path(next(iter(cascade.conf.__path__)))
 SMALL = ["stage=decoder", "size=16", "text.reader.length=8", "net.channels=48", "net.blocks=1"]

@@ -255,6 +255,8 @@ OWN = {
         cascade/encoders/clip
     """,
     "open": """
+        cascade/export/card
+        cascade/export/tokenizer
         cascade/runs/done
         cascade/runs/resumable
         cascade/runs/run

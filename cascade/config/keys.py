@@ -30,6 +30,7 @@ class Data:
 class Train:
     name: str
     run: str
+    start: str | None
     seed: int
     batch: int
     images: int

@@ -33,7 +33,7 @@ from cascade.encoders.sources import (
     clip_source,
     default_of,
 )
-from cascade.encoders.text import token_mask, tokenize, trimmed
+from cascade.encoders.text import ids, token_mask, tokenize, trimmed
 from cascade.encoders.text_tower import OPTIONS, load_text_tower
 from cascade.encoders.weights import check_tensors, reading, tensors_of, weights_hash
 from cascade.errors import UserError
@@ -66,6 +66,18 @@ def _fitting(
         state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
     check_tensors(model.state_dict(), state, str(weights), name)
     return state
+
+
+def clip_state(source: CLIPSource, name: str) -> dict[str, Tensor]:
+    """The weights by open_clip's names. UserError if they do not fit the model."""
+    import open_clip
+
+    with reading([source.weights], name):
+        with torch.device("meta"):
+            model = open_clip.CLIP(**source.model)
+        # open_clip.load_checkpoint would silently interpolate positions of another size.
+        state = open_clip.factory.load_state_dict(str(source.weights), weights_only=True)
+        return _fitting(model, state, source.weights, name)
 
 
 def check_clip(source: CLIPSource, name: str) -> None:
@@ -121,6 +133,11 @@ class FrozenCLIP(OfCaptions):
         self, path_or_name: str, checkpoint: str | None = None, quick_gelu: bool | None = None
     ):
         self.name, self.checkpoint, self.quick_gelu = path_or_name, checkpoint, quick_gelu
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Everything besides the weights that the output depends on (`quick_gelu`, sizes...)."""
+        return self._source.choices
 
     @property
     def dim(self) -> int:
@@ -186,6 +203,9 @@ class FrozenCLIP(OfCaptions):
             "tokens": kept,
         }
 
+    def tokenized(self, captions: Sequence[str]) -> list[list[int]]:
+        return ids(captions, self.length)
+
     @cached_property
     def _source(self) -> CLIPSource:
         return clip_source(self.name, self.checkpoint, self.quick_gelu)
@@ -214,12 +234,10 @@ class FrozenCLIP(OfCaptions):
     def _model(self) -> Any:
         import open_clip
 
-        weights = self._source.weights
-        with reading([weights], self.name):
+        state = clip_state(self._source, self.name)
+        with reading([self._source.weights], self.name):
             model = open_clip.CLIP(**self._source.model)
-            # open_clip.load_checkpoint would silently interpolate positions of another size.
-            state = open_clip.factory.load_state_dict(str(weights), weights_only=True)
-            model.load_state_dict(_fitting(model, state, weights, self.name))
+            model.load_state_dict(state)
         return model.eval().requires_grad_(False).to(self.device)
 
 
@@ -290,8 +308,11 @@ class CLIPTraining(Trainable):
         if self.rank == 0:
             save_clip(self.architecture, self.clip, run)
 
-    def restore(self, run: Path) -> None:
+    def restore(self, run: Path, of: str | None = None) -> None:
         """Loads what `export` wrote.
+
+        Args:
+            of: what this module is, for the message; None: the run's own.
 
         Raises:
             UserError: there are no weights, or they belong to another configuration.
@@ -300,5 +321,6 @@ class CLIPTraining(Trainable):
             raise UserError(f"{run} holds no {CLIP_WEIGHTS}: train it first")
         with reading([run / CLIP_WEIGHTS], str(run)):
             weights = load_file(run / CLIP_WEIGHTS)
-            check_tensors(self.clip.state_dict(), weights, str(run / CLIP_WEIGHTS), "clip.model")
+            found = str(run / CLIP_WEIGHTS)
+            check_tensors(self.clip.state_dict(), weights, found, of or "clip.model")
             self.clip.load_state_dict(weights)

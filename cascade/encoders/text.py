@@ -54,6 +54,12 @@ def token_mask(tokens: Int64[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
     return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(1, keepdim=True)
 
 
+def ids(captions: Sequence[str], length: int) -> list[list[int]]:
+    """The tokens of each caption, from start to end of text."""
+    tokens = tokenize(captions, length)
+    return [row[own].tolist() for row, own in zip(tokens, token_mask(tokens))]
+
+
 def trimmed(tokens: Int64[Tensor, "b n"]) -> Int64[Tensor, "b m"]:
     """Drops the columns that are padding in every row, which need not be computed."""
     return tokens[:, : int(token_mask(tokens).sum(1).max())]
@@ -77,6 +83,9 @@ class Tokenizer(OfCaptions):
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """`tokens` [b, n], padded to the longest caption."""
         return {"tokens": trimmed(tokenize(captions, self.length)).to(self.device)}
+
+    def tokenized(self, captions: Sequence[str]) -> list[list[int]]:
+        return ids(captions, self.length)
 
 
 class TextTransformer(nn.Module):
@@ -167,17 +176,16 @@ class FrozenT5(OfCaptions):
 
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """`text` [b, n, w] and `text_mask` [b, n], padded to the longest caption."""
-        found = self._tokenizer(
-            list(captions),
-            max_length=self.length,
-            truncation=True,
-            padding=True,
-            return_tensors="pt",
-        ).to(self.device)
+        cut = {"max_length": self.length, "truncation": True}
+        found = self._tokenizer(list(captions), **cut, padding=True, return_tensors="pt")
+        found = found.to(self.device)
         mask = found["attention_mask"]
         with torch.no_grad():
             states = self._model(found["input_ids"], attention_mask=mask).last_hidden_state
         return {"text": states, "text_mask": mask.bool()}
+
+    def tokenized(self, captions: Sequence[str]) -> list[list[int]]:
+        return self._tokenizer(list(captions), max_length=self.length, truncation=True).input_ids
 
     @cached_property
     def _source(self) -> T5Source:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from cascade.conditioning import Cond, Fourier
-from cascade.nets.attention import TransformerBlock
+from cascade.nets.attention import TransformerBlock, unmasked
 from cascade.nets.layers import run, zero
 from cascade.nets.prior import Places, causal_mask
 
@@ -27,11 +27,11 @@ class Cache:
 
     Args:
         kv: keys and values of each layer; the first `length` positions are filled.
-        allowed: true where a position may attend to another.
+        allowed: where a position may attend to another (`causal_mask`).
     """
 
     kv: Float[Tensor, "layers 2 b heads n c"]
-    allowed: Bool[Tensor, "b 1 n n"]
+    allowed: Bool[Tensor, "b 1 n n"] | Float[Tensor, "b 1 n n"]
     length: int = 0
 
 
@@ -80,7 +80,7 @@ class TokenTransformer(nn.Module):
         t = tokens.shape[1]
         own = F.pad(self.embed(tokens[:, :-1]), (0, 0, 1, 0)) + self.positions[:t]
         h = torch.cat([self._prefix(cond), own], 1)
-        allowed = causal_mask(F.pad(cond.mask, (0, t), value=True))
+        allowed = causal_mask(F.pad(cond.mask, (0, t), value=unmasked(cond.mask)))
         for block in self.blocks:
             h = run(self, block, h, allowed)
         return self._logits(h[:, -t:])
@@ -90,7 +90,8 @@ class TokenTransformer(nn.Module):
         """Logits of the first token, and the cache for `step`."""
         start = self.positions[:1].expand(len(cond.tokens), -1, -1)
         h = torch.cat([self._prefix(cond), start], 1)
-        allowed = causal_mask(F.pad(cond.mask, (0, len(self.positions)), value=True))
+        own = len(self.positions)
+        allowed = causal_mask(F.pad(cond.mask, (0, own), value=unmasked(cond.mask)))
         heads = self.blocks[0].heads
         room = (len(self.blocks), 2, len(h), heads, allowed.shape[2], h.shape[2] // heads)
         cache = Cache(h.new_zeros(room), allowed)

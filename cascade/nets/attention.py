@@ -14,6 +14,18 @@ def split_heads(x: Float[Tensor, "b n w"], parts: int, heads: int) -> tuple[Tens
     return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention; the mask is of the kinds of `conditioning.Mask`."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def unmasked(mask: Tensor) -> bool:
+    """The value, in a mask of this kind, of a token that is attended to as it is."""
+    return mask.dtype == torch.bool  # true; or the log-weight 0
+
+
 def number_of_heads(width: int, head_channels: int) -> int:
     """The number of heads of this many channels.
 
@@ -57,16 +69,16 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "b n c"],
         tokens: Float[Tensor, "b m w"] | None = None,
-        mask: Bool[Tensor, "b m"] | None = None,
+        mask: Bool[Tensor, "b m"] | Float[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n c"]:
         q, k, v = split_heads(self.qkv(x), 3, self.heads)
         if self.kv is not None and tokens is not None:
             more_k, more_v = split_heads(self.kv(tokens), 2, self.heads)
             k, v = torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)
-            mask = F.pad(mask, (x.shape[1], 0), value=True)[:, None, None]
+            mask = F.pad(mask, (x.shape[1], 0), value=unmasked(mask))[:, None, None]
         else:
             mask = None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = attended(q, k, v, mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -94,11 +106,14 @@ class CrossAttention(nn.Module):
         self.out = zero(nn.Linear(inner, channels))
 
     def forward(
-        self, x: Float[Tensor, "b n c"], tokens: Float[Tensor, "b m w"], mask: Bool[Tensor, "b m"]
+        self,
+        x: Float[Tensor, "b n c"],
+        tokens: Float[Tensor, "b m w"],
+        mask: Bool[Tensor, "b m"] | Float[Tensor, "b m"],
     ) -> Float[Tensor, "b n c"]:
         (q,) = split_heads(self.q(x), 1, self.heads)
         k, v = split_heads(self.kv(tokens), 2, self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        y = attended(q, k, v, mask[:, None, None])
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -130,14 +145,14 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n w"],
-        allowed: Bool[Tensor, "b 1 #n m"],
+        allowed: Bool[Tensor, "b 1 #n m"] | Float[Tensor, "b 1 #n m"],
         context: Float[Tensor, "b m w"] | None = None,
         cache: tuple[Float[Tensor, "2 b heads m c"], slice] | None = None,
     ) -> Float[Tensor, "b n w"]:
         """Transforms a sequence.
 
         Args:
-            allowed: true where a position may attend to another.
+            allowed: true where a position may attend to another, or log-weights (`Mask`).
             context: the normalised sequence to attend to; None: x itself.
             cache: keys and values of a longer sequence to attend to, and the places of x in it,
                 where those of x are written.
@@ -149,6 +164,6 @@ class TransformerBlock(nn.Module):
             whole, places = cache
             whole[:, :, :, places] = torch.stack(kv)
             kv = whole
-        y = F.scaled_dot_product_attention(q, *kv, attn_mask=allowed)
+        y = attended(q, *kv, allowed)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_mlp(x))

@@ -6,23 +6,32 @@ dropped, the noised embedding remains, so the unconditional branch still reads x
 text take the positions after the full context, whatever the text lengths in a batch.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cascade.conditioning import Cond
+from cascade.conditioning import Cond, Mask
 from cascade.errors import UserError
-from cascade.nets.attention import TransformerBlock
+from cascade.nets.attention import TransformerBlock, unmasked
 from cascade.nets.layers import NoiseLevel, Timestep, run, zero
 
 
-def causal_mask(mask: Bool[Tensor, "b n"]) -> Bool[Tensor, "b 1 n n"]:
-    """True where a position may attend to another: to itself, and to earlier unmasked ones."""
+def causal_mask(mask: Mask) -> Bool[Tensor, "b 1 n n"] | Float[Tensor, "b 1 n n"]:
+    """Where a position may attend to another: to itself, and to earlier unmasked ones.
+
+    True there, or the log-weight of the other position if the mask has them.
+    """
     n = mask.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
     itself = torch.eye(n, dtype=torch.bool, device=mask.device)
-    return ((causal & mask[:, None]) | itself)[:, None]
+    seen = mask if mask.dtype == torch.bool else mask > -math.inf
+    allowed = (causal & seen[:, None]) | itself
+    if mask.dtype != torch.bool:
+        allowed = torch.where(seen, mask, 0.0)[:, None].masked_fill(~allowed, -math.inf)
+    return allowed[:, None]
 
 
 class Places(nn.Module):
@@ -109,7 +118,7 @@ class PriorTransformer(nn.Module):
         own = [level, self.embed_in(x), self.query.expand(len(x), -1)]
         h = torch.cat([cond.tokens, torch.stack(own, 1).to(cond.tokens.dtype)], 1)
         h = h + torch.cat([self.places(self.positions, cond), self.positions[-3:]])
-        allowed = causal_mask(F.pad(cond.mask, (0, 3), value=True))
+        allowed = causal_mask(F.pad(cond.mask, (0, 3), value=unmasked(cond.mask)))
         for block in self.blocks:
             h = run(self, block, h, allowed)
         # At low noise the output is nearly x itself, which a transformer is slow to learn to copy.

@@ -1,9 +1,10 @@
 """A coarse picture predicted from the caption alone, which conditions a small decoder."""
 
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from cascade.conditioning import Mask
 from cascade.errors import UserError
 from cascade.nets.attention import TransformerBlock, number_of_heads
 from cascade.nets.layers import Positions
@@ -50,9 +51,7 @@ class Sketch(nn.Module):
         )
         self.out = nn.Linear(width, channels * patch**2)
 
-    def forward(
-        self, tokens: Float[Tensor, "b n w"], mask: Bool[Tensor, "b n"]
-    ) -> Float[Tensor, "b c size size"]:
+    def forward(self, tokens: Float[Tensor, "b n w"], mask: Mask) -> Float[Tensor, "b c size size"]:
         x = self.places(self.side, self.side).flatten(1).T.expand(len(tokens), -1, -1)
         tokens = self.norm_tokens(tokens)
         for layer in self.layers:

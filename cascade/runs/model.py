@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from cascade.batch import Batch
-from cascade.data.loading import put_rows
+from cascade.data.loading import on, put_rows
 from cascade.diffusion.distillation import Distilled
+from cascade.encoders import phrases
+from cascade.encoders.identity import Encoder
 from cascade.errors import UserError
 from cascade.formats.texts import encodable
 from cascade.pipeline import Cascade
@@ -46,29 +48,63 @@ def load_cascade(
 
 def distilled(cascade: Cascade) -> dict[str, Distilled]:
     """The processes of the cascade's distilled stages, by the key that each stage writes."""
-    found = {}
-    for link in cascade.stages:
-        stage: Any = link
-        while hasattr(stage, "stage"):
-            stage = stage.stage
-        if isinstance(stage.process, Distilled):
-            found[link.writes] = stage.process
-    return found
+    processes = {link.writes: _inside(link).process for link in cascade.stages}
+    return {key: process for key, process in processes.items() if isinstance(process, Distilled)}
 
 
-def check_captions(captions: Sequence[str]) -> None:
-    """Raise UserError if there are no captions, or if one is empty or too long."""
-    if not captions:
+def captions_asked(
+    texts: Sequence[str], negative: str | None = None, weights: bool = False
+) -> Batch:
+    """`phrases.asked` of a user's captions, for the `given` of `paint`.
+
+    Raises:
+        UserError: there are no captions, or one is empty, too long or has weights that cannot be
+            read.
+    """
+    if not texts:
         raise UserError("no caption: give one in quotes, or a file of them with --file")
-    for i, caption in enumerate(captions):
+    asked = phrases.asked(texts, negative, weights)
+    named = {f"caption {i}": caption for i, caption in enumerate(asked["caption"], 1)}
+    if negative is not None:
+        named["the negative caption"] = asked["negative"][0]
+    for name, caption in named.items():
         if not caption.strip():
-            raise UserError(f"caption {i + 1} is empty: say what to paint")
+            raise UserError(f"{name} is empty: say what to paint")
         if encodable(caption) != caption:
-            raise UserError(f"caption {i + 1} is not in the terminal's encoding: use --file")
+            raise UserError(f"{name} is not in the terminal's encoding: use --file")
         if len(caption) > LONGEST:
-            raise UserError(
-                f"caption {i + 1} has {len(caption):,} characters: {LONGEST:,} is the most"
-            )
+            raise UserError(f"{name} has {len(caption):,} characters: {LONGEST:,} is the most")
+    return asked
+
+
+def check_asked(cascade: Cascade, asked: Batch) -> None:
+    """Raise UserError if negative captions or weighted phrases would have no effect.
+
+    Args:
+        asked: the keys of `phrases.asked`.
+    """
+    if "negative" in asked and not any(link.leads_away for link in cascade.stages):
+        raise UserError(
+            "a negative caption has no effect: no stage that reads captions is guided; give one a "
+            "scale other than 1, such as --set decoder.scale=2"
+        )
+    for of in (asked, phrases.away_from(asked, ()) if "negative" in asked else {}):
+        for caption, some in zip(of.get("caption", ()), of.get("phrases", ())):
+            for phrase in some:
+                for encoder in encoders_of(cascade):
+                    phrases.tokens_of(encoder, caption, phrase)
+
+
+def encoders_of(cascade: Cascade) -> list[Encoder]:
+    """The encoders of all stages."""
+    return [encoder for link in cascade.stages for encoder in _inside(link).encoders]
+
+
+def _inside(link: Any) -> Any:
+    """The stage inside the links around it."""
+    while hasattr(link, "stage"):
+        link = link.stage
+    return link
 
 
 @torch.inference_mode()
@@ -86,7 +122,8 @@ def paint(
 
     Args:
         size: of a batch.
-        given: further keys, with one row per caption, which the cascade then need not sample.
+        given: further keys, with one row per caption: what the cascade then need not sample, or
+            what goes with the captions (`phrases.asked`).
         what: title of the progress bar.
     """
     painted: Batch = {}
@@ -97,7 +134,7 @@ def paint(
         task = progress.add_task("", total=len(captions), rate=0, note="")
         for start in range(0, len(captions), size):
             rows = slice(start, start + size)
-            batch = {k: v[rows].to(device()) for k, v in (given or {}).items()}
+            batch = on({k: v[rows] for k, v in (given or {}).items()}, device())
             batch["caption"] = list(captions[rows])
             batch["sample"] = torch.arange(start, start + len(batch["caption"]))
 

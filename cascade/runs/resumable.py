@@ -25,7 +25,7 @@ FREE = (
 # Keys that hold paths: files may move, so their contents are compared
 # (`cascade.training.provenance`).
 PLACES = re.compile(
-    r"data\.path|teacher\.run|embeddings|data\.embeddings\.\w+\.folder|clip\.(path|checkpoint)|"
+    r"data\.path|start|teacher\.run|embeddings|data\.embeddings\.\w+\.folder|clip\.(path|checkpoint)|"
     r"text\.\w+\.(path_or_name|checkpoint)"
 )
 

@@ -132,20 +132,35 @@ class Run:
     def stage(self) -> Any:
         """Build the module that this run trains, with fresh weights.
 
-        If the run was moved and its CLIP is not at the configured path, a folder of that name next
-        to the run is used; `load` compares the hash of its weights.
+        Its encoders are looked for where they are now (`located`).
+        """
+        from cascade.config.compose import built
+
+        return built(self.located["stage"])
+
+    @property
+    def located(self) -> dict[str, Any]:
+        """The configuration, with the paths of its encoders where they are now.
+
+        A path that begins with `../` counts from the run's directory, as in an exported model. If
+        the run was moved and its CLIP is not at the configured path, a folder of that name next to
+        the run is used. `load` compares the hashes of encoders.
         """
         from omegaconf import OmegaConf
 
-        from cascade.config.compose import built
         from cascade.runs.resumable import replaced
 
-        config = self.config
-        stage, clip = OmegaConf.to_container(config.stage), Path(config.clip.path)
-        moved = self.path.parent / clip.name
-        if not clip.exists() and moved.is_dir():
-            stage = replaced(stage, str(clip), str(moved))
-        return built(stage)
+        config: Any = OmegaConf.to_container(self.config)
+        clip = str(config["clip"]["path"])
+        readers = config["stage"].get("encoders") or []
+        named = {clip, *(str(one.get("path_or_name", "")) for one in readers)}
+        for path in sorted(named):
+            if path.startswith("../") and (self.path / path).exists():
+                config = replaced(config, path, str(self.path / path))
+        moved = self.path.parent / Path(clip).name
+        if config["clip"]["path"] == clip and not Path(clip).exists() and moved.is_dir():
+            config = replaced(config, clip, str(moved))
+        return config
 
     def load(self) -> Any:
         """Build the module with the average's weights, in `eval()` mode.

@@ -24,6 +24,7 @@ from cascade.batch import image_size
 from cascade.config.checks import accumulation
 from cascade.config.compose import built, saved
 from cascade.data.loading import Samples, loader
+from cascade.encoders.weights import weights_hash
 from cascade.errors import UserError
 from cascade.files.atomic import check_writable
 from cascade.files.lease import Lease, lease
@@ -85,18 +86,15 @@ def _attempt(config: DictConfig, held: Lease | None) -> Path:
     module = built(config.stage)
     checkpoint = newest_checkpoint(folder)
     samples = training_samples(config, module, checkpoint)
-    if config.get("teacher"):
-        teach(module, config.teacher, begin=not checkpoint)
-    elif not checkpoint and isinstance(module, Stage):
-        # `map` is lazy: a codec without statistics, such as that of pixels, reads no data.
-        module.codec.fit(map(module.encoded, first_batches(samples, config.fit_images)))
+    begun = _begin(config, module, samples, fresh=not checkpoint)
     rank_zero_only(saved)(config, Run(folder).config_file)
 
     step, consumed = (checkpoint.step, checkpoint.consumed) if checkpoint else (0, 0)
     consumed = max(consumed, resume_from(folder))
     start = Position(step, config.batch, offset=consumed - step * config.batch)
 
-    trainer = _trainer(config, _callbacks(config, held, module, samples, start))
+    provenance = Provenance(module, samples, begun)
+    trainer = _trainer(config, _callbacks(config, held, module, samples, start, provenance))
     share, trainer.accumulate_grad_batches = accumulation(
         config.batch, config.micro_batch, trainer.world_size
     )
@@ -113,12 +111,31 @@ def _attempt(config: DictConfig, held: Lease | None) -> Path:
     return folder
 
 
+def _begin(config: DictConfig, module: Trainable, samples: Samples, fresh: bool) -> str | None:
+    """Give a module what it begins with, unless a checkpoint will: weights, or statistics of data.
+
+    Returns:
+        The hash of the weights of the run that it begins with, if it begins with one.
+    """
+    start, teacher = config.get("start"), config.get("teacher")
+    if teacher:
+        teach(module, teacher, begin=fresh and not start)
+    if fresh and start:
+        module.restore(Path(start), of=f"{config.run}, which was to begin with them")
+        return weights_hash(Run(Path(start)).weights)
+    if fresh and not teacher and isinstance(module, Stage):
+        # `map` is lazy: a codec without statistics, such as that of pixels, reads no data.
+        module.codec.fit(map(module.encoded, first_batches(samples, config.fit_images)))
+    return None
+
+
 def _callbacks(
     config: DictConfig,
     held: Lease | None,
     module: Trainable,
     samples: Samples,
     start: Position,
+    provenance: Provenance,
 ) -> list[L.Callback]:
     """Return the callbacks of a run. Lightning calls them in this order, at each of its hooks."""
     folder, ema = Path(config.run), EMA(config.ema)
@@ -129,7 +146,7 @@ def _callbacks(
         # Faults for drills, before whatever must cope with them.
         *built(config.get("faults") or {}).values(),
         # Before any other callback restores its state from a checkpoint that does not belong here.
-        Provenance(module, samples),
+        provenance,
         # Before all that reads gradients: it removes those of a bad step.
         Guard(folder, start, config.spike),
         # Before all that uses the average: measures, grids and checkpoints.

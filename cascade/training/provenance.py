@@ -28,9 +28,12 @@ class Provenance(L.Callback):
     Args:
         module: its frozen encoders, if any, are recorded by their hashes.
         samples: recorded by content or fingerprint, and by the encoders of their embeddings.
+        start: the hash of another run's weights that a new run begins with; None: it begins with
+            none, or from a checkpoint, which recorded it.
     """
 
-    def __init__(self, module: Trainable, samples: Samples):
+    def __init__(self, module: Trainable, samples: Samples, start: str | None = None):
+        self.start = start
         named = {encoder.name: encoder for encoder in getattr(module, "encoders", ())}
         self.encoders = list(named.values())  # one of each name, which is the key in checkpoints
         self.hashes = {encoder.name: encoder.hash for encoder in self.encoders}
@@ -39,13 +42,15 @@ class Provenance(L.Callback):
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict[str, Any]) -> None:
         own = {"encoders": dict(self.hashes), "embeddings": list(self.embeddings)}
-        checkpoint[KEY] = {**own, **self.samples}
+        begun = {"start": self.start} if self.start else {}
+        checkpoint[KEY] = {**own, **begun, **self.samples}
 
     def on_load_checkpoint(self, trainer, module, checkpoint: dict[str, Any]) -> None:
         """Raise UserError if the shards or encoders differ from those of the checkpoint."""
         then = checkpoint.get(KEY)
         if then is None:  # written by a version that did not record them
             return
+        self.start = then.get("start")
         if not _same(then, self.samples):
             raise UserError(
                 "the shards differ from those that this run began with (tars were added, removed "

@@ -3,20 +3,17 @@
 import argparse
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from cascade.batch import Batch
-from cascade.config.compose import built, composed
 from cascade.errors import UserError
 from cascade.nets.cost import GIB, Rehearsal, Way, parameters, parts
 from cascade.trainable import Trainable
+from cascade.training.rehearsal import rehearsed
 
 # If no stage is named, the first of these that the network fits is described.
 STAGES = (
@@ -82,57 +79,6 @@ def _fitting(overrides: list[str]) -> tuple[list[str], DictConfig, Rehearsal]:
             refusals.append(str(error))
     hint = f" (with {STAGES[0][0]}; no other stage fits either: name one with stage=...)"
     raise UserError(refusals[0] + (hint if len({*refusals}) > 1 else ""))
-
-
-def rehearsed(overrides: list[str]) -> tuple[DictConfig, Rehearsal]:
-    """Composes a stage, and tries its forward pass.
-
-    Raises:
-        UserError: a batch is not a whole number above 0, or the network does not fit the stage.
-    """
-    config = composed("train", ["data.path=none", *overrides])
-    for key, value in (("batch", config.batch), ("micro_batch", config.micro_batch or 1)):
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{key}={value}: choose a whole number above 0")
-    with torch.device("meta"):
-        module = built(config.stage)
-    for part in (getattr(module, "process", None), getattr(module, "corruption", None)):
-        if schedule := getattr(part, "schedule", None):
-            schedule(torch.tensor([0.5]))  # caches its table as numbers, not as fake tensors
-    rehearsal = Rehearsal(module, batches(config, module))
-    try:
-        _ = rehearsal.forward
-    except Exception as error:  # any of torch's functions may find shapes that do not fit
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"net does not fit stage {config.name}: {reason}") from error
-    return config, rehearsal
-
-
-def batches(config: DictConfig, module: Trainable) -> Callable[[int], Batch]:
-    """Returns a function that creates batches with every key that a stage may read.
-
-    Pictures are cropped as in training, and captions have their greatest length.
-    """
-    pictures, clip = built(config.data.pictures), built(config.clip.model)
-    blank = np.zeros((pictures.largest, pictures.largest, 3), np.uint8)
-    views = pictures.views(blank, np.random.default_rng(0)) if pictures.sizes else {}
-    # Not getattr: the length of a frozen CLIP is a property that would load it.
-    lengths = [vars(encoder).get("length") for encoder in getattr(module, "encoders", ())]
-    length = next((n for n in lengths if n), clip.length)
-
-    def batch(count: int) -> Batch:
-        return {
-            "sample": range(count),
-            "caption": [""] * count,
-            "tokens": torch.zeros(count, length, dtype=torch.int64),
-            "text": torch.zeros(count, length, config.text.size),
-            "text_mask": torch.ones(count, length, dtype=torch.bool),
-            "clip_text": torch.zeros(count, clip.dim),
-            "clip_image": torch.zeros(count, clip.dim),
-            **{key: torch.zeros(count, *view.shape) for key, view in views.items()},
-        }
-
-    return batch
 
 
 def _ways(rehearsal: Rehearsal, gpus: int) -> dict[str, Way]:

@@ -8,18 +8,23 @@ from cascade.errors import UserError, explained
 from cascade.eval.pictures import coco, generation, prompts
 from cascade.eval.pictures.share import share, whole
 from cascade.files.atomic import check_writable
-from cascade.runs.model import check_captions, load_cascade
+from cascade.runs.model import captions_asked, check_asked, load_cascade
 from cascade.runs.progress import shown
 
 
 def main(args: argparse.Namespace) -> None:
     layout, shard = prompts.LAYOUTS[args.layout], share(args.shard)
     found = coco.prompts_of(args.prompts)
-    check_captions([prompt.text for prompt in found])
+    asked = captions_asked([prompt.text for prompt in found], args.negative, args.weights)
     per_prompt = layout.per_prompt if args.per_prompt is None else args.per_prompt
-    job = generation.Job(Path(args.out), found, layout, per_prompt, args.seed, args.batch)
+    job = generation.Job(
+        *(Path(args.out), found, layout, per_prompt, args.seed, args.batch),
+        negative=args.negative,
+        weights=args.weights,
+    )
     check_writable(job.out, "choose another --out")
     cascade = load_cascade(Path(args.model), args.set)
+    check_asked(cascade, asked)
     if image_size(cascade.stages[-1].writes) is None:
         raise UserError(f"{args.model} paints no pictures: add its decoder to cascade.yaml")
     model = generation.identity(cascade, job.out)

@@ -9,7 +9,7 @@ from cascade.errors import UserError
 from cascade.eval.pictures.prompts import read_prompts
 from cascade.files.atomic import check_writable
 from cascade.grids import grid, to_uint8
-from cascade.runs.model import check_captions, distilled, load_cascade, paint
+from cascade.runs.model import captions_asked, check_asked, distilled, load_cascade, paint
 
 
 def main(args: argparse.Namespace) -> None:
@@ -22,17 +22,19 @@ def main(args: argparse.Namespace) -> None:
     if args.n < 1 or args.batch < 1:
         raise UserError("--n and --batch are at least 1")
     listed = [prompt.text for prompt in read_prompts(Path(args.file))] if args.file else []
-    captions = [*args.captions, *listed]
-    check_captions(captions)
+    texts = [*args.captions, *listed]
+    asked = captions_asked(texts, args.negative, args.weights)
     cascade = load_cascade(Path(args.model), args.set)
-    repeated = [caption for caption in captions for _ in range(args.n)]
-    batch = paint(cascade, repeated, args.seed, args.batch)
+    check_asked(cascade, asked)
+    asked = {key: [one for one in of for _ in range(args.n)] for key, of in asked.items()}
+    captions = [text for text in texts for _ in range(args.n)]
+    batch = paint(cascade, asked["caption"], args.seed, args.batch, asked)
     pictures = to_uint8(batch[cascade.stages[-1].writes])
     out.parent.mkdir(parents=True, exist_ok=True)
-    if len(repeated) == 1:
+    if len(captions) == 1:
         Image.fromarray(pictures[0]).save(out)
     else:
-        grid(pictures, columns=min(args.n if args.n > 1 else 4, 8), captions=repeated).save(out)
+        grid(pictures, columns=min(args.n if args.n > 1 else 4, 8), captions=captions).save(out)
     for key, process in distilled(cascade).items():
         taught = process.steps * process.by
         print(f"{key}: sampled in {process.steps} steps by a stage distilled from {taught}")

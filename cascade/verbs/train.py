@@ -6,10 +6,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from cascade.config.compose import composed, loaded
+from cascade.config.compose import loaded
 from cascade.errors import UserError
 from cascade.files.process import is_first_rank
 from cascade.runs.run import Run
+from cascade.runs.start import training
 from cascade.slurm.chain import LAUNCHER, split, submit_training
 from cascade.training.fit import train
 
@@ -24,7 +25,7 @@ def main(args: argparse.Namespace) -> Sequence[Path]:
     if own:
         submit_training(own, overrides)
         return []
-    config = loaded(Path(args.config)) if args.config else composed("train", overrides)
+    config = loaded(Path(args.config)) if args.config else training(overrides)
     if args.show:
         print(OmegaConf.to_yaml(config))
         return []

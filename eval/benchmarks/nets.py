@@ -33,25 +33,25 @@ SIZE, STEPS = 64, 1000
 CHANNELS, MULTIPLIERS = 64, (1, 2, 3, 4)
 
 
-def ours(adm: bool, checkpoint: bool = False) -> UNet:
+def ours(adm: bool, checkpoint: bool = False, channels: int = CHANNELS) -> UNet:
     """ADM's U-Net (residual blocks change the resolution, scale and shift), or DDPM's."""
     return UNet(
-        channels=CHANNELS,
+        channels=channels,
         multipliers=MULTIPLIERS,
         blocks=2,
-        embed=4 * CHANNELS,
+        embed=4 * channels,
         attention=(1, 2, 3),
         head_channels=64,
         positions=False,
         strided=not adm,
         shift_only=not adm,
         norm=partial(GroupNorm, groups=32),
-        level=Timestep(CHANNELS, linear_table),
+        level=Timestep(channels, linear_table),
         checkpoint=checkpoint,
     ).to(memory_format=torch.channels_last)
 
 
-def theirs(adm: bool) -> nn.Module:
+def theirs(adm: bool, channels: int = CHANNELS) -> nn.Module:
     """The same network from diffusers."""
     try:
         from diffusers import UNet2DModel
@@ -59,7 +59,7 @@ def theirs(adm: bool) -> nn.Module:
         raise UserError("this benchmark compares with diffusers: pip install diffusers") from error
     return UNet2DModel(
         sample_size=SIZE,
-        block_out_channels=tuple(CHANNELS * m for m in MULTIPLIERS),
+        block_out_channels=tuple(channels * m for m in MULTIPLIERS),
         layers_per_block=2,
         down_block_types=(
             f"{'ResnetDownsample' if adm else 'Down'}Block2D",
@@ -131,7 +131,7 @@ def forward(net: nn.Module) -> Forward:
     """The function (x, t) -> F of either network; t [b] are indices of the linear table."""
     if not isinstance(net, UNet):
         return lambda x, t: net(x, t).sample
-    levels = table(linear_table, STEPS).float()
+    levels = table(linear_table, STEPS, next(net.parameters()).device).float()
     return lambda x, t: net(x, levels[t], Cond())
 
 
@@ -140,8 +140,9 @@ class Training:
 
     def __init__(self, net: nn.Module, batch: int):
         g = torch.Generator().manual_seed(0)
-        self.x = torch.randn(batch, 3, SIZE, SIZE, generator=g)
-        self.t = torch.randint(STEPS, (batch,), generator=g)
+        device = next(net.parameters()).device
+        self.x = torch.randn(batch, 3, SIZE, SIZE, generator=g).to(device)
+        self.t = torch.randint(STEPS, (batch,), generator=g).to(device)
         self.forward = forward(net)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
 

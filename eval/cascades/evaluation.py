@@ -102,6 +102,7 @@ def evaluate(
     features = CLIPFeatures(FrozenCLIP(str(judge)).to(device()))
     of = Judged(cascade, list(runs), features, checkpoint, data, seed, geneval, bound)
     metrics: Metrics = {"features": features.name, "captions": dict(counts), "seed": seed}
+    metrics |= {"choices": list(choices)} if choices else {}
     metrics["captions_are"] = {split: described(split) for split in counts}
     shown: dict[str, Batch] = {}
     for split, count in counts.items():

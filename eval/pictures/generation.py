@@ -21,7 +21,8 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image
 
-from cascade.batch import image_size
+from cascade.batch import Batch, image_size
+from cascade.encoders import phrases
 from cascade.encoders.identity import formerly
 from cascade.errors import Failed, UserError
 from cascade.eval.pictures import captions, prompts
@@ -59,6 +60,8 @@ class Job:
 
     Args:
         batch: pictures in a block. It changes pictures by rounding, so the manifest records it.
+        negative: what guidance leads away from, instead of from nothing.
+        weights: whether the prompts have weighted phrases (`phrases.parsed`).
 
     Raises:
         UserError: a number is out of range, or the layout cannot hold the prompts.
@@ -70,6 +73,8 @@ class Job:
     per_prompt: int
     seed: int = 0
     batch: int = 16
+    negative: str | None = None
+    weights: bool = False
 
     def __post_init__(self):
         if not 1 <= self.per_prompt < MANY or self.batch < 1 or self.seed < 0:
@@ -79,9 +84,19 @@ class Job:
         _ = self.items
 
     @cached_property
+    def asked(self) -> Batch:
+        """The captions of the prompts, and what goes with them."""
+        return phrases.asked([prompt.text for prompt in self.prompts], self.negative, self.weights)
+
+    @cached_property
+    def plain(self) -> list[Prompt]:
+        """The prompts with their captions, which have no weights, as texts."""
+        return [p._replace(text=text) for p, text in zip(self.prompts, self.asked["caption"])]
+
+    @cached_property
     def ids(self) -> list[list[str]]:
         """The ids of each prompt's pictures."""
-        return self.layout.ids(self.prompts, self.per_prompt)
+        return self.layout.ids(self.plain, self.per_prompt)
 
     @cached_property
     def items(self) -> list[Item]:
@@ -91,7 +106,7 @@ class Job:
     def rows(self) -> list[captions.CaptionRow]:
         """The rows of captions.jsonl."""
         return [
-            {"id": name, "caption": one_line(self.prompts[i].text), "prompt": i, "image": k}
+            {"id": name, "caption": one_line(self.plain[i].text), "prompt": i, "image": k}
             | self.prompts[i].kept
             for name, i, k in self.items
         ]
@@ -108,6 +123,8 @@ class Job:
             "seed": self.seed,
             "batch": self.batch,
             "captions": captions.hash_of(self.rows),
+            **({} if self.negative is None else {"negative": self.negative}),
+            **({"weights": True} if self.weights else {}),
         }
 
 
@@ -152,7 +169,7 @@ def generate(
         with Claims(job.out) as claims, claims.held("manifest", wait=True):
             for folder in {_path(job.out, item.id).parent for item in job.items}:
                 remove_rests(folder)
-            job.layout.finish(job.out, job.prompts, job.ids)
+            job.layout.finish(job.out, job.plain, job.ids)
         check(job.out)
     return missing
 
@@ -248,10 +265,8 @@ def _settle(job: Job, settings: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def _painted(cascade: Cascade, job: Job, block: Sequence[Item]) -> UInt8[np.ndarray, "b h w 3"]:
-    batch = {
-        "caption": [job.prompts[item.prompt].text for item in block],
-        "sample": torch.tensor([sample_number(item.prompt, item.image) for item in block]),
-    }
+    batch = {key: [of[item.prompt] for item in block] for key, of in job.asked.items()}
+    batch["sample"] = torch.tensor([sample_number(item.prompt, item.image) for item in block])
     with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
         pictures = cascade(batch, job.seed)[cascade.stages[-1].writes]
     if bad := [item.id for item, x in zip(block, pictures) if not x.isfinite().all()]:

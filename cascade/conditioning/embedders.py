@@ -1,50 +1,20 @@
-"""From a batch to the condition that a network reads, through four ports.
+"""From one batch key to its part of a condition.
 
-The ports are `vector`, `tokens` with their `mask`, and `image` (see `Cond`); what else a condition
-holds describes their parts. A `Conditioner` has one embedder for each batch key that conditions its
-stage. Captions and CLIP embeddings are dropped at random (classifier-free guidance). A drop is
-drawn once per source, so that all keys computed from the caption are dropped together, and mixed in
-by `torch.where`, so that every parameter gets a gradient on every rank. The low-resolution picture
-is never dropped.
+A dropped key is mixed in by `torch.where`, so that every parameter gets a gradient on every rank.
+The low-resolution picture is never dropped.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cascade.batch import Batch, image_key, source
-from cascade.diffusion.noise import Noise
+from cascade.batch import Batch, image_key
+from cascade.conditioning.cond import Cond, log_weights
 from cascade.errors import UserError
-
-
-@dataclass(frozen=True)
-class Cond:
-    """A network's condition: what it reads besides x_t and the noise level.
-
-    Networks read the ports. `sketch` is read by the stage, whose loss supervises it, and
-    `after_text` by the priors, which need to know where the text ends.
-    """
-
-    # The ports.
-    vector: Float[Tensor, "b d"] | None = None  # added to the noise-level embedding
-    tokens: Float[Tensor, "b n w"] | None = None  # attended to
-    mask: Bool[Tensor, "b n"] | None = None  # true where `tokens` may be attended to
-    image: Float[Tensor, "b c height width"] | None = None  # concatenated to x_t
-    # Parts of them.
-    sketch: Float[Tensor, "b p height width"] | None = None  # the first channels of `image`
-    after_text: int = 0  # number of tokens after the text, whose length varies by batch
-
-    def cat(self, other: "Cond") -> "Cond":
-        """Concatenates two conditions along the batch: this one's samples first."""
-        ports = {f.name: getattr(self, f.name) for f in fields(self)}
-        pairs = {k: (a, getattr(other, k)) for k, a in ports.items() if isinstance(a, Tensor)}
-        return replace(self, **{k: torch.cat(pair) for k, pair in pairs.items()})
 
 
 class Fourier(nn.Module):
@@ -118,13 +88,24 @@ def mean(states: Float[Tensor, "b n s"], mask: Bool[Tensor, "b n"]) -> Float[Ten
     return torch.einsum("bn,bns->bs", share.to(states.dtype), states)
 
 
+def weighed(
+    pooled: Float[Tensor, "b d"], lacking: Float[Tensor, "k d"], share: Float[Tensor, "b k"]
+) -> Float[Tensor, "b d"]:
+    """Moves pooled vectors of captions away from those of the same captions without a phrase.
+
+    A share of -1 gives the vector without the phrase, 0 changes no bit, and more than 0
+    extrapolates. The shifts of several phrases add up.
+    """
+    return pooled + share.sum(1, keepdim=True) * pooled - share @ lacking
+
+
 class Sequence(nn.Module):
     """Turns the caption's states into a sequence of tokens, and into a vector.
 
     The states come from a frozen encoder (batch keys `text`, `text_mask`), or from a transformer
     that is trained with the stage (`encoder`, reading `tokens`). They are normalised before both
     projections, which helped in Imagen (section 2.4). A dropped caption is replaced by one token,
-    learned or zero.
+    learned or zero. Weighted phrases (`encoders.phrases`) weigh in the mask and in the vector.
 
     Args:
         size: width of the states.
@@ -166,16 +147,31 @@ class Sequence(nn.Module):
         self.to_vector = nn.Linear(size, dim) if dim else None
 
     def forward(self, batch: Batch, keep: Bool[Tensor, " b"]) -> Cond:
+        states, mask = self._states(batch)
+        first = torch.arange(mask.shape[1], device=mask.device) == 0
+        mask = torch.where(keep[:, None], mask, first)
+        states = torch.where(keep[:, None, None], states, self.null)
+        vector = self._vector(states, mask)
+        if (weights := batch.get(f"{self.key}_weights")) is not None:
+            mask = log_weights(mask) + torch.where(keep[:, None], weights, 0.0)
+            lacking = self._vector(*self._states(batch["lacking"]))
+            if vector is not None and lacking is not None:
+                share = batch["lacking"]["share"].to(vector) * keep[:, None]
+                vector = weighed(vector, lacking, share)
+        return Cond(vector, self.to_tokens(states), mask)
+
+    def _states(self, batch: Batch) -> tuple[Float[Tensor, "b n s"], Bool[Tensor, "b n"]]:
+        """The normalised states, and their mask."""
         if self.encoder:
             states, mask = self.encoder(batch["tokens"])
         else:
             states, mask = batch["text"].to(self.null.dtype), batch["text_mask"]
-        first = torch.arange(mask.shape[1], device=mask.device) == 0
-        mask = torch.where(keep[:, None], mask, first)
-        states = torch.where(keep[:, None, None], self.norm(states), self.null)
-        pooled = self.pool(states, mask) if self.pool else None
-        vector = self.to_vector(pooled) if self.to_vector else None
-        return Cond(vector, self.to_tokens(states), mask)
+        return self.norm(states), mask
+
+    def _vector(
+        self, states: Float[Tensor, "b n s"], mask: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, "b d"] | None:
+        return self.to_vector(self.pool(states, mask)) if self.to_vector and self.pool else None
 
 
 def _set_null(embedder: "Vector | Sequence", learned: bool) -> None:
@@ -210,85 +206,3 @@ class LowRes(nn.Module):
     def forward(self, batch: Batch, keep: Bool[Tensor, " b"]) -> Cond:
         level = self.level(batch[f"{self.key}_level"])
         return Cond(vector=level, image=enlarge(batch[self.key], self.factor))
-
-
-class Conditioner(nn.Module):
-    """Joins the embedders' conditions: sums vectors, concatenates tokens and images.
-
-    Args:
-        embedders: by any name; each reads one batch key.
-        drop: for each source ("caption", "clip_image"), the share of training samples without it.
-        sketch: computes a further image from the joined tokens and their mask.
-    """
-
-    def __init__(
-        self,
-        embedders: Mapping[str, nn.Module],
-        drop: Mapping[str, float] | None = None,
-        sketch: nn.Module | None = None,
-    ):
-        super().__init__()
-        self.embedders: Any = nn.ModuleDict(embedders)
-        self.sketch = sketch
-        self.drop = dict(drop or {})
-        sources = {source(embedder.key) for embedder in self.embedders.values()}
-        if unknown := set(self.drop) - sources:
-            raise ValueError(f"drop of {sorted(unknown)}, but the conditions are {sorted(sources)}")
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The batch keys that the embedders read."""
-        return frozenset(embedder.key for embedder in self.embedders.values())
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The sizes of the embeddings and text states that a batch must have, by key."""
-        sized = [e for e in self.embedders.values() if isinstance(e, (Vector, Sequence))]
-        return {e.key: e.size for e in sized if e.key != "tokens"}
-
-    def forward(
-        self, batch: Batch, noise: Noise | None = None, without: Collection[str] = ()
-    ) -> Cond:
-        """Embeds a batch.
-
-        Args:
-            noise: given in training, where each source is dropped at its own rate.
-            without: sources dropped from every sample, to measure what they contribute.
-        """
-        some = batch[next(iter(self.reads))]
-        keep = {}
-        if noise is not None:
-            for name, rate in sorted(self.drop.items()):  # each draw advances the stream
-                keep[name] = torch.special.ndtr(noise((len(some),))) >= rate
-        for name in without:
-            keep[name] = torch.zeros(len(some), dtype=torch.bool, device=some.device)
-        return self._join(batch, keep, default=True)
-
-    def null(self, batch: Batch) -> Cond:
-        """Embeds a batch with its caption and CLIP embedding dropped; the small picture stays."""
-        return self._join(batch, {}, default=False)
-
-    def _join(self, batch: Batch, keep: dict[str, Tensor], default: bool) -> Cond:
-        parts = []
-        for embedder in self.embedders.values():
-            value = batch[embedder.key]
-            all_or_none = torch.full((len(value),), default, device=value.device)
-            parts.append(embedder(batch, keep.get(source(embedder.key), all_or_none)))
-        vectors = [p.vector for p in parts if p.vector is not None]
-        tokens = [p.tokens for p in parts if p.tokens is not None]
-        masks = [p.mask for p in parts if p.mask is not None]
-        images = [p.image for p in parts if p.image is not None]
-        after_text = 0  # tokens after the last embedder of text, which itself reports 0
-        for part in (p for p in parts if p.tokens is not None):
-            after_text = after_text + part.after_text if part.after_text else 0
-        cond = Cond(
-            vector=sum(vectors) if vectors else None,
-            tokens=torch.cat(tokens, 1) if tokens else None,
-            mask=torch.cat(masks, 1) if masks else None,
-            image=torch.cat(images, 1) if images else None,
-            after_text=after_text,
-        )
-        if self.sketch is None:
-            return cond
-        sketch = self.sketch(cond.tokens, cond.mask)
-        return replace(cond, image=torch.cat([sketch, *images], 1), sketch=sketch)

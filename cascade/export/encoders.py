@@ -1,0 +1,60 @@
+"""Frozen encoders as folders of their own, which say all that their output depends on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from cascade.encoders.clip import FrozenCLIP, clip_state
+from cascade.encoders.sources import CLIP_CONFIG, CLIP_WEIGHTS, clip_source
+from cascade.encoders.t5 import t5_source
+from cascade.encoders.text import FrozenT5
+from cascade.encoders.weights import tensors_of
+
+_T5_FILES = (
+    *("config.json", "spiece.model", "tokenizer.json", "tokenizer_config.json"),
+    "special_tokens_map.json",
+)
+
+
+def place_of(encoder: Any) -> tuple[str, str | None] | None:
+    """What names an encoder's files in a configuration; None: it has none, as a tokenizer."""
+    name = getattr(encoder, "name", None)
+    if not isinstance(encoder, FrozenCLIP | FrozenT5):
+        return None
+    return name, getattr(encoder, "checkpoint", None)
+
+
+def write_encoder(encoder: Any, folder: Path) -> None:
+    """Writes the folder of an encoder, from which it loads without any other setting.
+
+    Raises:
+        UserError: its files are not on this machine, or cannot be read.
+    """
+    folder.mkdir()
+    if isinstance(encoder, FrozenCLIP):
+        _write_clip(encoder, folder)
+    else:
+        source = t5_source(encoder.name)
+        present = [f for name in _T5_FILES if (f := source.directory / name).exists()]
+        for file in [*present, *source.weights]:
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write_clip(encoder: FrozenCLIP, folder: Path) -> None:
+    source = clip_source(encoder.name, encoder.checkpoint, encoder.quick_gelu)
+    config = {
+        "model_cfg": source.model,
+        "preprocess_cfg": {"mean": list(source.mean), "std": list(source.std)},
+    }
+    (folder / CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    state = clip_state(source, encoder.name)
+    plain = source.weights.suffix == ".safetensors"
+    if plain and tensors_of([source.weights]).keys() == state.keys():
+        # The same bytes, and so the same hash.
+        shutil.copyfile(source.weights, folder / CLIP_WEIGHTS)
+    else:
+        state = {key: value.contiguous() for key, value in state.items()}
+        save_file(state, folder / CLIP_WEIGHTS, {"format": "pt"})

@@ -9,11 +9,16 @@ A batch is a dictionary; a stage reads some of its keys and writes one. This is 
 | `key`            | list of str, "shard/key" of each sample                       | data         |
 | `caption`        | list of str                                                   | data, caller |
 | `image_{size}`   | float [b, 3, h, w] in [-1, 1]                                 | data, a stage |
-| `clip_image`     | float [b, d], unit norm                                       | CLIP, a prior |
-| `clip_text`      | float [b, d], unit norm                                       | CLIP         |
+| `clip_image`     | float [b, d], unit norm, or raw if all its stages say so      | CLIP, a prior |
+| `clip_text`      | float [b, d], likewise                                        | CLIP         |
 | `text`           | float [b, n, w], states of a frozen text encoder              | that encoder |
 | `text_mask`      | bool [b, n], true where `text` is a token                     | that encoder |
+| `empty`          | a batch of one row, what encoders write for an empty caption  | a stage      |
+| `label`          | int64 [b], a class, which the caption names by its number     | `Labels`     |
 | `tokens`         | int64 [b, n], zero-padded, for a text encoder trained here    | tokenizer    |
+| `x_T`            | float [b, ...], the noise that leads to a picture             | an edit      |
+| `known/KEY`      | float [b, 3, h, w], a picture to edit, as KEY is sampled      | an edit      |
+| `unknown/KEY`    | bool [b, 1, h, w], what of it to paint                        | an edit      |
 
 What captions are asked with (`encoders.phrases`), and what their encoders make of it:
 

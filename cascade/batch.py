@@ -24,6 +24,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "tokens": Kind("caption"),
+    "label": Kind("caption"),
     "text": Kind("caption", "text.size"),
     "clip_text": Kind("caption", "clip.model.dim"),
     "clip_image": Kind("clip_image", "clip.model.dim"),

@@ -16,10 +16,12 @@ from cascade.config.allowlist import trust
 from cascade.errors import Failed, Superseded, TryAgain, UserError
 from cascade.options import (
     caption_options,
+    checker_option,
     data_options,
-    picture_options,
+    edit_options,
+    evaluate_options,
+    generate_options,
     sampling_options,
-    shard_option,
 )
 from cascade.runs import done
 from cascade.slurm.code import check
@@ -33,16 +35,17 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
 _NEEDS = {
     "evaluate": {
         **dict.fromkeys(("data", "judge", "split", "count", "guidance"), ("model",)),
-        **dict.fromkeys(("geneval", "bound", "seed", "set"), ("model",)),
+        **dict.fromkeys(("geneval", "bound", "typographic", "edits", "seed", "set"), ("model",)),
         **dict.fromkeys(("reference", "inception", "clip", "dino", "resize"), ("pictures",)),
         **dict.fromkeys(("cache", "shard"), ("pictures",)),
         **dict.fromkeys(("captions", "checkpoint", "quick_gelu"), ("clip",)),
         "bootstrap": ("reference", "inception"),
     },
+    "vary": dict.fromkeys(("steps", "refine", "scale"), ("eta",)),
     "pack": dict.fromkeys(("file_column", "caption_columns"), ("captions",)),
     "precompute": {
-        **dict.fromkeys(("checkpoint", "quick_gelu"), ("clip", "text")),
-        **dict.fromkeys(("text_out", "length", "bf16", "several"), ("text",)),
+        **dict.fromkeys(("checkpoint", "quick_gelu", "raw"), ("clip", "text")),
+        **dict.fromkeys(("text_out", "length", "bf16", "padded", "several"), ("text",)),
         "out": ("clip",),
     },
 }
@@ -90,6 +93,20 @@ def parser() -> argparse.ArgumentParser:
     )
     overrides(distill, "such as run=runs/fast teacher=runs/demo/decoder steps=4", "+")
     distill.add_argument("--show", action="store_true", help="print the configuration and exit")
+
+    bring = verb(
+        "import",
+        "Make a run of another system's published weights, to sample, fine-tune and evaluate.",
+        "KIND is a stage (karlo-prior, karlo-decoder, karlo-sr, glide, glide-upsampler, if-1, "
+        "if-2, guided-diffusion, kandinsky-prior, diffusers), or a whole cascade in one folder "
+        "(karlo, glide, if). Nothing is fetched. Overrides, such as clip.path=DIR "
+        "clip.checkpoint=null, change the runs' configuration.",
+    )
+    bring.add_argument("kind", metavar="KIND", help="the system, and which part of it")
+    bring.add_argument("source", metavar="SOURCE", help="file or folder of the weights")
+    bring.add_argument("--out", required=True, help="directory of the run or model to write")
+    overrides(bring, "of the configuration")
+    bring.set_defaults(module="importing")
 
     launched = (
         "launcher=local runs several tasks at a time on this machine; launcher=slurm submits jobs "
@@ -139,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     sample.add_argument("--batch", type=int, default=16, help="pictures per batch (default 16)")
     caption_options(sample)
+    checker_option(sample)
     sampling_options(sample)
 
     generate = verb(
@@ -146,61 +164,32 @@ def parser() -> argparse.ArgumentParser:
         "Paint many prompts into a folder, for `evaluate` or for other scorers.",
         "Run the same command again to resume; any number of processes may share the work.",
     )
-    generate.add_argument("--model", required=True, help="directory of a cascade (runs/demo)")
-    generate.add_argument(
-        "--prompts", required=True, help=".txt, .jsonl, .csv or .tsv, or coco:DIR (COCO-30k)"
-    )
-    generate.add_argument("--out", required=True, help="folder to write to")
-    generate.add_argument("--layout", choices=["plain", "geneval", "compbench"], default="plain")
-    generate.add_argument("--per-prompt", type=int, help="pictures per prompt (by layout 1, 4, 10)")
-    generate.add_argument("--seed", type=int, default=0, help="seed of all noise (default 0)")
-    generate.add_argument("--batch", type=int, default=16, help="pictures per batch (default 16)")
-    shard_option(generate)
-    caption_options(generate)
-    sampling_options(generate)
+    generate_options(generate)
 
     evaluate = verb(
         "evaluate",
         "Measure a cascade on held-out captions, or the pictures of any system; write a report.",
     )
-    what = evaluate.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="directory of a cascade (runs/demo)")
-    what.add_argument("--pictures", help="folder or tar of pictures, from any system")
-    evaluate.add_argument("--data", help="with --model: folder of shards with held-out splits")
-    evaluate.add_argument("--judge", help="with --model: directory of the CLIP that judges")
-    picture_options(evaluate)
-    evaluate.add_argument(
-        "--out",
-        help="folder of the results (default: --model, or PICTURES.evaluation)",
-    )
-    evaluate.add_argument("--split", help="held-out split (default val); all: every sample")
-    evaluate.add_argument("--count", type=int, help="captions of each kind (default 320)")
-    evaluate.add_argument("--guidance", help="decoder's guidance scales to sweep (default 1,2,4)")
-    evaluate.add_argument(
-        "--geneval",
-        type=int,
-        metavar="N",
-        help="score GenEval's six tasks on scenes, with N prompts each (0: skip)",
-    )
-    evaluate.add_argument(
-        "--bound",
-        type=int,
-        metavar="STEPS",
-        help="also report each stage's variational bound, in bits per dimension, with STEPS steps",
-    )
-    evaluate.add_argument("--seed", type=int, help="seed of all noise (default 0)")
-    sampling_options(evaluate)
+    evaluate_options(evaluate)
 
     export = verb("export", "Write a trained cascade as a folder for other machines and programs.")
     export.add_argument("--model", required=True, help="directory of a cascade (runs/demo)")
     export.add_argument(
         "--format",
-        choices=["card"],
+        choices=["card", "diffusers"],
         default="card",
-        help="card: safetensors, encoders and a model card, for any cascade (default)",
+        help="card: safetensors, encoders and a model card, for any cascade (default); diffusers: "
+        "for stages in the layouts of its classes",
     )
     export.add_argument("--out", required=True, help="folder to write; it must not exist")
     export.add_argument("--license", help="of the weights, such as apache-2.0, for the card")
+
+    edit_options(
+        verb(
+            "edit",
+            "Edit pictures with a trained cascade: vary, interpolate, change, repaint, enlarge.",
+        )
+    )
 
     data_options(verb("data", "Make, index and embed shards."))
 
@@ -267,8 +256,19 @@ def _told(error: Exception) -> int:
     return next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
 
 
+def _parsed(argv: list[str] | None) -> argparse.Namespace:
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    # argparse does not join the overrides before an option with those after it.
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = _parsed(argv)
     args.words = sys.argv[1:] if argv is None else argv
     try:
         if args.code:

@@ -5,7 +5,7 @@ variance, decodes x0 to the key, and tells the shape to sample. `fit` takes stat
 batches before the first step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class Pixels(nn.Module):
 
 
 class Embedding(nn.Module):
-    """CLIP embeddings of unit norm, scaled for diffusion. Decoding normalises them again.
+    """CLIP embeddings, scaled for diffusion. Decoding normalises those of unit norm again.
 
     By default each dimension gets zero mean and unit variance, by the mean and standard deviation
     of the training embeddings (as in Karlo), which are buffers and so part of the checkpoint. With
@@ -60,11 +60,19 @@ class Embedding(nn.Module):
         deviation: of each of the d numbers. unCLIP's is 0.5375, that of pictures in [-1, 1]: a
             factor of 17.2 at d = 1024 (appendix C), 14.9 at 768. DALLE2-pytorch's is 1: a factor of
             the root of d.
+        unit: whether the embeddings have unit norm; otherwise they are raw (Karlo, Kandinsky).
     """
 
-    def __init__(self, size: int, key: str = "clip_image", deviation: float | None = None):
+    def __init__(
+        self,
+        size: int,
+        key: str = "clip_image",
+        deviation: float | None = None,
+        unit: bool = True,
+    ):
         super().__init__()
         self.size, self.writes, self.fitted = size, key, deviation is None
+        self.unit = unit
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.full((size,), size**-0.5 / (deviation or 1.0)))
 
@@ -85,7 +93,8 @@ class Embedding(nn.Module):
         return (batch[self.writes] - self.mean) / self.std
 
     def decode(self, x0: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        return F.normalize(x0 * self.std + self.mean, dim=1)
+        z = x0 * self.std + self.mean
+        return F.normalize(z, dim=1) if self.unit else z
 
     def shape(self, batch: Batch) -> tuple[int, ...]:
         return (self.size,)
@@ -137,13 +146,13 @@ class Tokens(nn.Module):
         Raises:
             UserError: embeddings of another size, or the components retain less than `share`.
         """
-        count, total, second = 0, 0, 0
-        for batch in batches:
-            _check_size(batch[self.writes], self.size)
-            y = torch.cat([self._dot(batch), batch[self.writes]], 1).double()
-            count, total, second = count + len(y), total + y.sum(0), second + y.T @ y
-        mean = total / count
-        covariance = second / count - torch.outer(mean, mean)
+
+        def rows() -> Iterator[Tensor]:
+            for batch in batches:
+                _check_size(batch[self.writes], self.size)
+                yield torch.cat([self._dot(batch), batch[self.writes]], 1)
+
+        mean, covariance = moments(rows())
         variance, axes = principal(covariance[1:, 1:])
         components = len(self.axes)
         kept = variance.cumsum(0) / variance.sum()
@@ -186,6 +195,18 @@ def _check_size(z: Float[Tensor, "b d"], size: int) -> None:
             f"clip.model.dim={size}, but the embeddings have {found} numbers: set "
             f"clip.model.dim={found}, or embeddings to those of this CLIP"
         )
+
+
+def moments(
+    rows: Iterable[Float[Tensor, "_ d"]],
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "d d"]]:
+    """Mean and covariance of rows, in one pass that keeps only sums, in float64."""
+    count, total, second = 0, 0, 0
+    for some in rows:
+        y = some.double()
+        count, total, second = count + len(y), total + y.sum(0), second + y.T @ y
+    mean = total / count
+    return mean, second / count - torch.outer(mean, mean)
 
 
 def principal(

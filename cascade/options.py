@@ -9,7 +9,7 @@ def data_options(data: argparse.ArgumentParser) -> None:
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
     scenes = kinds.add_parser("scenes", help="write shards of procedural scenes")
     scenes.add_argument("out", help="folder to write to")
-    scenes.add_argument("--level", choices=["plain", "full"], default="plain")
+    scenes.add_argument("--level", choices=["plain", "full", "written"], default="plain")
     scenes.add_argument("--size", type=int, default=256, help="side in pixels, 16 to 1024 (256)")
     scenes.add_argument("--train", type=int, default=10_000, help="training scenes (default 10000)")
     scenes.add_argument("--val", type=int, default=1000, help="held-out scenes (default 1000)")
@@ -63,11 +63,146 @@ def data_options(data: argparse.ArgumentParser) -> None:
     embed.add_argument("--captions", default="txt", help="fields, such as txt,long_caption (txt)")
     embed.add_argument("--several", choices=["first", "all"], help="which of a list")
     named_options(embed)
+    embed.add_argument(
+        "--raw",
+        action="store_true",
+        default=None,
+        help="keep CLIP's embeddings as they are, without unit norm, as imported stages read them",
+    )
     embed.add_argument("--length", type=int, help="number of tokens of a T5 (default 256)")
+    embed.add_argument(
+        "--padded",
+        action="store_true",
+        default=None,
+        help="keep the states of a T5's padding, up to --length, as DeepFloyd IF reads them",
+    )
     embed.add_argument("--bf16", action="store_true", default=None, help="run a T5 in bfloat16")
     embed.add_argument("--out", help="folder for embeddings (default: DATA/embeddings)")
     embed.add_argument("--text-out", help="folder for the captions' states (default: DATA/text)")
     embed.add_argument("--workers", type=int, default=0, help="decoding processes (default 0)")
+
+
+def generate_options(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("--model", required=True, help="directory of a cascade (runs/demo)")
+    generate.add_argument(
+        "--prompts", required=True, help=".txt, .jsonl, .csv or .tsv, or coco:DIR (COCO-30k)"
+    )
+    generate.add_argument("--out", required=True, help="folder to write to")
+    generate.add_argument("--layout", choices=["plain", "geneval", "compbench"], default="plain")
+    generate.add_argument("--per-prompt", type=int, help="pictures per prompt (by layout 1, 4, 10)")
+    generate.add_argument("--seed", type=int, default=0, help="seed of all noise (default 0)")
+    generate.add_argument("--batch", type=int, default=16, help="pictures per batch (default 16)")
+    shard_option(generate)
+    caption_options(generate)
+    checker_option(generate)
+    sampling_options(generate)
+
+
+def evaluate_options(evaluate: argparse.ArgumentParser) -> None:
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="directory of a cascade (runs/demo)")
+    what.add_argument("--pictures", help="folder or tar of pictures, from any system")
+    evaluate.add_argument("--data", help="with --model: folder of shards with held-out splits")
+    evaluate.add_argument("--judge", help="with --model: directory of the CLIP that judges")
+    picture_options(evaluate)
+    evaluate.add_argument(
+        "--out",
+        help="folder of the results (default: --model, or PICTURES.evaluation)",
+    )
+    evaluate.add_argument("--split", help="held-out split (default val); all: every sample")
+    evaluate.add_argument("--count", type=int, help="captions of each kind (default 320)")
+    evaluate.add_argument("--guidance", help="decoder's guidance scales to sweep (default 1,2,4)")
+    evaluate.add_argument(
+        "--geneval",
+        type=int,
+        metavar="N",
+        help="score GenEval's six tasks on scenes, with N prompts each (0: skip)",
+    )
+    evaluate.add_argument(
+        "--bound",
+        type=int,
+        metavar="STEPS",
+        help="also report each stage's variational bound, in bits per dimension, with STEPS steps",
+    )
+    evaluate.add_argument(
+        "--typographic",
+        action="store_true",
+        default=None,
+        help="also write wrong words into pictures: what its CLIP and variations make of them",
+    )
+    evaluate.add_argument(
+        "--edits",
+        type=int,
+        metavar="N",
+        help="also measure each kind of `cascade edit`, on N pictures of scenes (0: skip)",
+    )
+    evaluate.add_argument("--seed", type=int, help="seed of all noise (default 0)")
+    sampling_options(evaluate)
+
+
+def edit_options(edit: argparse.ArgumentParser) -> None:
+    """Adds the kinds of `cascade edit`."""
+    kinds = edit.add_subparsers(dest="kind", required=True, metavar="KIND")
+
+    def kind(name: str, text: str, caption: bool = False, fit: bool = True) -> Any:
+        of = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        of.add_argument("--model", required=True, help="directory of a cascade (runs/demo)")
+        of.add_argument("--picture", required=True, nargs="+", metavar="FILE", help="to edit")
+        of.add_argument("--out", required=True, help="file to write")
+        of.add_argument("--caption", required=caption, help="what the result shows")
+        of.add_argument("--n", type=int, default=1, help="results per picture (default 1)")
+        of.add_argument("--seed", type=int, default=0, help="seed of all noise (default 0)")
+        of.add_argument("--batch", type=int, default=16, help="pictures per batch (default 16)")
+        of.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+        if fit:
+            fits = {"choices": ["crop", "pad"], "default": "crop"}
+            of.add_argument("--fit", **fits, help="use the centred square (crop), or all (pad)")
+        caption_options(of)
+        checker_option(of)
+        sampling_options(of)
+        return of
+
+    def inverting(of: argparse.ArgumentParser) -> None:
+        of.add_argument("--steps", type=int, help="of DDIM, both ways (default 50)")
+        of.add_argument("--refine", type=int, metavar="K", help="iterations per inverted step (0)")
+        of.add_argument("--scale", type=float, help="of guidance (default 1: none)")
+
+    vary = kind("vary", "paint other pictures of the same CLIP embedding")
+    vary.add_argument("--eta", type=float, help="start from the inverted noise; 0 reconstructs")
+    inverting(vary)
+    interpolate = kind("interpolate", "paint pictures between two or more")
+    of_noise = "interpolate the inverted noise (slerp), or keep one (fixed)"
+    interpolate.add_argument("--noise", choices=["slerp", "fixed"], default="slerp", help=of_noise)
+    change = kind("change", "change a picture by the difference of two captions")
+    change.add_argument("--to", required=True, metavar="CAPTION", help="of the desired picture")
+    change.add_argument("--from", metavar="CAPTION", help="of the present one (default: nothing)")
+    change.add_argument("--share", type=float, default=0.5, help="largest rotation (default 0.5)")
+    for of, count in ((interpolate, 7), (change, 5)):
+        of.add_argument("--frames", type=int, help=f"pictures of the path (default {count})")
+        inverting(of)
+    reconstruct = kind("reconstruct", "paint from more and more principal components")
+    reconstruct.add_argument("--data", required=True, help="shards with embeddings, for the axes")
+    reconstruct.add_argument(
+        "--components", type=int, nargs="+", help="numbers (default: doubling)"
+    )
+    image = kind("image", "noise a picture, and denoise it with a caption", caption=True)
+    image.add_argument("--strength", type=float, default=0.6, help="noise level, up to 1 (0.6)")
+    inpaint = kind("inpaint", "repaint a part of a picture", caption=True)
+    where = inpaint.add_mutually_exclusive_group()
+    where.add_argument("--mask", metavar="FILE", help="picture that is white where to repaint")
+    where.add_argument("--box", type=box, metavar="X,Y,W,H", help="what to repaint, in pixels")
+    outpaint = kind("outpaint", "enlarge a picture", caption=True, fit=False)
+    for side in ("left", "right", "top", "bottom"):
+        outpaint.add_argument(f"--{side}", type=int, default=0, help="pixels to add (default 0)")
+    for of in (inpaint, outpaint):
+        of.add_argument("--jumps", type=int, default=5, help="times to take each step (default 5)")
+
+
+def box(text: str) -> tuple[int, ...]:
+    numbers = tuple(int(part) for part in text.split(",") if part.strip().lstrip("-").isdigit())
+    if len(numbers) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r}: give x,y,w,h in pixels")
+    return numbers
 
 
 def sampling_options(verb: argparse.ArgumentParser) -> None:
@@ -90,6 +225,14 @@ def caption_options(verb: argparse.ArgumentParser) -> None:
         "--weights",
         action="store_true",
         help=r"read weighted phrases, such as 'a (red:1.3) circle'; \( and \) are brackets",
+    )
+
+
+def checker_option(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--checker",
+        metavar="FILE",
+        help="YAML file of concepts: refuse prompts, and blacken pictures, that match one",
     )
 
 

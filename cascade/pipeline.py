@@ -5,10 +5,11 @@ its place in the fold.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 
 from cascade.batch import Batch, image_size
 
@@ -24,6 +25,7 @@ class Link(Protocol):
     def sample(self, batch: Batch, seed: int, **choices: Any) -> torch.Tensor: ...
 
 
+@runtime_checkable
 class Around(Link, Protocol):
     """A link that samples the one inside it in its own way."""
 
@@ -41,8 +43,26 @@ class Around(Link, Protocol):
     def leads_away(self) -> bool:
         return self.stage.leads_away
 
+    @property
+    def unit(self) -> bool:
+        return getattr(self.stage, "unit", True)
+
     def encoded(self, batch: Batch) -> Batch:
         return self.stage.encoded(batch)
+
+
+def innermost(link: Link) -> Any:
+    """The stage inside links that sample it in their own way."""
+    while isinstance(link, Around):
+        link = link.stage
+    return link
+
+
+def altered(link: Link, change: Callable[[Any], Link]) -> Link:
+    """The same link around a changed stage."""
+    if isinstance(link, Around):
+        return replace(link, stage=altered(link.stage, change))
+    return change(link)
 
 
 @dataclass(frozen=True)
@@ -66,7 +86,9 @@ class BestOf(Around):
             [self.stage.sample(batch, seed, str(k), progress) for k in range(self.n)], 1
         )
         target = self.encoded(batch)[self.by]
-        best = torch.einsum("bnd,bd->bn", drawn, target).argmax(1)
+        # The length of a raw embedding is not a merit.
+        compared = drawn if self.unit else F.normalize(drawn, dim=2)
+        best = torch.einsum("bnd,bd->bn", compared, target).argmax(1)
         return drawn[torch.arange(len(drawn)), best]
 
 

@@ -3,12 +3,13 @@
 Every stage is this one class; stages differ in the objects that they are composed of.
 """
 
+import copy
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -51,6 +52,10 @@ class Objective(Protocol):
     def loss(self, net: Any, x0: Tensor, cond: Cond, noise: Draws) -> Float[Tensor, " b"]: ...
 
 
+# Returns what carries some rows of an encoded batch from one noise level to another, for a student.
+Teacher = Callable[[Batch, "Stage"], Carry]
+
+
 @runtime_checkable
 class Sampler(Protocol):
     """Draws x0; with a scale other than 1, guided away from a weaker (network, condition)."""
@@ -69,30 +74,14 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A trained stage that shows another how its own sampler proceeds (`Distilled`).
+class Asked(NamedTuple):
+    """The arguments of a `Sampler`, after the process, that a batch determines."""
 
-    Both embed the batch, and drop conditions, each with its own conditioner, for the same samples.
-    """
-
-    stage: "Stage"
-
-    def __call__(self, batch: Batch, student: "Stage") -> Carry:
-        """Returns what carries some rows of an encoded batch from one noise level to another."""
-        stage = self.stage.to(student.device)
-        sampler: Any = stage.sampler
-
-        @torch.no_grad()
-        def carry(rows: Tensor, x: Tensor, logsnrs: Tensor) -> Tensor:
-            some: Batch = {k: v[rows] for k, v in batch.items() if isinstance(v, Tensor)}
-            some["caption"] = [one for one, row in zip(batch["caption"], rows) if row]
-            cond = stage.conditioner(some, student.draws("drop", some))
-            weaker = stage.weaker_on(some, some) if sampler.scale != 1 else None
-            denoise = sampler.denoiser(stage.process, stage.net, cond, weaker)
-            return sampler.solver(denoise, x, logsnrs, None)
-
-        return carry
+    net: Any
+    shape: tuple[int, ...]
+    cond: Cond
+    weaker: tuple[Any, Cond] | None
+    noise: Draws
 
 
 class Stage(Trainable):
@@ -141,6 +130,7 @@ class Stage(Trainable):
         self.seed = seed
         self.weaker: Stage | None = None
         self.teacher: Teacher | None = None
+        self._empty: Batch | None = None  # one row, encoded from an empty caption
 
     @property
     def reads(self) -> frozenset[str]:
@@ -159,12 +149,26 @@ class Stage(Trainable):
         """Whether guidance leads away from a negative caption, if there is one."""
         return self.sampler.scale != 1 and "caption" in (self.weaker or self).conditioner.sources
 
+    @property
+    def unit(self) -> bool:
+        """Whether CLIP embeddings that it samples have unit norm."""
+        return getattr(self.codec, "unit", True)
+
     def encoded(self, batch: Batch) -> Batch:
-        """Adds the keys that the encoders write, unless they were precomputed."""
+        """Adds the keys that the encoders write, unless they were precomputed.
+
+        If a dropped caption is replaced by the empty one, that is added as well, as `empty`.
+        """
         for encoder in self.encoders:
             if not encoder.writes <= batch.keys():
                 batch = phrases.encoded(encoder.to(self.device), batch)
-        return batch
+        if not self.conditioner.empty_caption:
+            return batch
+        if self._empty is None:
+            self._empty = {"caption": [""]}
+            for encoder in self.encoders:
+                self._empty = encoder.to(self.device)(self._empty)
+        return {**batch, "empty": on(self._empty, self.device)}
 
     def loss(self, batch: Batch) -> Float[Tensor, " b"]:
         """The loss of each sample, whose draws depend only on (seed, sample number).
@@ -174,7 +178,8 @@ class Stage(Trainable):
         x0, batch = self._task(batch)
         cond = self.conditioner(batch, self.draws("drop", batch))
         taught = () if self.teacher is None else (self.teacher(batch, self),)
-        loss = self.process.loss(self.net, x0, cond, self.draws("noise", batch), *taught)
+        net = self.noisy(batch, partial(self.draws, "augmentation", batch))
+        loss = self.process.loss(net, x0, cond, self.draws("noise", batch), *taught)
         if cond.sketch is None:
             return loss
         return loss + (cond.sketch - x0).square().flatten(1).mean(1)
@@ -218,6 +223,14 @@ class Stage(Trainable):
             progress: called with (steps done, total steps).
             without: sources ("caption", "clip_image") to drop.
         """
+        asked = self.asked(batch, seed, purpose, without)
+        return self.codec.decode(self.sampler(self.process, *asked, progress))
+
+    @torch.no_grad()
+    def asked(
+        self, batch: Batch, seed: int, purpose: str = "", without: Collection[str] = ()
+    ) -> Asked:
+        """What the sampler is asked for; arguments as of `sample`."""
         name, given = f"{self.writes}/{purpose}", batch
         if self.corruption:
             noise = Draws(seed, f"{name}/corruption", given["sample"], self.device)
@@ -226,9 +239,18 @@ class Stage(Trainable):
         noise = Draws(seed, f"{name}/noise", batch["sample"], self.device)
         shape = (len(batch["sample"]), *self.codec.shape(batch))
         cond = self.conditioner(batch, without=without)
-        weaker = self.weaker_on(given, batch, without) if self.sampler.scale != 1 else None
-        x0 = self.sampler(self.process, self.net, shape, cond, weaker, noise, progress)
-        return self.codec.decode(x0)
+        samples = batch["sample"]
+        net = self.noisy(batch, lambda: Draws(seed, f"{name}/augmentation", samples, self.device))
+        weaker = self.weaker_on(given, batch, net, without) if self.sampler.scale != 1 else None
+        return Asked(net, shape, cond, weaker, noise)
+
+    def altered(self, **parts: Any) -> "Stage":
+        """A copy with the same parameters, and with other `parts` (sampler, net, codec...)."""
+        stage = copy.copy(self)
+        stage._modules = dict(self._modules)  # where networks are registered
+        for name, part in parts.items():
+            setattr(stage, name, part)
+        return stage
 
     def export(self, run: Path) -> None:
         """Writes the current weights to `weights.safetensors`. All ranks must call it."""
@@ -280,21 +302,28 @@ class Stage(Trainable):
             "the longest caption in its batch; newly trained weights do not"
         )
 
+    def noisy(self, batch: Batch, draws: Callable[[], Draws]) -> Any:
+        """The network, which may get fresh noise in its picture at each call (`Corruption`)."""
+        return self.corruption.around(self.net, batch, draws) if self.corruption else self.net
+
     def weaker_on(
-        self, given: Batch, encoded: Batch, without: Collection[str] = ()
-    ) -> tuple[nn.Module, Cond]:
+        self, given: Batch, encoded: Batch, net: Any, without: Collection[str] = ()
+    ) -> tuple[Any, Cond]:
         """The network and condition that guidance extrapolates away from.
 
         That is `weaker`, told the same as this stage, or this stage, told nothing. With negative
         captions in the batch, it is told these alone.
+
+        Args:
+            net: this stage's network, as it is sampled (`noisy`).
         """
         other = self.weaker or self
         if "negative" in given and "caption" in other.conditioner.sources.difference(without):
             rest = other.conditioner.sources - {"caption"}
             away = other.encoded(phrases.away_from(given, other.encoders))
-            return other.net, other.conditioner(away, without=rest)
+            return net if other is self else other.net, other.conditioner(away, without=rest)
         if self.weaker is None:
-            return self.net, self.conditioner.null(encoded)
+            return net, self.conditioner.null(encoded)
         return other.net, other.conditioner(other.encoded(given), without=without)
 
     def _task(self, batch: Batch) -> tuple[Tensor, Batch]:

@@ -61,7 +61,8 @@ def measured(tmp_path_factory):
     OmegaConf.save({"stages": choices}, folder / "cascade.yaml")
     demo = composed("demo", []).evaluate.targets
     targets = {k.replace("256", "64"): v for k, v in OmegaConf.to_container(demo).items()}
-    evaluate(folder, data, folder / "judge", {"val": COUNT}, [1.0], 0, targets, geneval=2, bound=2)
+    more = {"geneval": 2, "bound": 2, "typographic": True}
+    evaluate(folder, data, folder / "judge", {"val": COUNT}, [1.0], 0, targets, **more)
     return folder
 
 
@@ -143,6 +144,15 @@ def test_the_bound_of_an_untrained_network_is_that_of_x0_hat_0(measured, metrics
         process, lambda x, *_: torch.zeros_like(x), data.truth["image_16"], None, torch.randn, 2
     )
     assert found["image_16"] == pytest.approx(whole.total.mean().item(), rel=1e-5)
+
+
+def test_the_clip_is_attacked_with_words(metrics):
+    found = metrics["typographic"]
+    assert found["count"] == COUNT
+    assert set(found["zero_shot"]) == {"no word", "right word", "wrong word"}
+    assert all(shot["count"] == COUNT for shot in found["zero_shot"].values())
+    for rates in (found, *found["variations"].values()):
+        assert all(0 <= rates[name] <= 1 for name in rates["intervals"])
 
 
 def test_the_report_shows_it(measured):

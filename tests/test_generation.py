@@ -19,7 +19,7 @@ from cascade.errors import Failed, UserError
 from cascade.eval.pictures import generation
 from cascade.eval.pictures.coco import prompts_of
 from cascade.eval.pictures.generation import check, generate, sample_number
-from cascade.eval.pictures.identity import described
+from cascade.eval.pictures.identity import described, identity
 from cascade.eval.pictures.prompts import LAYOUTS, Prompt
 from cascade.eval.pictures.share import share
 from cascade.pipeline import BestOf, Cascade
@@ -298,7 +298,7 @@ def test_a_folder_that_an_earlier_version_began_goes_on(cascade, tmp_path):
     def identified(encoder):
         stage = copy(cascade.stages[0])
         stage.encoders = (encoder,)
-        return generation.identity(Cascade([stage]), tmp_path)
+        return identity(Cascade([stage]), tmp_path)
 
     encoder = SimpleNamespace(hash="new", former=Former("old"))
     doubtful = SimpleNamespace(hash="new", former=Former("old", again=False))

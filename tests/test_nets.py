@@ -81,7 +81,7 @@ def test_without_self_attention_a_network_is_fully_convolutional(net):
     for module in net.modules():  # statistics over the whole picture are not local
         if isinstance(module, torch.nn.GroupNorm):
             module.forward = lambda x: x
-            module.activated = lambda x, modulation=None: torch.nn.functional.silu(x)
+            module.activated = lambda x, *_, **__: torch.nn.functional.silu(x)
     x, image = torch.randn(2, 1, 3, 192, 16).double()
     tokens, mask = torch.randn(1, 3, 12).double(), torch.ones(1, 3).bool()
     logsnr, vector = torch.zeros(1).double(), torch.randn(1, 16).double()

@@ -31,6 +31,7 @@ from tests.test_batch_mates import randomised as random_stage
 from tests.test_nets import randomised
 from tests.test_text import write_t5
 
+AN_IMAGE = {"sample": torch.arange(1), "clip_image": torch.eye(1, 64)}
 CAPTION, WEIGHED = "a red circle above a blue square", "a (red:{}) circle above a blue square"
 
 
@@ -317,13 +318,27 @@ def test_the_negative_branch_of_a_decoder_is_told_the_negative_caption_alone(sta
     given = {**asked([CAPTION], "a (blue:2) square", weights=True), "sample": torch.arange(1)}
     z = torch.nn.functional.normalize(torch.ones(1, 64), dim=1)
     given["clip_image"] = z
-    net, cond = stage.weaker_on(given, stage.encoded(given))
+    net, cond = stage.weaker_on(given, stage.encoded(given), stage.net)
     batch = stage.encoded({**asked(["a (blue:2) square"], weights=True), "clip_image": z})
     expected = stage.conditioner(batch, without=["clip_image"])
     assert net is stage.net
     for port in ("vector", "tokens", "mask", "image"):
         assert torch.equal(getattr(cond, port), getattr(expected, port))
     assert not torch.equal(cond.mask, stage.conditioner.null(batch).mask)
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder_text"])
+def test_weights_say_nothing_of_a_caption_that_the_empty_one_replaces(stages, name):
+    stage = copy.deepcopy(stages[name])
+    stage.conditioner.empty_caption = True
+    plain, weighed = (
+        stage.conditioner.null(stage.encoded({**asked([text], weights=True), **AN_IMAGE}))
+        for text in (CAPTION, WEIGHED.format(3))
+    )
+    assert torch.equal(log_weights(weighed.mask), log_weights(plain.mask))
+    for port in ("vector", "tokens"):
+        if getattr(plain, port) is not None:
+            assert torch.equal(getattr(weighed, port), getattr(plain, port))
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -93,10 +93,11 @@ def test_every_seen_pair_is_trained_alone_in_other_words_than_those_held_out(sce
 @pytest.mark.parametrize("level", LEVELS)
 def test_shares_of_the_kinds(scenes, level):
     shares = {split: np.mean([s.kind == "one" for s in scenes[level, split]]) for split in SPLITS}
-    expected = {"train": 0.35 if level == "plain" else 0.3, "val": 0.5, "unseen": 0.5}
+    train = {"plain": 0.35, "full": 0.3, "written": 0.7}[level]
+    expected = {"train": train, "val": 0.5, "unseen": 0.5}
     assert shares == pytest.approx(expected, abs=0.05)  # four standard errors
     kinds = Counter(s.kind for s in scenes[level, "train"])
-    assert set(kinds) == ({"one", "two"} if level == "plain" else {"one", "two", "three"})
+    assert set(kinds) == ({"one", "two", "three"} if level == "full" else {"one", "two"})
 
 
 def test_plain_scenes_stand_at_fixed_places(scenes):

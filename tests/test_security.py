@@ -98,7 +98,7 @@ def hostile(file):
         ),
         "cascade.encoders.clip.save_clip": call("cascade.encoders.clip.save_clip", f=str(file)),
         "cascade.encoders.weights.tensors_of": call("cascade.encoders.weights.tensors_of", []),
-        "cascade.encoders.clip._fitting": call("cascade.encoders.clip._fitting"),
+        "cascade.encoders.text_tower._Block": call("cascade.encoders.text_tower._Block"),
         "cascade.nets.layers.run": call("cascade.nets.layers.run"),
         "cascade.nets.layers.checkpoint": call("cascade.nets.layers.checkpoint"),
         "cascade.data.embeddings.write_embeddings": call(
@@ -357,8 +357,11 @@ def test_foreign_weights_run_nothing(clip, tmp_path, canary):
         source = clip_source(str(clip), None)._replace(weights=file)
         frozen = FrozenCLIP(str(clip))
         frozen.__dict__["_source"] = source
-        message = refused(lambda f=frozen: f.text(["a"]), FOUND[file.name])
-        assert f"{file} cannot be read as weights of" in message
+        if file.name == "script.pt":  # which is read as data
+            refused(lambda f=frozen: f.text(["a"]), "does not hold the weights of")
+        else:
+            message = refused(lambda f=frozen: f.text(["a"]), FOUND[file.name])
+            assert f"{file} cannot be read as weights of" in message
         folder = tmp_path / f"t5 {file.name}"
         folder.mkdir()
         name = "model.safetensors" if file.suffix == ".safetensors" else "pytorch_model.bin"

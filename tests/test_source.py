@@ -163,6 +163,7 @@ READERS = {
     """,
     "json.loads": """
         cascade/data/items
+        cascade/encoders/published/byte_pairs
         cascade/encoders/weights
         cascade/formats/tables
         eval/pictures/coco
@@ -184,17 +185,21 @@ READERS = {
     "read_bytes": """
         cascade/data/tars/listing
         cascade/data/tars/pack
+        cascade/encoders/published/byte_pairs
+        cascade/formats/rgb
         cascade/formats/texts
         eval/pictures/coco
     """,
     "safe_open": """
         cascade/encoders/weights
+        cascade/interop/files
     """,
     "tarfile.open": """
         cascade/data/tars/tar
     """,
     "torch.load": """
         cascade/encoders/weights
+        cascade/interop/files
         eval/metrics/features
     """,
 }
@@ -205,6 +210,7 @@ OWN = {
         cascade/data/bsr
         eval/benchmarks/sampling
         eval/cascades/summary
+        eval/pictures/generation
         eval/pictures/prompts
         eval/sweeps/page
     """,
@@ -218,6 +224,9 @@ OWN = {
     """,
     "decode": """
         cascade/data/tars/index
+        cascade/edit/inversion
+        cascade/edit/windows
+        cascade/export/priors
         cascade/stage
         eval/benchmarks/data
         eval/pages/report
@@ -225,6 +234,7 @@ OWN = {
     """,
     "from_pretrained": """
         cascade/nets/ar
+        eval/benchmarks/unclip
     """,
     "glob": """
         eval/sweeps/folder
@@ -246,7 +256,7 @@ OWN = {
         cascade/training/callbacks/guard
         cascade/training/checkpoint
         eval/benchmarks/demo
-        eval/pictures/generation
+        eval/pictures/identity
         eval/sweeps/folder
         slurm/queue
         slurm/state
@@ -288,7 +298,7 @@ OWN = {
         eval/benchmarks/demo
         eval/benchmarks/nets
         eval/metrics/statistics
-        eval/pictures/generation
+        eval/pictures/identity
         eval/sweeps/findings
         eval/sweeps/folder
         eval/sweeps/plan

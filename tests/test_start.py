@@ -82,8 +82,9 @@ def test_overrides_reach_what_they_reach_in_a_training(begun, tmp_path):
 
 @pytest.mark.parametrize(
     "choice",
-    ["stage=clip", "stage=prior", "stage=prior_ar", "stage=decoder_sketch", "stage=sr256_text",
-     "experiment=karlo_decoder_tiny"],
+    ["stage=clip", "stage=decoder_sketch", "experiment=karlo_decoder_tiny",
+     *(pytest.param(f"stage={name}", marks=pytest.mark.slow)
+       for name in ("prior", "prior_ar", "sr256_text"))],
 )  # fmt: skip
 def test_without_overrides_everything_is_as_in_the_other_run(choice, tmp_path):
     first = composed("train", [choice, "data.path=x", f"run={tmp_path / 'first'}", "optim.lr=3"])

@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 # True where a token may be attended to; or log-weights, added to the logits of all attention to it:
 # 0 leaves a token as it is, -inf hides it.
@@ -61,3 +62,11 @@ class Cond:
             padding = mask.new_full((len(mask), more), hidden)
             mask = torch.cat([mask[:, :end], padding, mask[:, end:]], 1)
         return replace(self, tokens=tokens, mask=mask)
+
+
+def set_null(embedder: Any, learned: bool) -> None:
+    """Sets the replacement of a dropped condition: a parameter, or zeros outside the state dict."""
+    if learned:
+        embedder.null = nn.Parameter(torch.randn(embedder.size))
+    else:
+        embedder.register_buffer("null", torch.zeros(embedder.size), persistent=False)

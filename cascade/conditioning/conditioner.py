@@ -1,8 +1,4 @@
-"""From a batch to the condition of a stage.
-
-Captions and CLIP embeddings are dropped at random (classifier-free guidance). A drop is drawn once
-per source, so that all keys computed from the caption are dropped together.
-"""
+"""`Conditioner`: joins embedders, and drops conditions for classifier-free guidance."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -12,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cascade.batch import Batch, source
+from cascade.conditioning.captions import Sequence, with_empty
 from cascade.conditioning.cond import Cond, log_weights
-from cascade.conditioning.embedders import Sequence, Vector
+from cascade.conditioning.vectors import Vector
 from cascade.diffusion.noise import Noise
 
 
@@ -24,6 +21,9 @@ class Conditioner(nn.Module):
         embedders: by any name; each reads one batch key.
         drop: for each source ("caption", "clip_image"), the share of training samples without it.
         sketch: computes a further image from the joined tokens and their mask.
+        empty_caption: replace a dropped caption by the empty one, encoded like any other (GLIDE,
+            Karlo, IF); it is read from the batch, as `empty`. Otherwise each embedder has a
+            replacement of its own.
     """
 
     def __init__(
@@ -31,10 +31,11 @@ class Conditioner(nn.Module):
         embedders: Mapping[str, nn.Module],
         drop: Mapping[str, float] | None = None,
         sketch: nn.Module | None = None,
+        empty_caption: bool = False,
     ):
         super().__init__()
         self.embedders: Any = nn.ModuleDict(embedders)
-        self.sketch = sketch
+        self.sketch, self.empty_caption = sketch, empty_caption
         self.drop = dict(drop or {})
         if unknown := set(self.drop) - self.sources:
             known = sorted(self.sources)
@@ -79,11 +80,15 @@ class Conditioner(nn.Module):
         return self._join(batch, {}, default=False)
 
     def _join(self, batch: Batch, keep: dict[str, Tensor], default: bool) -> Cond:
-        parts = []
-        for embedder in self.embedders.values():
-            value = batch[embedder.key]
-            all_or_none = torch.full((len(value),), default, device=value.device)
-            parts.append(embedder(batch, keep.get(source(embedder.key), all_or_none)))
+        some = batch[next(iter(self.reads))]
+        all_or_none = torch.full((len(some),), default, device=some.device)
+        if self.empty_caption and ("caption" in keep or not default):
+            batch = with_empty(batch, keep.get("caption", all_or_none), self.reads)
+            keep = {**keep, "caption": torch.ones_like(all_or_none)}
+        parts = [
+            embedder(batch, keep.get(source(embedder.key), all_or_none))
+            for embedder in self.embedders.values()
+        ]
         vectors = [p.vector for p in parts if p.vector is not None]
         tokens = [p.tokens for p in parts if p.tokens is not None]
         masks = [p.mask for p in parts if p.mask is not None]

@@ -41,6 +41,7 @@ NAMES = frozenset(
         "cascade.training.sharding.replicated",
         "cascade.training.sharding.sharded",
         "hydra.utils.get_method",
+        "torch.nn.modules.activation.GELU",
         "torch.optim.Adafactor",
         "torch.optim.adamw.AdamW",
     }

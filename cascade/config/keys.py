@@ -11,6 +11,7 @@ from typing import Any
 class CLIP:
     path: str
     checkpoint: str | None
+    unit: bool
     model: Any
 
 
@@ -48,6 +49,7 @@ class Train:
     size: int
     low: int
     crop: int | None
+    classes: int
     embeddings: str
     clip: CLIP
     text: Text

@@ -5,7 +5,9 @@ it: both branches of guidance and all steps see the same. BSR (`cascade.data.bsr
 the size, runs in the data workers instead.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +89,8 @@ class Corruption:
         level: the level in sampling.
         schedule: maps the level to logsnr; None adds no noise.
         blur: in training.
+        late: add the noise to the enlarged picture instead, and anew in each call of the network
+            (IF's code); each branch of guidance then sees its own noise.
 
     Raises:
         UserError: a level in sampling that does not occur in training.
@@ -97,6 +101,7 @@ class Corruption:
     level: float = 0.0
     schedule: Schedule | None = even_logsnr
     blur: Blur | None = None
+    late: bool = False
 
     def __post_init__(self):
         most = self.most if self.schedule else 0
@@ -114,7 +119,41 @@ class Corruption:
             u, v = torch.special.ndtr(noise((len(x), 2))).unbind(1)
             level = self.most * u if self.schedule else level
             x = self.blur(x, v) if self.blur else x
-        if self.schedule:
+        if self.schedule and not self.late:
             alpha, sigma = (a[:, None, None, None] for a in alpha_sigma(self.schedule(level)))
             x = alpha * x + sigma * noise(tuple(x.shape))
         return {**batch, key: x, f"{key}_level": 10 * level}
+
+    def around(self, net: Any, batch: Batch, draws: Callable[[], Noise]) -> Any:
+        """The network, with noise added to its enlarged picture if that is done `late`.
+
+        Args:
+            batch: corrupted.
+            draws: creates the stream of the noise.
+        """
+        if not (self.late and self.schedule):
+            return net
+        return Renoised(net, self.schedule(batch[f"{image_key(self.low)}_level"] / 10), draws())
+
+
+@dataclass(frozen=True)
+class Renoised:
+    """A network whose conditioning picture gets fresh noise in each call.
+
+    Args:
+        net: F(x, logsnr, cond).
+        level: of the noise in the picture, as a logsnr for each of b samples.
+        noise: called once for each branch, of which a call may hold several, of b samples each.
+    """
+
+    net: Any
+    level: Float[Tensor, " b"]
+    noise: Noise
+
+    def __call__(
+        self, x: Float[Tensor, "n c h w"], logsnr: Float[Tensor, " n"], cond: Any
+    ) -> Float[Tensor, "n d h w"]:
+        branches = cond.image.split(len(self.level))
+        alpha, sigma = (a[:, None, None, None] for a in alpha_sigma(self.level))
+        noisy = [alpha * own + sigma * self.noise(tuple(own.shape)).to(own) for own in branches]
+        return self.net(x, logsnr, replace(cond, image=torch.cat(noisy)))

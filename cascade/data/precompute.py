@@ -110,7 +110,8 @@ def _make(tar: Path, out: Path, about: Manifest, rows: Rows) -> None:
 def about_pictures(clip: FrozenCLIP, out: Path | None = None) -> Manifest:
     """Return the manifest of `picture_rows`, with the encoder's hash as `out` records it."""
     sizes, kind = {"clip_image": clip.dim}, {"clip_image": "float32"}
-    return Manifest(clip.name, _recorded_hash(clip, out), sizes, kind, ["clip_image"])
+    unit = ["clip_image"] if clip.unit else []
+    return Manifest(clip.name, _recorded_hash(clip, out), sizes, kind, unit)
 
 
 def _recorded_hash(encoder: Encoder, out: Path | None) -> str:
@@ -147,8 +148,9 @@ def about_captions(
     encoder: Encoder, captions: Sequence[str], several: str | None = None, out: Path | None = None
 ) -> Manifest:
     """Return the manifest of `caption_rows`, with the encoder's hash as `out` records it."""
-    unit = sorted(encoder.sizes.keys() & {"clip_text"})
-    dtypes = {"text": "bfloat16", **dict.fromkeys(unit, "float32")}
+    embeddings = sorted(encoder.sizes.keys() & {"clip_text"})
+    dtypes = {"text": "bfloat16", **dict.fromkeys(embeddings, "float32")}
+    unit = embeddings if getattr(encoder, "unit", True) else []
     length, names, known = encoder.length, list(captions), _recorded_hash(encoder, out)
     return Manifest(encoder.name, known, encoder.sizes, dtypes, unit, names, length, several)
 

@@ -65,18 +65,35 @@ def ddim(
 
 
 def ddim_inversion(
-    denoise: Denoiser, x: Float[Tensor, "b *d"], logsnrs: Float[Tensor, " n"]
+    denoise: Denoiser,
+    x: Float[Tensor, "b *d"],
+    logsnrs: Float[Tensor, " n"],
+    refine: int = 0,
 ) -> Float[Tensor, "b *d"]:
     """Inverts `ddim`: the x at logsnrs[0] from which it leads to the given x at logsnrs[-1].
 
-    Each step evaluates eps at its cleaner end, so the inversion is exact to first order.
+    Each step evaluates eps where the sample is, at the step's cleaner end, so the inversion is
+    exact to first order.
+
+    Args:
+        refine: iterations per step, each of which evaluates eps at the noisier end that was found
+            so far. Their fixed point inverts the step exactly. An iteration multiplies the error by
+            at most 1 minus the ratio of the ends' sigma / alpha, if data has at most unit variance,
+            so space the levels evenly in logsnr, or nearly so (`karras`).
 
     Raises:
         ValueError: logsnrs[-1] is infinite, where a clean x does not determine eps.
     """
     if logsnrs[-1].isposinf():
         raise ValueError("inversion starts from a finite logsnr, such as that of u = 0")
-    return ddim(denoise, x, logsnrs.flip(0))
+    for s, t in pairwise(logsnrs.flip(0)):
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = alpha_sigma(s), alpha_sigma(t)
+        x_s, x0 = x, denoise(x, s).x0
+        x = alpha_t * x0 + sigma_t * ((x_s - alpha_s * x0) / sigma_s)
+        for _ in range(refine):
+            eps = (x - alpha_t * denoise(x, t).x0) / sigma_t
+            x = alpha_t / alpha_s * (x_s - sigma_s * eps) + sigma_t * eps
+    return x
 
 
 def heun(

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cascade.doctor.finding import Budget, Finding, note
-from cascade.encoders.clip import FrozenCLIP, check_clip
+from cascade.encoders.clip import FrozenCLIP
+from cascade.encoders.published import hugging_face
+from cascade.encoders.published.state import clip_state
 from cascade.encoders.sources import CLIP_CONFIG, clip_source
 from cascade.encoders.t5 import check_t5, t5_source, t5_tokenizer
 from cascade.encoders.text import FrozenT5
@@ -22,17 +24,21 @@ def encoder(folder: Path, budget: Budget) -> Iterator[Finding]:
     Raises:
         UserError: the encoder cannot be loaded.
     """
-    check, files = (clip, "weights") if (folder / CLIP_CONFIG).exists() else (t5, "files")
+    check, files = (clip, "weights") if _is_clip(folder) else (t5, "files")
     try:
         yield from check(folder, budget)
     except TimeoutError:
         yield note(f"not all of its {files} were read, as they are large: ask again with --full")
 
 
+def _is_clip(folder: Path) -> bool:
+    return (folder / CLIP_CONFIG).exists() or hugging_face.is_folder(folder)
+
+
 def clip(folder: Path, budget: Budget) -> Iterator[Finding]:
     """Check a CLIP in open_clip's format."""
     source = clip_source(str(folder))
-    budget.within(lambda: check_clip(source, folder.name))
+    budget.within(lambda: clip_state(source, folder.name, shapes=True))
     about, activation = source.model, "QuickGELU" if source.choices["quick_gelu"] else "GELU"
     side = about["vision_cfg"]["image_size"]
     yield note(

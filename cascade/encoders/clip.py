@@ -2,7 +2,7 @@
 
 A CLIP trained here is a directory in open_clip's own format (`open_clip_config.json`,
 `open_clip_model.safetensors`; open_clip reads it as `local-dir:`), with open_clip's tokenizer.
-Pictures are [b, 3, h, w] in [-1, 1]; embeddings are [b, d] of unit norm.
+Pictures are [b, 3, h, w] in [-1, 1]; embeddings are [b, d], of unit norm unless asked for raw.
 """
 
 import json
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from cascade.batch import Batch, image_key
 from cascade.encoders.architecture import Architecture
 from cascade.encoders.contrastive import contrastive, gathered
-from cascade.encoders.identity import Former, OfCaptions
+from cascade.encoders.identity import Former, OfCaptions, identity
+from cascade.encoders.published.state import clip_state
 from cascade.encoders.sam import SAM
 from cascade.encoders.sources import (
     CLIP_CONFIG,
@@ -35,13 +36,12 @@ from cascade.encoders.sources import (
 )
 from cascade.encoders.text import ids, token_mask, tokenize, trimmed
 from cascade.encoders.text_tower import OPTIONS, load_text_tower
-from cascade.encoders.weights import check_tensors, reading, tensors_of, weights_hash
+from cascade.encoders.weights import check_tensors, reading, weights_hash
 from cascade.errors import UserError
 from cascade.files.atomic import write_atomically, write_text
 from cascade.trainable import Trainable
 
 MAX_LOGIT_SCALE = math.log(100)
-_OF_ARCHIVES = ("input_resolution", "context_length", "vocab_size")  # OpenAI stores these, too
 
 
 def save_clip(architecture: Architecture, clip: nn.Module, folder: Path) -> None:
@@ -54,49 +54,8 @@ def save_clip(architecture: Architecture, clip: nn.Module, folder: Path) -> None
     write_atomically(folder / CLIP_WEIGHTS, lambda path: save_file(state, path))
 
 
-def _fitting(
-    model: nn.Module, state: dict[str, Tensor], weights: Path, name: str
-) -> dict[str, Tensor]:
-    """Renames weights to open_clip's names. Raises UserError if they do not fit the model."""
-    import open_clip
-
-    state = open_clip.factory.convert_state_dict(model, state)
-    state = {k: v for k, v in state.items() if k not in _OF_ARCHIVES}
-    if "logit_scale" in state:  # some write [1]
-        state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
-    check_tensors(model.state_dict(), state, str(weights), name)
-    return state
-
-
-def clip_state(source: CLIPSource, name: str) -> dict[str, Tensor]:
-    """The weights by open_clip's names. UserError if they do not fit the model."""
-    import open_clip
-
-    with reading([source.weights], name):
-        with torch.device("meta"):
-            model = open_clip.CLIP(**source.model)
-        # open_clip.load_checkpoint would silently interpolate positions of another size.
-        state = open_clip.factory.load_state_dict(str(source.weights), weights_only=True)
-        return _fitting(model, state, source.weights, name)
-
-
-def check_clip(source: CLIPSource, name: str) -> None:
-    """Raises UserError if the weights do not fit. Of safetensors only the header is read."""
-    import open_clip
-
-    weights = source.weights
-    with reading([weights], name):
-        with torch.device("meta"):
-            model = open_clip.CLIP(**source.model)
-        if weights.suffix == ".safetensors":
-            state = tensors_of([weights])
-        else:
-            state = open_clip.factory.load_state_dict(str(weights), weights_only=True)
-        _fitting(model, state, weights, name)
-
-
 class _Whole(nn.Module):
-    """Maps tokens to embeddings and states by the text tower of a whole CLIP, of any kind."""
+    """Maps tokens to raw embeddings and states by the text tower of a whole CLIP, of any kind."""
 
     def __init__(self, clip: nn.Module):
         super().__init__()
@@ -104,7 +63,7 @@ class _Whole(nn.Module):
 
     def forward(self, tokens: Int64[Tensor, "b n"]) -> tuple[Tensor, Tensor]:
         found = self.clip.forward_intermediates(
-            text=tokens, text_indices=1, normalize_intermediates=True
+            text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
         )
         return found["text_features"], found["text_intermediates"][-1]
 
@@ -115,12 +74,15 @@ class FrozenCLIP(OfCaptions):
     As an `Encoder` it reads `caption` and writes `clip_text`, `text` and `text_mask`.
 
     Args:
-        path_or_name: a directory in open_clip's format, or one of open_clip's names ("ViT-L-14").
+        path_or_name: a directory in the format of open_clip or transformers, a file of OpenAI's, or
+            one of open_clip's names ("ViT-L-14", OpenAI's "ViT-L/14"), or of timm's with its tag
+            ("vit_large_patch14_clip_224.openai").
         checkpoint: with a name: a file of weights, or one of open_clip's tags ("openai") whose
             weights are in the local Hugging Face cache. A tag determines how pictures are
             normalised; for a file it is OpenAI's way, unless its configuration lies next to it.
         quick_gelu: whether the activation is QuickGELU, x sigmoid(1.702 x), if neither a
             configuration nor the tag, the name or the SHA-256 of the file tells.
+        unit: normalise embeddings to unit norm; otherwise they are raw, as Karlo reads them.
 
     Raises (on first use):
         UserError: files are missing or unreadable, the text tower is another library's, or the
@@ -130,9 +92,20 @@ class FrozenCLIP(OfCaptions):
     writes = frozenset({"clip_text", "text", "text_mask"})
 
     def __init__(
-        self, path_or_name: str, checkpoint: str | None = None, quick_gelu: bool | None = None
+        self,
+        path_or_name: str,
+        checkpoint: str | None = None,
+        quick_gelu: bool | None = None,
+        unit: bool = True,
     ):
         self.name, self.checkpoint, self.quick_gelu = path_or_name, checkpoint, quick_gelu
+        self.unit = unit
+
+    @cached_property
+    def hash(self) -> str:
+        """Identifies the weights, the architecture and the normalisation of embeddings."""
+        raw = {} if self.unit else {"unit": False}
+        return identity(self._weights, {**self._source.choices, **raw})
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -171,7 +144,7 @@ class FrozenCLIP(OfCaptions):
     @property
     def former(self) -> Former:
         """The hash of earlier versions, which covered the weights alone."""
-        return Former(self._weights, self._source.again, self._source.doubtful)
+        return Former(self._weights, self._source.again and self.unit, self._source.doubtful)
 
     def to(self, device: torch.device | str) -> "FrozenCLIP":
         if "_tower" in vars(self):
@@ -185,7 +158,7 @@ class FrozenCLIP(OfCaptions):
         if x.shape[2:] != size:
             x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in self._source[1:3])
-        return self._model.encode_image(((x + 1) / 2 - mean) / std, normalize=True)
+        return self._model.encode_image(((x + 1) / 2 - mean) / std, normalize=self.unit)
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -197,11 +170,16 @@ class FrozenCLIP(OfCaptions):
         embeddings, states = self._tower(tokens)
         kept = trimmed(tokens)
         return {
-            "clip_text": embeddings,
+            "clip_text": F.normalize(embeddings, dim=-1) if self.unit else embeddings,
             "text": states[:, : kept.shape[1]],
             "text_mask": token_mask(kept),
             "tokens": kept,
         }
+
+    def text_state(self) -> dict[str, Tensor]:
+        """The weights of the text tower, by open_clip's names, perhaps among others."""
+        tower = self._tower
+        return (tower.clip if isinstance(tower, _Whole) else tower).state_dict()
 
     def tokenized(self, captions: Sequence[str]) -> list[list[int]]:
         return ids(captions, self.length)

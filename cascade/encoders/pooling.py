@@ -19,12 +19,13 @@ class AttentionPool(nn.Module):
     Args:
         size: width of the states.
         heads: number of attention heads (IF: 64).
+        norm: normalise the states first (IF, whose tokens are not).
 
     Raises:
         UserError: `heads` does not divide `size`.
     """
 
-    def __init__(self, size: int, heads: int):
+    def __init__(self, size: int, heads: int, norm: bool = False):
         super().__init__()
         if size % heads:
             raise UserError(
@@ -32,6 +33,7 @@ class AttentionPool(nn.Module):
                 "to a divisor"
             )
         self.heads = heads
+        self.norm = nn.LayerNorm(size) if norm else nn.Identity()
         self.query = nn.Parameter(torch.randn(size) * size**-0.5)
         self.q = nn.Linear(size, size)
         self.kv = nn.Linear(size, 2 * size)
@@ -39,6 +41,7 @@ class AttentionPool(nn.Module):
     def forward(
         self, states: Float[Tensor, "b n s"], mask: Bool[Tensor, "b n"]
     ) -> Float[Tensor, "b s"]:
+        states = self.norm(states)
         whole = mean(states, mask)[:, None] + self.query
         (q,) = split_heads(self.q(whole), 1, self.heads)
         k, v = split_heads(self.kv(torch.cat([whole, states], 1)), 2, self.heads)

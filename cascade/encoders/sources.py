@@ -1,8 +1,8 @@
 """Finds the files of a pretrained CLIP on this machine, and how to build a model from them.
 
 Nothing is ever fetched: a `UserError` says which file is missing and where to put it. A model is a
-directory, or a name whose files are given or in the local Hugging Face cache. Weights do not reveal
-whether their model uses GELU or QuickGELU, so another source has to tell.
+directory, a file, or a name whose files are given or in the local Hugging Face cache. Weights do
+not reveal whether their model uses GELU or QuickGELU, so another source has to tell.
 """
 
 import ast
@@ -13,6 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cascade.encoders.published import hugging_face, openai
+from cascade.encoders.published.archive import is_archive, read_archive
+from cascade.encoders.published.files import state_in
+from cascade.encoders.published.names import alias
 from cascade.encoders.weights import NotHere, read_json
 from cascade.errors import UserError
 from cascade.formats.texts import read
@@ -87,6 +91,8 @@ def clip_source(
     """
     if Path(path_or_name).is_dir():
         found = _clip_directory(Path(path_or_name), checkpoint, quick_gelu)
+    elif Path(path_or_name).is_file():
+        found = _clip_single(Path(path_or_name), checkpoint, quick_gelu)
     else:
         found = _clip_named(path_or_name, checkpoint, quick_gelu)
     model = found.model
@@ -109,10 +115,15 @@ def clip_model(path_or_name: str) -> dict[str, Any] | None:
     file = Path(path_or_name) / CLIP_CONFIG
     if file.is_file():
         return _configured(file)[0]
+    if hugging_face.is_folder(file.parent):
+        return hugging_face.model_in(file.parent)
+    if Path(path_or_name).exists():
+        return None
     import open_clip
 
-    known = path_or_name in open_clip.list_models()  # other names would be looked up on the network
-    return open_clip.get_model_config(path_or_name) if known else None
+    name = alias(path_or_name)[0]
+    known = name in open_clip.list_models()  # other names would be looked up on the network
+    return open_clip.get_model_config(name) if known else None
 
 
 def _quick(model: dict[str, Any]) -> bool:
@@ -130,17 +141,45 @@ def _agreed(file: Path, claims: dict[str, bool | None]) -> bool | None:
 
 def _clip_directory(folder: Path, checkpoint: str | None, quick_gelu: bool | None) -> CLIPSource:
     if checkpoint is not None:
-        raise UserError(
-            f"checkpoint={checkpoint} would be ignored: {folder} is a directory with weights of "
-            "its own; leave checkpoint out (in a configuration: null), or give a name such as "
-            "ViT-L-14 with it"
-        )
+        raise _ignored(checkpoint, f"{folder} is a directory with weights of its own")
+    if not (folder / CLIP_CONFIG).is_file() and hugging_face.is_folder(folder):
+        model, weights = hugging_face.model_in(folder), hugging_face.weights_in(folder)
+        _agreed(weights, {hugging_face.CONFIG: _quick(model), "quick_gelu": quick_gelu})
+        return CLIPSource(model, *hugging_face.normalisation_in(folder), weights)
     found = [folder / name for name in _CLIP_FILES if (folder / name).is_file()]
     if not (folder / CLIP_CONFIG).is_file() or not found:
         raise NotHere(f"{folder} is not a CLIP: put its {CLIP_CONFIG} and {CLIP_WEIGHTS} there")
     model, mean, std = _configured(folder / CLIP_CONFIG)
     _agreed(found[0], {CLIP_CONFIG: _quick(model), "quick_gelu": quick_gelu})
     return CLIPSource(model, mean, std, found[0])
+
+
+def _ignored(checkpoint: str, why: str) -> UserError:
+    return UserError(
+        f"checkpoint={checkpoint} would be ignored: {why}; leave checkpoint out (in a "
+        "configuration: null), or give a name such as ViT-L-14 with it"
+    )
+
+
+def _clip_single(file: Path, checkpoint: str | None, quick_gelu: bool | None) -> CLIPSource:
+    """A file of OpenAI's, alone: an archive, or a state dict that was published."""
+    if checkpoint is not None:
+        raise _ignored(checkpoint, f"{file} is a file of weights")
+    model = openai.sizes_of(state_in(file, file.name, shapes=True), file)
+    shown, published = _shown(file), _published(file)
+    if shown is None and published is None:
+        raise UserError(
+            f"{file} shows neither its activation nor how its pictures are normalised: put it into "
+            f"a directory as {_CLIP_FILES[1]}, with an {CLIP_CONFIG} that says them"
+        )
+    claims = {"its archive": shown, "its SHA-256, of a published file,": published}
+    model["quick_gelu"] = _agreed(file, {**claims, "quick_gelu": quick_gelu})
+    return CLIPSource(model, *_normalisation({}), file)
+
+
+def _shown(file: Path) -> bool | None:
+    """The activation of an archive; None: another file, or an archive that does not show it."""
+    return openai.activation_of(read_archive(file)) if is_archive(file) else None
 
 
 def _configured(file: Path) -> tuple[dict[str, Any], tuple[float, ...], tuple[float, ...]]:
@@ -165,6 +204,10 @@ def _normalisation(pictures: dict[str, Any]) -> tuple[tuple[float, ...], tuple[f
 def _clip_named(name: str, checkpoint: str | None, quick_gelu: bool | None) -> CLIPSource:
     import open_clip
 
+    name, tag = alias(name)
+    if tag and checkpoint not in (None, tag) and not Path(checkpoint).is_file():
+        raise _ignored(checkpoint, f"the name says {tag}")
+    checkpoint = checkpoint or tag
     if name not in open_clip.list_models():
         raise NotHere(
             f"{name} is neither a directory nor a CLIP that open_clip knows: put {CLIP_CONFIG} and "
@@ -193,6 +236,7 @@ def _clip_file(name: str, model: dict, file: Path, quick_gelu: bool | None) -> C
     if file.name in _CLIP_FILES and (file.parent / CLIP_CONFIG).is_file():
         own, mean, std = _configured(file.parent / CLIP_CONFIG)
         claims[f"{CLIP_CONFIG} next to it"] = _quick(own)
+    claims["its archive"] = _shown(file)
     claims["its SHA-256, of a published file,"] = _published(file)
     quick = _agreed(file, claims)
     if quick is None:

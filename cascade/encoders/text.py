@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from cascade.encoders.identity import Former, OfCaptions
+from cascade.encoders.identity import Former, OfCaptions, identity
 from cascade.encoders.sources import module_file
 from cascade.encoders.t5 import T5Source, t5_network, t5_source, t5_tokenizer, t5_width
 from cascade.encoders.weights import NotHere, weights_hash
@@ -35,6 +35,11 @@ def tokenize(captions: Sequence[str], length: int) -> Int64[Tensor, "b {length}"
     """
     short = [" ".join(caption.split())[: _LONGEST_TOKEN * length] for caption in captions]
     return _tokenizer().tokenize(short, length)
+
+
+def exceeds(caption: str, length: int) -> bool:
+    """Whether `tokenize` would cut a caption."""
+    return bool(tokenize([caption], length + 1)[0, -1])
 
 
 @cache
@@ -101,6 +106,8 @@ class TextTransformer(nn.Module):
             1909.11942); in a small stage, a full table would hold most of the parameters. None:
             `width`.
         vocabulary: number of tokens (default: CLIP's).
+        padded: every token attends to padding as well, which has a learned state at each position
+            (GLIDE's code): captions are padded to `length` with the last token of the vocabulary.
         checkpoint: store only the inputs of blocks, and recompute them in the backward pass.
     """
 
@@ -112,6 +119,7 @@ class TextTransformer(nn.Module):
         length: int,
         embed: int | None = None,
         vocabulary: int = 49408,
+        padded: bool = False,
         checkpoint: bool = False,
     ):
         super().__init__()
@@ -121,6 +129,7 @@ class TextTransformer(nn.Module):
         self.embed = nn.Embedding(vocabulary, embed or width)
         self.project = nn.Linear(embed, width, bias=False) if embed else nn.Identity()
         self.positions = nn.Parameter(torch.randn(length, width) * 0.5)
+        self.padding = nn.Parameter(torch.randn(length, width)) if padded else None
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
@@ -128,8 +137,13 @@ class TextTransformer(nn.Module):
         self, tokens: Int64[Tensor, "b n"]
     ) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"]]:
         """The states [b, n, w] and their mask [b, n]."""
-        mask = token_mask(tokens)
         x = self.project(self.embed(tokens)) + self.positions[: tokens.shape[1]]
+        if self.padding is None:
+            mask = token_mask(tokens)
+        else:
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+            is_word = tokens != self.embed.num_embeddings - 1
+            x = torch.where(is_word[..., None], x, self.padding)
         allowed = mask[:, None, None]
         for block in self.blocks:
             x = run(self, block, x, allowed)
@@ -144,6 +158,7 @@ class FrozenT5(OfCaptions):
             model in the local Hugging Face cache, such as "google/t5-v1_1-xxl".
         length: context length; longer captions are cut and keep their end-of-text token.
         bf16: compute in bfloat16, for large models.
+        padded: pad to `length`, and let the stage attend to the padding's states as well (IF).
 
     Raises (on first use):
         UserError: the directory lacks a file or a weight, the cache lacks the model, or the model
@@ -152,8 +167,10 @@ class FrozenT5(OfCaptions):
 
     writes = frozenset({"text", "text_mask"})
 
-    def __init__(self, path_or_name: str, length: int = 256, bf16: bool = False):
-        self.name, self.length = path_or_name, length
+    def __init__(
+        self, path_or_name: str, length: int = 256, bf16: bool = False, padded: bool = False
+    ):
+        self.name, self.length, self.padded = path_or_name, length, padded
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @property
@@ -172,17 +189,24 @@ class FrozenT5(OfCaptions):
     @property
     def former(self) -> Former:
         """The hash of earlier versions, which covered the weights alone."""
-        return Former(self._weights)
+        return Former(self._weights, not self.padded)
 
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`text` [b, n, w] and `text_mask` [b, n], padded to the longest caption."""
+        """`text` [b, n, w] and `text_mask` [b, n], padded to the longest caption or to `length`."""
         cut = {"max_length": self.length, "truncation": True}
-        found = self._tokenizer(list(captions), **cut, padding=True, return_tensors="pt")
+        padding = "max_length" if self.padded else True
+        found = self._tokenizer(list(captions), **cut, padding=padding, return_tensors="pt")
         found = found.to(self.device)
         mask = found["attention_mask"]
         with torch.no_grad():
             states = self._model(found["input_ids"], attention_mask=mask).last_hidden_state
-        return {"text": states, "text_mask": mask.bool()}
+        return {"text": states, "text_mask": mask.bool() | self.padded}
+
+    @cached_property
+    def hash(self) -> str:
+        """Identifies the weights, the architecture and what else changes the states."""
+        padded = {"padded": self.length} if self.padded else {}
+        return identity(self._weights, {**self._source.choices, **padded})
 
     def tokenized(self, captions: Sequence[str]) -> list[list[int]]:
         return self._tokenizer(list(captions), max_length=self.length, truncation=True).input_ids

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
@@ -78,7 +77,7 @@ class TextTower(nn.Module):
     def forward(
         self, tokens: Int64[Tensor, "b n"]
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n w"]]:
-        """The embeddings, of unit norm, and the states after the last norm."""
+        """The embeddings, not normalised, and the states after the last norm."""
         n = tokens.shape[1]
         x = self.token_embedding(tokens) + self.positional_embedding
         mask = torch.full((n, n), float("-inf"), device=x.device).triu_(1)
@@ -86,7 +85,7 @@ class TextTower(nn.Module):
             x = block(x, mask)
         x = self.ln_final(x)
         ends = x[torch.arange(len(x), device=x.device), tokens.argmax(1)]
-        return F.normalize(ends @ self.text_projection, dim=-1), x
+        return ends @ self.text_projection, x
 
 
 def load_text_tower(

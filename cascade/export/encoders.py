@@ -7,7 +7,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from cascade.encoders.clip import FrozenCLIP, clip_state
+from cascade.encoders.clip import FrozenCLIP
+from cascade.encoders.published.state import clip_state
 from cascade.encoders.sources import CLIP_CONFIG, CLIP_WEIGHTS, clip_source
 from cascade.encoders.t5 import t5_source
 from cascade.encoders.text import FrozenT5
@@ -50,9 +51,12 @@ def _write_clip(encoder: FrozenCLIP, folder: Path) -> None:
         "preprocess_cfg": {"mean": list(source.mean), "std": list(source.std)},
     }
     (folder / CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    state = clip_state(source, encoder.name)
-    plain = source.weights.suffix == ".safetensors"
-    if plain and tensors_of([source.weights]).keys() == state.keys():
+    state, own = encoder.text_state(), set()
+    if source.weights.suffix == ".safetensors":
+        own = tensors_of([source.weights]).keys()
+    if own != state.keys():  # it is not a text tower alone, as some imported CLIPs are
+        state = clip_state(source, encoder.name)
+    if own == state.keys():
         # The same bytes, and so the same hash.
         shutil.copyfile(source.weights, folder / CLIP_WEIGHTS)
     else:

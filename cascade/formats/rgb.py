@@ -12,11 +12,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+
+from cascade.errors import UserError, explained
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +197,19 @@ def picture(
     with reasons():
         turn = orientation(image, stated)
         return upright(np.asarray(rgb(image)), turn)
+
+
+def read_picture(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads a picture of any format in `CONVERTIBLE`, upright. UserError if it cannot be used."""
+    with explained(f"cannot read {path}"):
+        data = path.read_bytes()
+    try:
+        return picture(data, CONVERTIBLE)
+    except BadSample as reason:
+        raise UserError(
+            f"{path}: {reason}. Give one of {', '.join(CONVERTIBLE)}, of at most {MAX_PIXELS:,} "
+            "pixels"
+        ) from None
 
 
 def format_of(image: Image.Image) -> str:

@@ -40,6 +40,18 @@ def number_of_heads(width: int, head_channels: int) -> int:
     return width // head_channels
 
 
+class TokenNorm(nn.GroupNorm):
+    """Group normalisation of tokens [b, n, w], with statistics over all tokens of a sample (IF)."""
+
+    def forward(self, tokens: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
+        return super().forward(tokens.transpose(1, 2)).transpose(1, 2)
+
+
+def token_norm(width: int | None, groups: int | None) -> nn.Module:
+    """The normalisation of the condition's tokens; the identity if there is none."""
+    return TokenNorm(groups, width) if width and groups else nn.Identity()
+
+
 class Attention(nn.Module):
     """Self-attention with the condition's tokens as further keys and values.
 
@@ -50,19 +62,26 @@ class Attention(nn.Module):
         head_channels: channels per head.
         width: width of the condition's tokens; None: they are not attended to.
         inner: width of queries, keys and values; None: `channels`.
+        token_groups: number of groups in which the tokens are normalised first; None: they are not.
 
     Raises:
         UserError: `head_channels` does not divide `inner`.
     """
 
     def __init__(
-        self, channels: int, head_channels: int, width: int | None = None, inner: int | None = None
+        self,
+        channels: int,
+        head_channels: int,
+        width: int | None = None,
+        inner: int | None = None,
+        token_groups: int | None = None,
     ):
         super().__init__()
         inner = inner or channels
         self.heads = number_of_heads(inner, head_channels)
         self.qkv = nn.Linear(channels, 3 * inner)
         self.kv = nn.Linear(width, 2 * inner) if width else None
+        self.norm_tokens = token_norm(width, token_groups)
         self.out = zero(nn.Linear(inner, channels))
 
     def forward(
@@ -73,7 +92,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b n c"]:
         q, k, v = split_heads(self.qkv(x), 3, self.heads)
         if self.kv is not None and tokens is not None:
-            more_k, more_v = split_heads(self.kv(tokens), 2, self.heads)
+            more_k, more_v = split_heads(self.kv(self.norm_tokens(tokens)), 2, self.heads)
             k, v = torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)
             mask = F.pad(mask, (x.shape[1], 0), value=unmasked(mask))[:, None, None]
         else:
@@ -92,17 +111,26 @@ class CrossAttention(nn.Module):
         head_channels: channels per head.
         width: width of the condition's tokens.
         inner: width of queries, keys and values; None: `channels`.
+        token_groups: number of groups in which the tokens are normalised first; None: they are not.
 
     Raises:
         UserError: `head_channels` does not divide `inner`.
     """
 
-    def __init__(self, channels: int, head_channels: int, width: int, inner: int | None = None):
+    def __init__(
+        self,
+        channels: int,
+        head_channels: int,
+        width: int,
+        inner: int | None = None,
+        token_groups: int | None = None,
+    ):
         super().__init__()
         inner = inner or channels
         self.heads = number_of_heads(inner, head_channels)
         self.q = nn.Linear(channels, inner)
         self.kv = nn.Linear(width, 2 * inner)
+        self.norm_tokens = token_norm(width, token_groups)
         self.out = zero(nn.Linear(inner, channels))
 
     def forward(
@@ -112,7 +140,7 @@ class CrossAttention(nn.Module):
         mask: Bool[Tensor, "b m"] | Float[Tensor, "b m"],
     ) -> Float[Tensor, "b n c"]:
         (q,) = split_heads(self.q(x), 1, self.heads)
-        k, v = split_heads(self.kv(tokens), 2, self.heads)
+        k, v = split_heads(self.kv(self.norm_tokens(tokens)), 2, self.heads)
         y = attended(q, k, v, mask[:, None, None])
         return self.out(y.transpose(1, 2).flatten(2))
 

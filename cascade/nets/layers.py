@@ -71,17 +71,41 @@ class Timestep(nn.Module):
         return sinusoids(table_index(logsnr.to(self.levels.dtype), self.levels), self.dim)
 
 
+class LevelIndex(nn.Module):
+    """Sinusoids of the index int(1000 level) of a corruption's level, as DeepFloyd IF reads it.
+
+    Args:
+        dim: number of features; even.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, level: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """`level` is scaled to 0 to 10, as a `Corruption` writes it."""
+        # The 1e-3 keeps multiples of 1 / 1000, which float32 may round down, at their own index.
+        return sinusoids((100 * level + 1e-3).floor(), self.dim)
+
+
 class NoiseLevel(nn.Sequential):
     """The embedding of logsnr that each block reads: features, then two layers.
 
     Args:
         dim: size of the embedding.
         features: features of the level; None: Fourier features of logsnr itself.
+        activation: between the layers; None: SiLU.
     """
 
-    def __init__(self, dim: int, features: Timestep | None = None):
-        first = nn.Linear(features.dim if features else dim, dim)
-        super().__init__(features or Fourier(dim), first, nn.SiLU(), nn.Linear(dim, dim))
+    def __init__(
+        self,
+        dim: int,
+        features: nn.Module | None = None,
+        activation: nn.Module | None = None,
+    ):
+        features = features or Fourier(dim)
+        first, act = nn.Linear(features.dim, dim), activation or nn.SiLU()
+        super().__init__(features, first, act, nn.Linear(dim, dim))
 
 
 class ActivatedGroupNorm(torch.autograd.Function):
@@ -175,12 +199,24 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x - mean[:, :, None, None])
 
     def activated(
-        self, x: Float[Tensor, "b c h w"], modulation: Float[Tensor, "b d"] | None = None
+        self,
+        x: Float[Tensor, "b c h w"],
+        modulation: Float[Tensor, "b d"] | None = None,
+        activation: nn.Module | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """silu(norm(x) (1 + scale) + shift); `modulation` is [scale, shift], so d = 2 c."""
-        return ActivatedGroupNorm.apply(
-            x, self.weight, self.bias, modulation, self.num_groups, self.eps
-        )
+        """silu(norm(x) (1 + scale) + shift), or another activation of it.
+
+        `modulation` is [scale, shift], so d = 2 c.
+        """
+        if activation is None or isinstance(activation, nn.SiLU):
+            return ActivatedGroupNorm.apply(
+                x, self.weight, self.bias, modulation, self.num_groups, self.eps
+            )
+        h = self(x)
+        if modulation is not None:
+            scale, shift = modulation[:, :, None, None].chunk(2, 1)
+            h = h * (1 + scale) + shift
+        return activation(h)
 
 
 class Positions(nn.Module):

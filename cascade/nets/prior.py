@@ -83,6 +83,7 @@ class PriorTransformer(nn.Module):
         width, layers, heads: sizes of the transformer; `cond.tokens` have the same width.
         context: the greatest length of the text; the CLIP text embedding is one more token.
         level: features of the noise level; None: Fourier features of logsnr itself.
+        skip: add x to the output, scaled by the noise level (published priors do not).
         checkpoint: store only the inputs of blocks, and recompute them in the backward pass.
 
     Raises:
@@ -97,6 +98,7 @@ class PriorTransformer(nn.Module):
         heads: int,
         context: int,
         level: Timestep | None = None,
+        skip: bool = True,
         checkpoint: bool = False,
     ):
         super().__init__()
@@ -109,7 +111,7 @@ class PriorTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(layers))
         self.norm_out = nn.LayerNorm(width)
         self.embed_out = zero(nn.Linear(width, size))
-        self.skip = zero(nn.Linear(width, size))
+        self.skip = zero(nn.Linear(width, size)) if skip else None
 
     def forward(
         self, x: Float[Tensor, "b d"], logsnr: Float[Tensor, " b"], cond: Cond
@@ -122,4 +124,5 @@ class PriorTransformer(nn.Module):
         for block in self.blocks:
             h = run(self, block, h, allowed)
         # At low noise the output is nearly x itself, which a transformer is slow to learn to copy.
-        return self.embed_out(self.norm_out(h[:, -1])) + self.skip(F.silu(level)) * x
+        out = self.embed_out(self.norm_out(h[:, -1]))
+        return out if self.skip is None else out + self.skip(F.silu(level)) * x

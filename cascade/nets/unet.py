@@ -8,7 +8,7 @@ channels first, which saves computation at high resolution. All activations are 
 is fastest for convolutions, and is a sequence of positions without a copy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -20,91 +20,8 @@ from cascade.conditioning import Cond
 from cascade.errors import UserError
 from cascade.nets import layers
 from cascade.nets.attention import Attention, CrossAttention
+from cascade.nets.blocks import Block, Norm, Resample
 from cascade.nets.layers import Timestep
-
-Norm = Callable[[int], layers.GroupNorm]
-
-
-class Resample(nn.Module):
-    """DDPM's resampling: a convolution with stride 2, or one after enlargement.
-
-    Args:
-        channels: number of input and output channels.
-        resample: 0.5 or 2.
-    """
-
-    def __init__(self, channels: int, resample: float):
-        super().__init__()
-        self.resample = resample
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if resample < 1 else 1, padding=1)
-
-    def forward(self, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
-        return layers.convolve_enlarged(self.conv, x) if self.resample > 1 else self.conv(x)
-
-
-class Block(nn.Module):
-    """A residual block (BigGAN's, which can resample inside), and attention after it.
-
-    Args:
-        channels_in, channels: number of input and output channels.
-        embed: size of the noise-level embedding.
-        dropout: rate before the second convolution.
-        resample: factor of the resolution: 0.5, 1 or 2.
-        attention, cross: layers over the positions, one after the other, each with a residual.
-        norm: creates a normalisation.
-        shift_only: add the embedding before the second normalisation (DDPM), instead of scaling and
-            shifting its result (ADM).
-        project: use a convolution in the shortcut even if the channels agree.
-    """
-
-    def __init__(
-        self,
-        channels_in: int,
-        channels: int,
-        embed: int,
-        dropout: float = 0.0,
-        resample: float = 1.0,
-        attention: nn.Module | None = None,
-        cross: nn.Module | None = None,
-        norm: Norm = layers.GroupNorm,
-        shift_only: bool = False,
-        project: bool = False,
-    ):
-        super().__init__()
-        self.resample, self.shift_only = resample, shift_only
-        self.norm_in = norm(channels_in)
-        self.conv_in = nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.modulation = nn.Linear(embed, channels if shift_only else 2 * channels)
-        self.norm_out = norm(channels)
-        self.dropout = nn.Dropout(dropout)
-        self.conv_out = layers.zero(nn.Conv2d(channels, channels, 3, padding=1))
-        same = channels_in == channels and not project
-        self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels, 1)
-        self.attention = attention
-        self.norm_attention = norm(channels) if attention else None
-        self.cross = cross
-        self.norm_cross = norm(channels) if cross else None
-
-    def forward(self, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
-        h, modulation = self.norm_in.activated(x), self.modulation(emb)
-        if self.resample > 1:
-            h, x = layers.convolve_enlarged(self.conv_in, h), F.interpolate(x, scale_factor=2)
-        elif self.resample < 1:
-            h, x = self.conv_in(F.avg_pool2d(h, 2)), F.avg_pool2d(x, 2)
-        else:
-            h = self.conv_in(h)
-        # In place, here and below: no backward pass needs the output of a convolution.
-        if self.shift_only:
-            h += modulation[:, :, None, None]
-        h = self.norm_out.activated(h, None if self.shift_only else modulation)
-        h = self.conv_out(self.dropout(h))
-        h += self.skip(x)
-        for norm, layer in ((self.norm_attention, self.attention), (self.norm_cross, self.cross)):
-            if layer is not None:
-                sequence = norm(h).flatten(2).transpose(1, 2)
-                y = layer(sequence, cond.tokens, cond.mask)
-                h = h + y.transpose(1, 2).unflatten(2, h.shape[2:])
-        return h
 
 
 class UNet(nn.Module):
@@ -117,6 +34,7 @@ class UNet(nn.Module):
         embed: size of the noise-level embedding and of `cond.vector`.
         attention: levels with attention, 0 the finest (64 px with 1, 2, 3: 32, 16 and 8 px).
         head_channels: channels per attention head.
+        heads: number of attention heads at every level, in place of `head_channels`.
         width: width of `cond.tokens`; None: the network reads no tokens.
         image_channels: channels of `cond.image`.
         patch: side of the patches of pixels folded into channels.
@@ -125,9 +43,14 @@ class UNet(nn.Module):
         learned_variance: double the channels of F; the second half is iDDPM's variance.
         positions: whether a network with attention reads positions (published ones do not).
         cross: attend to the tokens in a layer of its own, after self-attention.
+        text_alone: attend to the tokens alone, without self-attention (IF, stage II).
+        token_groups: number of groups in which each attention normalises the tokens (IF: 32); None:
+            it does not.
         strided: resample in convolutions between blocks (DDPM), not inside blocks.
         shift_only: blocks add the embedding (DDPM), instead of scaling and shifting by it.
         skip_scale: factor of the skip connections (1 / sqrt(2): SR3, Imagen).
+        block_scale: factor of each residual block's sum (IF, stage II: 0.7071).
+        activation: None: SiLU (IF: GELU).
         norm: creates a normalisation for a number of channels.
         level: features of the noise level; None: Fourier features of logsnr itself.
         checkpoint: store only the inputs of blocks, and recompute them in the backward pass.
@@ -144,6 +67,7 @@ class UNet(nn.Module):
         embed: int,
         attention: Sequence[int] = (),
         head_channels: int = 64,
+        heads: int | None = None,
         width: int | None = None,
         image_channels: int = 0,
         patch: int = 1,
@@ -152,9 +76,13 @@ class UNet(nn.Module):
         learned_variance: bool = False,
         positions: bool = True,
         cross: bool = False,
+        text_alone: bool = False,
+        token_groups: int | None = None,
         strided: bool = False,
         shift_only: bool = False,
         skip_scale: float = 1.0,
+        block_scale: float = 1.0,
+        activation: nn.Module | None = None,
         norm: Norm = layers.GroupNorm,
         level: Timestep | None = None,
         checkpoint: bool = False,
@@ -164,17 +92,30 @@ class UNet(nn.Module):
         self.embed, self.width, self.image_channels = embed, width, image_channels
         self.patch, self.divisor = patch, patch * 2 ** (len(multipliers) - 1)
         self.skip_scale, self.checkpoint = skip_scale, checkpoint
-        self.noise_level = layers.NoiseLevel(embed, level)
+        self.noise_level = layers.NoiseLevel(embed, level, activation)
+        self.activation = activation or nn.SiLU()
 
-        styled = partial(Block, embed=embed, dropout=dropout, norm=norm, shift_only=shift_only)
+        styled = partial(
+            Block,
+            embed=embed,
+            dropout=dropout,
+            norm=norm,
+            shift_only=shift_only,
+            activation=activation,
+            scale=block_scale,
+        )
 
         def block(c_in: int, c: int, i: int, attend: bool = True) -> Block:
             if not attend or i not in attention:
                 return styled(c_in, c)
-            heads = min(head_channels, c)
-            other = CrossAttention(c, heads, width) if cross and width else None
-            own = Attention(c, heads, None if cross else width)
-            return styled(c_in, c, attention=own, cross=other)
+            per_head = c // heads if heads else min(head_channels, c)
+            to_text = None
+            if width and (cross or text_alone):
+                to_text = CrossAttention(c, per_head, width, token_groups=token_groups)
+            if text_alone:
+                return styled(c_in, c, attention=to_text)
+            own = Attention(c, per_head, None if cross else width, token_groups=token_groups)
+            return styled(c_in, c, attention=own, cross=to_text)
 
         def resample(c: int, factor: float) -> nn.Module:
             return Resample(c, factor) if strided else styled(c, c, resample=factor)
@@ -209,7 +150,7 @@ class UNet(nn.Module):
     ) -> Float[Tensor, "b d h w"]:
         check_sides(self, *x.shape[2:])
         emb = self.noise_level(logsnr)
-        emb = F.silu(emb if cond.vector is None else emb + cond.vector)
+        emb = self.activation(emb if cond.vector is None else emb + cond.vector)
         h = x if cond.image is None else torch.cat([x, cond.image], 1)
         h = F.pixel_unshuffle(h, self.patch).contiguous(memory_format=torch.channels_last)
         h = self.conv_in(h)
@@ -225,7 +166,8 @@ class UNet(nn.Module):
             if block.resample == 1:
                 h = joined(h, skips.pop(), self.skip_scale)
             h = layers.run(self, block, h, emb, cond)
-        return F.pixel_shuffle(self.conv_out(self.norm_out.activated(h)), self.patch)
+        h = self.norm_out.activated(h, activation=self.activation)
+        return F.pixel_shuffle(self.conv_out(h), self.patch)
 
 
 def joined(x: Tensor, skip: Tensor, scale: float) -> Tensor:

@@ -5,7 +5,6 @@
 applies them to a stage.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -164,8 +163,7 @@ class SamplingChoices:
         Raises:
             UserError: the stage does not have what is chosen, such as an option of its sampler.
         """
-        link: Link = copy.copy(stage)
-        link._modules = dict(stage._modules)  # where `weaker` is registered
+        link: Link = stage.altered()
         try:
             for one in fields(self):
                 value = getattr(self, one.name)

@@ -13,7 +13,8 @@ from cascade.encoders import phrases
 from cascade.encoders.identity import Encoder
 from cascade.errors import UserError
 from cascade.formats.texts import encodable
-from cascade.pipeline import Cascade
+from cascade.pipeline import Cascade, Progress, innermost
+from cascade.runs.agreement import check_links
 from cascade.runs.cascade_file import CASCADE, stage_choices, stage_runs
 from cascade.runs.choices import SamplingChoices
 from cascade.runs.progress import bar
@@ -42,14 +43,20 @@ def load_cascade(
     """
     file = folder if folder.suffix == ".yaml" else folder / CASCADE
     runs, stages = stage_runs(file, choices), stage_choices(file, choices)
-    asked = [(Run(runs[name]), SamplingChoices.of(name, of)) for name, of in stages.items()]
-    return Cascade([chosen.applied(load(run).to(device()), run) for run, chosen in asked])
+    asked = {name: (Run(runs[name]), SamplingChoices.of(name, of)) for name, of in stages.items()}
+    loaded = {name: (run, load(run).to(device())) for name, (run, _) in asked.items()}
+    check_links(loaded)
+    return Cascade([asked[name][1].applied(stage, run) for name, (run, stage) in loaded.items()])
 
 
 def distilled(cascade: Cascade) -> dict[str, Distilled]:
     """The processes of the cascade's distilled stages, by the key that each stage writes."""
-    processes = {link.writes: _inside(link).process for link in cascade.stages}
-    return {key: process for key, process in processes.items() if isinstance(process, Distilled)}
+    found = {}
+    for link in cascade.stages:
+        stage = innermost(link)
+        if isinstance(stage.process, Distilled):
+            found[link.writes] = stage.process
+    return found
 
 
 def captions_asked(
@@ -77,13 +84,14 @@ def captions_asked(
     return asked
 
 
-def check_asked(cascade: Cascade, asked: Batch) -> None:
+def check_asked(cascade: Cascade, asked: Batch, guided: bool = False) -> None:
     """Raise UserError if negative captions or weighted phrases would have no effect.
 
     Args:
         asked: the keys of `phrases.asked`.
+        guided: whether some stage is guided in any case.
     """
-    if "negative" in asked and not any(link.leads_away for link in cascade.stages):
+    if "negative" in asked and not guided and not any(link.leads_away for link in cascade.stages):
         raise UserError(
             "a negative caption has no effect: no stage that reads captions is guided; give one a "
             "scale other than 1, such as --set decoder.scale=2"
@@ -97,17 +105,9 @@ def check_asked(cascade: Cascade, asked: Batch) -> None:
 
 def encoders_of(cascade: Cascade) -> list[Encoder]:
     """The encoders of all stages."""
-    return [encoder for link in cascade.stages for encoder in _inside(link).encoders]
+    return [encoder for link in cascade.stages for encoder in innermost(link).encoders]
 
 
-def _inside(link: Any) -> Any:
-    """The stage inside the links around it."""
-    while hasattr(link, "stage"):
-        link = link.stage
-    return link
-
-
-@torch.inference_mode()
 def paint(
     cascade: Cascade,
     captions: Sequence[str],
@@ -126,6 +126,31 @@ def paint(
             what goes with the captions (`phrases.asked`).
         what: title of the progress bar.
     """
+
+    def sample(batch: Batch, report: Progress) -> Batch:
+        done = cascade(batch, seed, report)
+        return {stage.writes: done[stage.writes] for stage in cascade.stages}
+
+    return in_batches(sample, captions, size, given, what)
+
+
+@torch.inference_mode()
+def in_batches(
+    sample: Callable[[Batch, Progress], Batch],
+    captions: Sequence[str],
+    size: int = 16,
+    given: Batch | None = None,
+    what: str = "painting",
+) -> Batch:
+    """Call a function with some rows at a time; returns the tensors it returns, on the CPU.
+
+    Args:
+        sample: is given `caption`, `sample` and the rows of `given`, and reports its progress.
+        size: of a batch.
+        given: further keys, with one row per caption. Row i has the sample number i, unless
+            `sample` is given as well.
+        what: title of the progress bar.
+    """
     painted: Batch = {}
     with (
         bar(what, "pictures") as progress,
@@ -134,15 +159,14 @@ def paint(
         task = progress.add_task("", total=len(captions), rate=0, note="")
         for start in range(0, len(captions), size):
             rows = slice(start, start + size)
-            batch = on({k: v[rows] for k, v in (given or {}).items()}, device())
-            batch["caption"] = list(captions[rows])
+            batch: Batch = {"caption": list(captions[rows])}
             batch["sample"] = torch.arange(start, start + len(batch["caption"]))
+            batch |= on({k: v[rows] for k, v in (given or {}).items()}, device())
 
             def report(key: str, i: int, n: int) -> None:
                 progress.update(task, note=f"{key} {i}/{n}")
 
-            done = cascade(batch, seed, report)
-            made = {stage.writes: done[stage.writes].float().cpu() for stage in cascade.stages}
+            made = {key: value.float().cpu() for key, value in sample(batch, report).items()}
             put_rows(painted, made, start, len(captions))
             seconds = progress.tasks[0].elapsed or 1
             count = start + len(batch["caption"])

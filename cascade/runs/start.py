@@ -30,6 +30,7 @@ _REFERENCES = {
     "embeddings": "${data.path}/embeddings",
     "data.seed": "${seed}",
     "data.embeddings.clip.folder": "${embeddings}",
+    "data.pictures.crop": "${crop}",
     "stage.clip": "${clip.model}",
     "stage.net": "${net}",
     "stage.process": "${process}",

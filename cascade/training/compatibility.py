@@ -22,6 +22,7 @@ from cascade.encoders.identity import differs
 from cascade.encoders.weights import NotHere
 from cascade.errors import UserError
 from cascade.nets.unet import check_sides
+from cascade.runs.agreement import is_unit
 from cascade.stage import Encoder, Stage
 
 AGREE = 0.999  # least cosine of a row and the same sample encoded again; bfloat16 costs 1e-4
@@ -50,6 +51,7 @@ def check(
     if isinstance(stage.codec, Pixels):
         check_sides(stage.net, stage.codec.size, crop or stage.codec.size)
     _ports(stage)
+    unit = is_unit(stage)
     sizes = stage.conditioner.sizes
     if stage.writes in KINDS:
         sizes |= {stage.writes: stage.codec.size}
@@ -62,6 +64,7 @@ def check(
                 if (other := holders.setdefault(key, store)) is not store:
                     raise UserError(f"{key} is in {other.folder} and in {store.folder}: keep one")
             _same_sizes(sizes, about.sizes, store.folder)
+            _same_norms(store, about, unit)
             _same_makers(store, about, stage, clip)
             _same_captions(store, about, captions, several)
 
@@ -92,6 +95,16 @@ def _same_sizes(expected: Mapping[str, int], found: Mapping[str, int], source: o
             raise UserError(
                 f"{setting}={expected[key]}, but {key} of {source} has {found[key]} numbers: set "
                 f"{setting}={found[key]}"
+            )
+
+
+def _same_norms(store: Embeddings, about: Manifest, unit: bool | None) -> None:
+    """Check that CLIP embeddings are normalised as the stage takes them."""
+    for key in sorted(about.sizes.keys() & {"clip_image", "clip_text"}):
+        if unit is False and key in about.unit_norm:
+            raise UserError(
+                f"{store.folder} holds {key} of unit norm, but this stage takes raw embeddings: "
+                "run `cascade data precompute --raw` into another folder, and set embeddings to it"
             )
 
 

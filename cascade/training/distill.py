@@ -1,21 +1,53 @@
 """Distillation: the configuration of a student, and its teacher."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
+from cascade.batch import Batch
 from cascade.config.compose import composed
 from cascade.config.overrides import assigned
+from cascade.diffusion.distillation import Carry
 from cascade.diffusion.gaussian import Denoised
 from cascade.errors import UserError
 from cascade.runs.cascade_file import stage_choices, stage_runs
 from cascade.runs.choices import SamplingChoices
 from cascade.runs.run import CASCADE, Run
-from cascade.stage import Stage, Teacher
+from cascade.stage import Stage
 
 _OTHER = ("run", "best_of", "without", "text_embedding")  # choices that concern no sampler
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """A trained stage that shows another how its own sampler proceeds (`Distilled`): a `Teacher`.
+
+    Both embed the batch, and drop conditions, each with its own conditioner, for the same samples.
+    """
+
+    stage: Stage
+
+    def __call__(self, batch: Batch, student: Stage) -> Carry:
+        """Returns what carries some rows of an encoded batch from one noise level to another."""
+        stage = self.stage.to(student.device)
+        sampler: Any = stage.sampler
+
+        @torch.no_grad()
+        def carry(rows: Tensor, x: Tensor, logsnrs: Tensor) -> Tensor:
+            some: Batch = {k: v[rows] for k, v in batch.items() if isinstance(v, Tensor)}
+            some["caption"] = [one for one, row in zip(batch["caption"], rows) if row]
+            some |= {"empty": batch["empty"]} if "empty" in batch else {}
+            cond = stage.conditioner(some, student.draws("drop", some))
+            net = stage.noisy(some, lambda: student.draws("augmentation", some))
+            weaker = stage.weaker_on(some, some, net) if sampler.scale != 1 else None
+            denoise = sampler.denoiser(stage.process, net, cond, weaker)
+            return sampler.solver(denoise, x, logsnrs, None)
+
+        return carry
 
 
 def student(config: DictConfig) -> DictConfig:
@@ -98,7 +130,7 @@ def teach(module: Stage, teacher: DictConfig, begin: bool) -> None:
         stage.sampler.solver(lambda x, _: Denoised(x), torch.zeros(1, 1), levels, None)
     except (TypeError, ValueError):
         raise UserError(f"{run.path} samples at random: set choices.sampler=ddim") from None
-    module.teacher = Teacher(stage)
+    module.teacher = Teaching(stage)
     if begin:
         own = module.state_dict()
         module.load_state_dict({k: v for k, v in stage.state_dict().items() if k in own})

@@ -45,7 +45,7 @@ def training_samples(
     """
     if isinstance(module, Stage):
         options = {key: config.clip.get(key) for key in ("checkpoint", "quick_gelu")}
-        clip = FrozenCLIP(config.clip.path, **options)
+        clip = FrozenCLIP(config.clip.path, unit=config.clip.get("unit", True), **options)
         stores = list(built(config.data.get("embeddings") or {}).values())
         captions = config.data.get("captions") or {"txt": 1.0}
         fields = [field for field, rate in captions.items() if rate > 0]

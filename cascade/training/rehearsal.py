@@ -49,11 +49,12 @@ def batches(config: DictConfig, module: Trainable) -> Callable[[int], Batch]:
     lengths = [vars(encoder).get("length") for encoder in getattr(module, "encoders", ())]
     length = next((n for n in lengths if n), clip.length)
 
-    def batch(count: int) -> Batch:
+    def rows(count: int) -> Batch:
         return {
             "sample": range(count),
             "caption": [""] * count,
             "tokens": torch.zeros(count, length, dtype=torch.int64),
+            "label": torch.zeros(count, dtype=torch.int64),
             "text": torch.zeros(count, length, config.text.size),
             "text_mask": torch.ones(count, length, dtype=torch.bool),
             "clip_text": torch.zeros(count, clip.dim),
@@ -61,4 +62,4 @@ def batches(config: DictConfig, module: Trainable) -> Callable[[int], Batch]:
             **{key: torch.zeros(count, *view.shape) for key, view in views.items()},
         }
 
-    return batch
+    return lambda count: {**rows(count), "empty": rows(1)}

@@ -69,16 +69,17 @@ def precompute_rows(args: argparse.Namespace) -> Sequence[Path]:
     if not (args.clip or args.text) or not captions:
         raise UserError("choose what to precompute: --clip CLIP or --text ENCODER, and --captions")
     named = _named(args)
+    raw = {"unit": False} if args.raw else {}
     if args.clip:
         out = Path(args.out) if args.out else data / EMBEDDINGS
-        embed(data, args.clip, out, named.get(args.clip, {}), captions, args.workers)
+        embed(data, args.clip, out, named.get(args.clip, {}) | raw, captions, args.workers)
         outputs.append(out / MANIFEST)
     if args.text:
         from cascade.data.precompute import about_captions, caption_rows, precompute
         from cascade.runs.model import device
 
         out = Path(args.text_out) if args.text_out else data / TEXT
-        encoder = text_encoder(args, named.get(args.text, {})).to(device())
+        encoder = text_encoder(args, named.get(args.text, {}) | raw).to(device())
         about = about_captions(encoder, captions, args.several, out)
         rows = partial(caption_rows, encoder=encoder, captions=captions, several=args.several)
         with shown("text", "shards") as progress:
@@ -134,11 +135,15 @@ def text_encoder(args: argparse.Namespace, named: Mapping[str, Any]) -> Any:
     from cascade.encoders.text import FrozenT5
 
     if clip_model(args.text) is None:
-        options = {"length": args.length, "bf16": args.bf16}
+        options = {"length": args.length, "bf16": args.bf16, "padded": args.padded}
         given = {key: value for key, value in options.items() if value is not None}
+        if args.raw and not args.clip:
+            raise UserError(f"--raw is for a CLIP: {args.text} is a T5, omit it")
         return FrozenT5(args.text, **given)
-    if args.length is not None or args.bf16:
-        raise UserError(f"--length and --bf16 are for a T5: {args.text} is a CLIP, omit them")
+    if args.length is not None or args.bf16 or args.padded:
+        raise UserError(
+            f"--length, --bf16 and --padded are for a T5: {args.text} is a CLIP, omit them"
+        )
     return FrozenCLIP(args.text, **named)
 
 

@@ -24,6 +24,7 @@ STAGES = (
     ["stage=prior_ar", "clip=unclip"],
     ["stage=sr256"],
     ["stage=sr256_text"],
+    ["stage=sr256_text", "process=cosine_eps_learned"],
 )
 
 # Share of a GPU's memory that training can use; CUDA and fragmentation take the rest.

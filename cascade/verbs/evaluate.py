@@ -41,6 +41,8 @@ def evaluate_cascade(args: argparse.Namespace) -> Sequence[Path]:
         raise UserError(f"--geneval {geneval}: give a number of prompts, or leave it out")
     if (bound := args.bound or 0) < 0 or bound == 1:
         raise UserError(f"--bound {bound}: give a number of steps above 1, or leave it out")
+    if (edits := args.edits or 0) < 0:
+        raise UserError(f"--edits {edits}: give a number of pictures, or leave it out")
     model = Path(args.model)
     out = Path(args.out) if args.out else model.parent if model.suffix == ".yaml" else model
     check_writable(out, "choose another --out")
@@ -56,6 +58,8 @@ def evaluate_cascade(args: argparse.Namespace) -> Sequence[Path]:
             out=out,
             geneval=geneval,
             bound=bound,
+            typographic=bool(args.typographic),
+            edits=edits,
         )
     print(f"{out / 'metrics.json'}, {out / 'report.html'}")
     return [out / "metrics.json", out / "report.html"]

@@ -6,9 +6,11 @@ from pathlib import Path
 from cascade.batch import image_size
 from cascade.errors import UserError, explained
 from cascade.eval.pictures import coco, generation, prompts
+from cascade.eval.pictures.identity import identity
 from cascade.eval.pictures.share import share, whole
 from cascade.files.atomic import check_writable
-from cascade.runs.model import captions_asked, check_asked, load_cascade
+from cascade.runs.checker import Checker
+from cascade.runs.model import captions_asked, check_asked, device, load_cascade
 from cascade.runs.progress import shown
 
 
@@ -21,13 +23,16 @@ def main(args: argparse.Namespace) -> None:
         *(Path(args.out), found, layout, per_prompt, args.seed, args.batch),
         negative=args.negative,
         weights=args.weights,
+        checker=Checker.load(Path(args.checker), device()) if args.checker else None,
     )
+    if job.checker:
+        job.checker.check(asked["caption"])
     check_writable(job.out, "choose another --out")
     cascade = load_cascade(Path(args.model), args.set)
     check_asked(cascade, asked)
     if image_size(cascade.stages[-1].writes) is None:
         raise UserError(f"{args.model} paints no pictures: add its decoder to cascade.yaml")
-    model = generation.identity(cascade, job.out)
+    model = identity(cascade, job.out)
     written = explained(f"cannot write to {job.out}", "; give it room")
     with written, shown("generate", "pictures") as progress:
         missing = generation.generate(cascade, job, model, shard, progress)
@@ -39,3 +44,5 @@ def main(args: argparse.Namespace) -> None:
         )
     else:
         print(f"all {count:,} pictures are in {job.out}, and no others")
+        if job.checker:
+            print(f"{generation.blackened(job):,} of them match {args.checker} and are black")

@@ -9,7 +9,15 @@ from cascade.errors import UserError
 from cascade.eval.pictures.prompts import read_prompts
 from cascade.files.atomic import check_writable
 from cascade.grids import grid, to_uint8
-from cascade.runs.model import captions_asked, check_asked, distilled, load_cascade, paint
+from cascade.runs.checker import Checker
+from cascade.runs.model import (
+    captions_asked,
+    check_asked,
+    device,
+    distilled,
+    load_cascade,
+    paint,
+)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -24,12 +32,19 @@ def main(args: argparse.Namespace) -> None:
     listed = [prompt.text for prompt in read_prompts(Path(args.file))] if args.file else []
     texts = [*args.captions, *listed]
     asked = captions_asked(texts, args.negative, args.weights)
+    checker = Checker.load(Path(args.checker), device()) if args.checker else None
+    if checker:
+        checker.check(asked["caption"])
     cascade = load_cascade(Path(args.model), args.set)
     check_asked(cascade, asked)
     asked = {key: [one for one in of for _ in range(args.n)] for key, of in asked.items()}
     captions = [text for text in texts for _ in range(args.n)]
     batch = paint(cascade, asked["caption"], args.seed, args.batch, asked)
     pictures = to_uint8(batch[cascade.stages[-1].writes])
+    if checker:
+        pictures, matched = checker.blackened(pictures)
+        count = len(matched) - matched.count(None)
+        print(f"{count} of {len(matched)} pictures match {args.checker} and are black")
     out.parent.mkdir(parents=True, exist_ok=True)
     if len(captions) == 1:
         Image.fromarray(pictures[0]).save(out)

@@ -11,16 +11,26 @@ import torch
 
 from cascade.batch import Batch, image_size
 from cascade.config.checks import check_split
+from cascade.data.embeddings import EMBEDDINGS
 from cascade.data.tars.splits import described
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
-from cascade.eval.cascades import attribution, held_out, likelihood, prior, summary
-from cascade.eval.cascades.protocol import KINDS, HeldOut, Metrics, distance, picture_metrics
+from cascade.eval.cascades import attribution, held_out, likelihood, prior, summary, typographic
+from cascade.eval.cascades.edits import measure_edits
+from cascade.eval.cascades.protocol import (
+    KINDS,
+    HeldOut,
+    Metrics,
+    against,
+    distance,
+    picture_metrics,
+)
 from cascade.eval.metrics.features import CLIPFeatures
 from cascade.eval.scenes.geneval import level_of, prompts, score_tasks, write_lines
 from cascade.files.atomic import write_atomically
 from cascade.grids import to_uint8
 from cascade.pipeline import Cascade, Without
+from cascade.runs.agreement import check_rows
 from cascade.runs.cascade_file import CASCADE, stage_runs
 from cascade.runs.choices import SamplingChoices
 from cascade.runs.model import device, distilled, load_cascade, paint
@@ -41,6 +51,8 @@ class Judged:
         seed: of all noise.
         geneval: prompts for each of GenEval's tasks.
         bound: sampler steps of the variational bound (`likelihood`); 0: it is not measured.
+        typographic: whether to attack its CLIP with written words (`typographic`).
+        edits: pictures for each kind of edit.
     """
 
     cascade: Cascade
@@ -51,6 +63,8 @@ class Judged:
     seed: int
     geneval: int
     bound: int
+    typographic: bool
+    edits: int
 
     def paint(
         self, cascade: Cascade, captions: Sequence[str], given: Batch | None, what: str
@@ -71,6 +85,8 @@ def evaluate(
     out: Path | None = None,
     geneval: int = 0,
     bound: int = 0,
+    typographic: bool = False,
+    edits: int = 0,
 ) -> Path:
     """Measures a cascade; returns the folder of metrics.json and report.html.
 
@@ -85,6 +101,8 @@ def evaluate(
         out: folder of the results (default: the cascade's).
         geneval: prompts for each of GenEval's tasks, of the level of the first split's scenes.
         bound: sampler steps of the variational bound (`likelihood`) on the first split; 0: none.
+        typographic: whether to attack the cascade's CLIP on the first split (`typographic`).
+        edits: pictures of the first split for each kind of edit (`measure_edits`).
 
     Raises:
         UserError: the data lack something that a measure needs.
@@ -100,7 +118,8 @@ def evaluate(
     writers = dict(zip((stage.writes for stage in cascade.stages), runs.values()))
     checkpoint = newest_checkpoint(writers["clip_image"]) if "clip_image" in writers else None
     features = CLIPFeatures(FrozenCLIP(str(judge)).to(device()))
-    of = Judged(cascade, list(runs), features, checkpoint, data, seed, geneval, bound)
+    asked = geneval, bound, typographic, edits
+    of = Judged(cascade, list(runs), features, checkpoint, data, seed, *asked)
     metrics: Metrics = {"features": features.name, "captions": dict(counts), "seed": seed}
     metrics |= {"choices": list(choices)} if choices else {}
     metrics["captions_are"] = {split: described(split) for split in counts}
@@ -113,7 +132,7 @@ def evaluate(
         metrics["geneval"] = _geneval(of, metrics.pop("level"), out)
     metrics["seconds"] = round(time.monotonic() - begin, 1)
     if targets:
-        metrics["targets"] = _against(targets, metrics)
+        metrics["targets"] = against(targets, metrics)
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(metrics, indent=2) + "\n"
     write_atomically(out / "metrics.json", lambda path: path.write_text(text))
@@ -132,6 +151,10 @@ def _split(
     """
     samples = held_out.held_out_split(of.data, split, count, of.cascade)
     check(of.cascade, samples, of.geneval, of.data)
+    if of.typographic and guidance is not None:
+        typographic.check(of.cascade, samples)
+    if of.edits and not samples.scenes:
+        raise UserError(f"{of.data} has no scenes: leave --edits out")
     painted = of.paint(of.cascade, samples.captions, None, split)
     shown[split] = _evenly(painted, samples.captions)
     out: Metrics = {split: picture_metrics(painted, samples, samples.truth, of.features)}
@@ -144,9 +167,14 @@ def _split(
             shown["steps"] = batch
         shown["truth"] = _evenly(samples.truth, samples.captions)
         out |= {"level": level_of(samples.scenes)} if of.geneval else {}
+        if of.typographic:
+            found = typographic.typographic(of.cascade, samples, of.paint, of.seed)
+            out["typographic"], shown["typographic"] = found
         if of.bound:
             bits = likelihood.bounds(of.cascade, samples.captions, samples.truth, of.seed, of.bound)
             out["bound"] = {"steps": of.bound, "bits_per_dimension": bits}
+        if of.edits:
+            out["edits"] = measure_edits(of.cascade, samples, of.features, of.seed, of.edits)
     return out
 
 
@@ -155,6 +183,9 @@ def check(cascade: Cascade, data: HeldOut, geneval: int, folder: Path) -> None:
     last = cascade.stages[-1].writes
     if "clip_image" in {s.writes for s in cascade.stages} and "clip_image" not in data.truth:
         raise UserError(f"{folder} has no embeddings: run `cascade data precompute` first")
+    for link in cascade.stages:
+        if link.writes == "clip_image":
+            check_rows(link.unit, data.truth["clip_image"], folder / EMBEDDINGS)
     if geneval and not data.scenes:
         raise UserError(f"{folder} has no scenes: leave --geneval out, and use GenEval's scorer")
     if geneval and data.truth[last].shape[-1] < 64:
@@ -261,18 +292,3 @@ def _few_steps(of: Judged, data: HeldOut, painted: Batch) -> Batch:
         pictures.insert(0, done[last])
         titles = [f"{steps} steps: {text}" for text in some.captions] + titles
     return {last: torch.cat(pictures), "caption": titles}
-
-
-def _against(targets: Mapping[str, Any], metrics: Metrics) -> list[Metrics]:
-    """Each target with the measured value, and whether it is reached."""
-    rows = []
-    for path, target in targets.items():
-        value: Any = metrics
-        for part in path.split("."):
-            value = value[part]
-        least, most = target.get("at_least"), target.get("at_most")
-        reached = value is not None and (value >= least if most is None else value <= most)
-        asked = f"at least {least}" if most is None else f"at most {most}"
-        row = {"what": target["what"], "asked": asked, "measured": value, "reached": reached}
-        rows.append({"path": path, **row})
-    return rows

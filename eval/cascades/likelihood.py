@@ -32,7 +32,8 @@ def bits_per_dimension(stage: Stage, batch: Batch, seed: int, steps: int) -> Flo
     if stage.corruption:
         batch = stage.corruption(batch, draws("corruption"), training=False)
     cond = stage.conditioner(stage.encoded(batch))
-    return bound(stage.process, stage.net, x0, cond, draws("noise"), steps).total
+    net = stage.noisy(batch, lambda: draws("augmentation"))
+    return bound(stage.process, net, x0, cond, draws("noise"), steps).total
 
 
 def bounds(

@@ -175,3 +175,18 @@ def measured(of: Sample) -> Metrics:
         if out[measure.key] is not None and (ends := measure.interval(of)):
             intervals[measure.key] = ends
     return out
+
+
+def against(targets: Mapping[str, Any], metrics: Metrics) -> list[Metrics]:
+    """Each target with the measured value, and whether it is reached."""
+    rows = []
+    for path, target in targets.items():
+        value: Any = metrics
+        for part in path.split("."):
+            value = value[part]
+        least, most = target.get("at_least"), target.get("at_most")
+        reached = value is not None and (value >= least if most is None else value <= most)
+        asked = f"at least {least}" if most is None else f"at most {most}"
+        row = {"what": target["what"], "asked": asked, "measured": value, "reached": reached}
+        rows.append({"path": path, **row})
+    return rows

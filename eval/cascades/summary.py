@@ -35,8 +35,8 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     Args:
         model: directory of the cascade, for the loss curves of its stages.
         metrics: the content of metrics.json.
-        shown: some generated pictures with their captions by split, the true ones as "truth", and
-            some at few "steps".
+        shown: some generated pictures with their captions by split, the true ones as "truth", some
+            at few "steps", and attacked ones as "typographic".
     """
     report = Report("Cascade: from captions to pictures")
     space = metrics["features"]
@@ -53,6 +53,7 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
         titles = {
             "truth": "True pictures of the same captions",
             "steps": "In few steps",
+            "typographic": "Pictures with a wrong word, and their variations",
         }
         report.heading(titles.get(split, f"Generated: {split}"))
         _pictures(report, batch, columns=4 if split == "steps" else 6)
@@ -67,6 +68,9 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     if "prior" in metrics:
         report.heading("The prior")
         _prior(report, metrics["prior"], described(next(iter(metrics["captions"]))))
+    if "typographic" in metrics:
+        report.heading("Typographic attack")
+        _typographic(report, metrics["typographic"])
     if "bound" in metrics:
         report.heading("Variational bound")
         bits = metrics["bound"]["bits_per_dimension"]
@@ -75,6 +79,9 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     if "geneval" in metrics:
         report.heading("GenEval on scenes")
         _geneval(report, metrics["geneval"])
+    if "edits" in metrics:
+        report.heading("Edits of pictures")
+        _edits(report, metrics["edits"])
     report.heading("Training")
     for run in sorted(model.glob(f"*/{METRICS}")):
         report.losses(run, run.parent.name)
@@ -258,6 +265,44 @@ def _geneval(report: Report, scores: Metrics) -> None:
             for name, row in {**rows, "overall": scores["overall"]}.items()
         ],
     )
+
+
+def _typographic(report: Report, found: Metrics) -> None:
+    report.paragraph(
+        f"{found['count']} pictures of one object, in which nothing, the name of its "
+        "shape, or that of another shape is written. The cascade's CLIP classifies them by colour "
+        "and shape. Of the pictures with a wrong word it takes "
+        f"{_within(found['fooled'], found['intervals']['fooled'])} for the shape that is named."
+    )
+    rows = [
+        [kind, shot["count"], *(_rate(shot, part) for part in ("class", "color", "shape"))]
+        for kind, shot in found["zero_shot"].items()
+    ]
+    report.table(["written", "n", "class right", "colour right", "shape right"], rows)
+    names = ("true", "shape", "word", "unclear")
+    rows = [
+        [kind, found["count"], *(_rate(of, name) for name in names)]
+        for kind, of in found["variations"].items()
+    ]
+    columns = ["true colour and shape", "true shape", "the shape that the wrong word names"]
+    report.paragraph("What variations of the pictures show, read by the recognizer.")
+    report.table(["variations of", "n", *columns, "not one object"], rows)
+
+
+def _edits(report: Report, edits: Metrics) -> None:
+    report.paragraph(
+        f"Edits of pictures of held-out scenes, as the scene recognizer sees them at "
+        f"{edits['side']} px; the first of the split, without selection."
+    )
+    columns = itemgetter("what", "asked", "measured", "reached")
+    report.targets(list(map(columns, edits["targets"])))
+    rows = [
+        [name, row["share"], row["count"], _within(row["rate"], row["interval"])]
+        for name in ("color", "shape")
+        for row in edits.get(name, {}).get("by_share", [])
+    ]
+    if rows:
+        report.table(["text difference of", "share of the rotation", "n", "right"], rows)
 
 
 def _over_time(report: Report, folder: Path) -> None:

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +19,13 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from cascade.batch import Batch, image_size
 from cascade.encoders import phrases
-from cascade.encoders.identity import formerly
 from cascade.errors import Failed, UserError
 from cascade.eval.pictures import captions, prompts
-from cascade.eval.pictures.identity import changed, described
+from cascade.eval.pictures.identity import MANIFEST, changed, read_manifest
 from cascade.eval.pictures.prompts import LAYOUTS, Layout, Prompt
 from cascade.eval.pictures.sets import listed
 from cascade.files.atomic import REST, remove, remove_rests, write_atomically
@@ -34,10 +33,11 @@ from cascade.files.locks import Claims
 from cascade.formats.texts import one_line
 from cascade.grids import to_uint8
 from cascade.pipeline import Cascade
+from cascade.runs.checker import Checker
 
-MANIFEST = "manifest.json"
 MANY = 2**16  # upper bound on pictures per prompt
 
+_BLACK = "matches"  # the text chunk of a picture that was blackened
 _BEGIN, _END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -62,6 +62,7 @@ class Job:
         batch: pictures in a block. It changes pictures by rounding, so the manifest records it.
         negative: what guidance leads away from, instead of from nothing.
         weights: whether the prompts have weighted phrases (`phrases.parsed`).
+        checker: blackens pictures that match a concept.
 
     Raises:
         UserError: a number is out of range, or the layout cannot hold the prompts.
@@ -75,6 +76,7 @@ class Job:
     batch: int = 16
     negative: str | None = None
     weights: bool = False
+    checker: Checker | None = None
 
     def __post_init__(self):
         if not 1 <= self.per_prompt < MANY or self.batch < 1 or self.seed < 0:
@@ -125,6 +127,7 @@ class Job:
             "captions": captions.hash_of(self.rows),
             **({} if self.negative is None else {"negative": self.negative}),
             **({"weights": True} if self.weights else {}),
+            **({"checker": self.checker.identity} if self.checker else {}),
         }
 
 
@@ -158,9 +161,12 @@ def generate(
         if not missing:
             continue
         pictures = _painted(cascade, job, block)
-        for item, picture in zip(block, pictures):
+        matched: Sequence[str | None] = [None] * len(block)
+        if job.checker:
+            pictures, matched = job.checker.blackened(pictures)
+        for item, picture, concept in zip(block, pictures, matched):
             if item in missing:
-                _save(job.out, item, picture)
+                _save(job.out, item, picture, concept)
         done += len(missing)
         if progress:
             progress(done, total)
@@ -234,17 +240,6 @@ def _protocol(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UserError if there is none, or it is damaged."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder} has no {MANIFEST} that can be read: generate again") from error
-    if not isinstance(manifest, dict):
-        raise UserError(f"{folder / MANIFEST} is damaged: generate into a new folder")
-    return manifest
-
-
 def _settle(job: Job, settings: dict[str, Any]) -> None:
     """Writes captions and manifest, or compares the settings to an existing manifest."""
     with Claims(job.out) as claims, claims.held("manifest", wait=True):
@@ -278,12 +273,25 @@ def _path(out: Path, name: str) -> Path:
     return out / f"{name}.png"
 
 
-def _save(out: Path, item: Item, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+def blackened(job: Job) -> int:
+    """The number of pictures that the checker blackened, which each of them records."""
+    paths = [_path(job.out, item.id) for item in job.items]
+    return sum(_BLACK in Image.open(path, formats=("PNG",)).info for path in paths)
+
+
+def _save(
+    out: Path, item: Item, picture: UInt8[np.ndarray, "h w 3"], concept: str | None = None
+) -> None:
+    """Writes a picture; one that was blackened records the concept that it matches."""
+    about = PngInfo()
+    if concept is not None:
+        about.add_itxt(_BLACK, concept)
     path = _path(out, item.id)
     # A name may already have the greatest length, so the temporary name cannot extend it.
     beside = path.with_name(f".{sample_number(*item[1:])}.{os.getpid()}{REST}")
     try:
-        write_atomically(beside, partial(Image.fromarray(picture).save, format="PNG"))
+        image = Image.fromarray(picture)
+        write_atomically(beside, partial(image.save, format="PNG", pnginfo=about))
         os.replace(beside, path)
     finally:
         remove(beside)
@@ -297,12 +305,3 @@ def _whole(path: Path) -> bool:
             return begin == _BEGIN and file.read() == _END
     except OSError:
         return False
-
-
-def identity(cascade: Cascade, out: Path) -> dict[str, Any]:
-    """What the pictures of a folder depend on; noted as the version noted it that began it."""
-    now, then = (
-        {"weights": "EMA", **described(cascade, of)} for of in (attrgetter("hash"), formerly)
-    )
-    begun = (out / MANIFEST).is_file() and read_manifest(out).get("model") == then
-    return then if begun else now

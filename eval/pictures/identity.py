@@ -1,4 +1,7 @@
-"""The identity of a cascade in JSON: the weights and sampling choices that pictures depend on."""
+"""The identity of a cascade in JSON: the weights and sampling choices that pictures depend on.
+
+The manifest of a folder of generated pictures holds it.
+"""
 
 import hashlib
 import json
@@ -6,11 +9,36 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import partial
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from cascade.encoders.identity import formerly
+from cascade.errors import UserError
 from cascade.pipeline import Cascade, TextEmbedding
+
+MANIFEST = "manifest.json"
+
+
+def identity(cascade: Cascade, out: Path) -> dict[str, Any]:
+    """What the pictures of a folder depend on; noted as the version noted it that began it."""
+    now, then = (
+        {"weights": "EMA", **described(cascade, of)} for of in (attrgetter("hash"), formerly)
+    )
+    begun = (out / MANIFEST).is_file() and read_manifest(out).get("model") == then
+    return then if begun else now
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises UserError if there is none, or it is damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder} has no {MANIFEST} that can be read: generate again") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"{folder / MANIFEST} is damaged: generate into a new folder")
+    return manifest
 
 
 def described(

@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import ndimage
 
 from cascade.data.scenes.captions import RELATIONS, Object, Scene
-from cascade.data.scenes.drawing import BACKGROUNDS, COLORS, SHAPES, Shape
+from cascade.data.scenes.drawing import BACKGROUNDS, COLORS, SHAPES, WRITTEN, Shape
 from cascade.data.scenes.generate import SIZES
 
 SIDE = 64
@@ -107,11 +107,14 @@ KNOWN = [_template(name, shape) for name, shape in SHAPES.items()]
 MORPHED = [_template(None, _mean(*pair)) for pair in combinations(SHAPES.values(), 2)]
 
 
-def recognize(picture: UInt8[np.ndarray, "h w 3"]) -> Recognition:
+def recognize(picture: UInt8[np.ndarray, "h w 3"], written: bool = False) -> Recognition:
     """Finds the background and the objects of a picture, and the residual they leave.
 
     A region that is not clearly a known shape in a known colour is no object and adds to the
     residual. An object between small and large has the size "medium".
+
+    Args:
+        written: a word may be written in the picture, and is not looked at.
 
     Raises:
         ValueError: the picture is smaller than 64 px, where shapes cannot be distinguished.
@@ -124,6 +127,8 @@ def recognize(picture: UInt8[np.ndarray, "h w 3"]) -> Recognition:
     pixels = picture.astype(np.float32)
     frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(frame, axis=0)
+    if written:
+        pixels[SIDE * WRITTEN.start // 32 : SIDE * WRITTEN.stop // 32] = ground
     background = _nearest(ground, BACKGROUNDS, GROUND_RADIUS)
     if background is None:
         return Recognition(None, (), float("inf"))
@@ -241,9 +246,10 @@ def judge(scene: Scene, picture: UInt8[np.ndarray, "h w 3"]) -> dict[str, bool]:
     * `counts`: there are as many objects as in the scene.
     * `whole`: all of these, with the sizes that the caption names.
 
-    Every criterion is false if the recognized objects do not explain the picture.
+    Every criterion is false if the recognized objects do not explain the picture. A word that is
+    written in the scene is not looked for.
     """
-    recognized = recognize(picture)
+    recognized = recognize(picture, written=scene.word is not None)
     if not recognized.clean:
         return dict.fromkeys(("objects", "binding", "relations", "counts", "whole"), False)
     found, asked = recognized.objects, scene.objects

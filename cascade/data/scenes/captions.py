@@ -55,6 +55,8 @@ class Scene:
         relation: one of `RELATIONS`; None for one object or several identical ones.
         names_size: whether the short caption says "small" or "large".
         phrasing: index of the short caption's phrasing.
+        word: written below the object in its colour; None: nothing is.
+        shown: whether the objects are drawn; otherwise the word stands for its one object.
     """
 
     objects: tuple[Object, ...]
@@ -62,6 +64,8 @@ class Scene:
     relation: str | None = None
     names_size: bool = False
     phrasing: int = 0
+    word: str | None = None
+    shown: bool = True
 
     @property
     def kind(self) -> str:
@@ -69,7 +73,9 @@ class Scene:
         return NUMBERS[len(self.objects)]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "objects": [asdict(o) for o in self.objects]}
+        fields = {**asdict(self), "objects": [asdict(o) for o in self.objects]}
+        added = {"word": None, "shown": True}  # scenes of other levels do not mention them
+        return {k: v for k, v in fields.items() if k not in added or v != added[k]}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Scene":

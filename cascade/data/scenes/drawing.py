@@ -76,6 +76,26 @@ SHAPES: Mapping[str, Shape] = {
 }
 
 
+# The letters of the shapes' names, in rows of cells from the top.
+LETTERS: Mapping[str, str] = {
+    "a": "010 101 111 101 101",
+    "c": "011 100 100 100 011",
+    "e": "111 100 110 100 111",
+    "g": "011 100 101 101 011",
+    "h": "101 101 111 101 101",
+    "i": "111 010 010 010 111",
+    "l": "100 100 100 100 111",
+    "n": "110 101 101 101 101",
+    "o": "010 101 101 101 010",
+    "q": "010 101 101 110 011",
+    "r": "110 101 110 101 101",
+    "s": "011 100 010 001 110",
+    "t": "111 010 010 010 010",
+    "u": "101 101 101 101 111",
+}
+WRITTEN = slice(25, 32)  # of 32 rows of a picture: where a word is written, with a margin
+
+
 def blank(background: str, size: int) -> UInt8[np.ndarray, "s s 3"]:
     """Return a picture of the background alone."""
     return np.full((size, size, 3), BACKGROUNDS[background], dtype=np.uint8)
@@ -107,6 +127,28 @@ def paint(
     cover = cover.reshape(bottom - top, k, right - left, k).mean((1, 3), keepdims=True)[:, 0]
     part = picture[top:bottom, left:right]
     part[:] = np.rint(part + opacity * cover * (np.array(color, dtype=np.float32) - part))
+
+
+def write(picture: UInt8[np.ndarray, "s s 3"], word: str, color: tuple[int, int, int]) -> None:
+    """Write a word along the lower edge of a picture, in place, in letters of 3 x 5 cells.
+
+    A cell is 1/32 of the side, so that the letters are still sharp at 32 px.
+
+    Raises:
+        ValueError: the word is too long, or has a letter that no shape's name has.
+    """
+    size, columns = len(picture), 4 * len(word) - 1
+    if columns > 32 or not {*word} <= LETTERS.keys():
+        raise ValueError(f"{word!r} cannot be written: give at most 8 of {''.join(LETTERS)}")
+    cells = np.zeros((32, 32), dtype=np.float32)
+    for i, letter in enumerate(word):
+        left = (32 - columns) // 2 + 4 * i
+        bits = [[int(bit) for bit in row] for row in LETTERS[letter].split()]
+        cells[WRITTEN.start + 1 : WRITTEN.stop - 1, left : left + 3] = bits
+    k = -(-256 // size)
+    place = (np.arange(k * size) * 32) // (k * size)
+    cover = cells[place][:, place].reshape(size, k, size, k).mean((1, 3))[..., None]
+    picture[:] = np.rint(picture + cover * (np.array(color, dtype=np.float32) - picture))
 
 
 def _span(middle: float, diameter: float, size: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from PIL import Image
 
 from cascade.data.scenes import captions
 from cascade.data.scenes.captions import RELATIONS, Object, Scene
-from cascade.data.scenes.drawing import BACKGROUNDS, COLORS, SHAPES, blank, paint
+from cascade.data.scenes.drawing import BACKGROUNDS, COLORS, SHAPES, blank, paint, write
 from cascade.draws import generator
 from cascade.errors import UserError
 from cascade.files.atomic import write_atomically
@@ -46,18 +46,24 @@ class Level:
     """What scenes are drawn from.
 
     `train` and `held_out` are the probabilities of one object, two in a relation, and several
-    identical ones, in the split "train" and in the others.
+    identical ones, in the split "train" and in the others. `written` are the probabilities that in
+    a scene of one object its shape is named in writing, and that the split "train" shows the
+    writing alone.
     """
 
     shapes: Sequence[str]
     backgrounds: Sequence[str]
     train: tuple[float, float, float]
     held_out: tuple[float, float, float]
+    written: tuple[float, float] = (0.0, 0.0)
 
 
 LEVELS: Mapping[str, Level] = {
     "plain": Level(list(SHAPES)[:4], list(BACKGROUNDS)[:2], (0.35, 0.65, 0.0), (0.5, 0.5, 0.0)),
     "full": Level(list(SHAPES), list(BACKGROUNDS), (0.3, 0.45, 0.25), (0.5, 0.3, 0.2)),
+    "written": Level(
+        list(SHAPES)[:4], list(BACKGROUNDS)[:2], (0.7, 0.3, 0.0), (0.5, 0.5, 0.0), (0.6, 0.5)
+    ),
 }
 
 
@@ -83,7 +89,9 @@ def sample_scene(level: str, split: str, rng: np.random.Generator) -> Scene:
     """Draw a scene of a split.
 
     `plain`: four shapes, all large, two backgrounds; one object in the middle, or two side by side
-    or one above the other, each jittered by at most 4 % of the side. `full`: everything.
+    or one above the other, each jittered by at most 4 % of the side. `full`: everything. `written`:
+    as plain, with more scenes of one object. Below most of these the name of its shape is written,
+    in its colour; half of those show in training the word alone, so that a CLIP learns to read.
 
     Raises:
         UserError: no such level or split.
@@ -101,14 +109,19 @@ def sample_scene(level: str, split: str, rng: np.random.Generator) -> Scene:
         sizes = [str(rng.choice(list(SIZES))) for _ in pairs]
         sizes = sizes if relation else sizes[:1] * len(pairs)  # identical objects have one size
     diameters = [rng.uniform(*SIZES[size]) for size in sizes]
-    places = (_fixed if level == "plain" else _free)(diameters, relation, rng)
+    places = (_free if level == "full" else _fixed)(diameters, relation, rng)
     objects = (
         Object(*pair, size, *map(float, xy), d)
         for pair, size, xy, d in zip(pairs, sizes, places, diameters)
     )
     background = str(rng.choice(choice.backgrounds))
     names_size = level == "full" and bool(rng.random() < 0.5)
-    return Scene(tuple(objects), background, relation, names_size, phrasing)
+    scene = Scene(tuple(objects), background, relation, names_size, phrasing)
+    named, alone = choice.written
+    if len(pairs) > 1 or not named or rng.random() >= named:
+        return scene
+    shown = split != "train" or bool(rng.random() >= alone)
+    return replace(scene, word=pairs[0][1], shown=shown)
 
 
 def _content(
@@ -155,8 +168,10 @@ def _free(
 def render(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Render a scene, `size` pixels wide."""
     picture = blank(scene.background, size)
-    for o in scene.objects:
+    for o in scene.objects if scene.shown else ():
         paint(picture, SHAPES[o.shape], COLORS[o.color], o.x, o.y, o.diameter)
+    if scene.word:
+        write(picture, scene.word, COLORS[scene.objects[0].color])
     return picture
 
 

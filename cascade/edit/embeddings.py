@@ -1,6 +1,7 @@
-"""Interpolate CLIP embeddings and noise along great circles (unCLIP, section 3).
+"""Operations on CLIP embeddings (unCLIP, sections 3 and 4), which need no network.
 
-Both lie on or near a sphere, so points on a straight line between two of them would be too short.
+Embeddings and noise lie on or near a sphere, so they are interpolated along great circles: points
+on a straight line between two of them would be too short.
 """
 
 import torch
@@ -36,9 +37,28 @@ def text_difference(
     """Rotate an image embedding towards the difference of two captions (section 3.3).
 
     Args:
-        image: unit-norm CLIP embedding of the picture to change.
+        image: CLIP embedding of the picture to change, of unit norm or raw; its norm stays.
         text: embedding of a caption of the desired picture.
         before: embedding of a caption of the present picture, or of an empty one ("a photo").
         share: of the rotation towards text - before; the paper uses up to 0.25 or 0.5.
     """
-    return slerp(image, F.normalize(text - before, dim=1), share)
+    return slerp(image, _as_long(text - before, image), share)
+
+
+def along(
+    z: Float[Tensor, "b d"], mean: Float[Tensor, " d"], axes: Float[Tensor, "k d"]
+) -> Float[Tensor, "b d"]:
+    """Reconstruct embeddings from their components along some axes (section 4, figure 7).
+
+    Args:
+        z: of unit norm or raw; the norm stays.
+        mean, axes: of the embeddings that the components were computed from (`codecs.moments`,
+            `codecs.principal`).
+    """
+    centred = z - mean
+    return _as_long(mean + centred @ axes.T @ axes, z)
+
+
+def _as_long(a: Float[Tensor, "b d"], z: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    """The direction of a, with the norm of z."""
+    return F.normalize(a, dim=1) * z.norm(dim=1, keepdim=True)

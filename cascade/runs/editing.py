@@ -1,0 +1,167 @@
+"""Edits with a whole cascade: from users' pictures to batches, and back."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from cascade.batch import Batch, image_key, image_size
+from cascade.data.embeddings import EMBEDDINGS, Embeddings
+from cascade.data.loading import collate
+from cascade.data.shards import Shards
+from cascade.data.transforms import Pictures
+from cascade.edit import operations
+from cascade.edit.canvas import Canvas, Frame
+from cascade.encoders.clip import FrozenCLIP
+from cascade.encoders.text import Tokenizer, exceeds
+from cascade.errors import UserError
+from cascade.pipeline import Cascade, innermost
+from cascade.runs.model import in_batches
+
+Paint = Callable[..., Batch]  # one of `operations`
+
+
+@dataclass(frozen=True)
+class Work:
+    """A cascade, and the pictures to edit with it.
+
+    Attributes:
+        captions: of the desired pictures, one for each; perhaps empty.
+        asked: what goes with the captions (`phrases.asked`), in lists of as many entries.
+        n: results for each picture.
+        size: of a batch.
+        pad: whether the cascade sees the whole of a picture, or its centred square.
+    """
+
+    cascade: Cascade
+    canvases: Sequence[Canvas]
+    captions: Sequence[str]
+    n: int = 1
+    seed: int = 0
+    size: int = 16
+    pad: bool = False
+    asked: Batch = field(default_factory=dict)
+
+    def squares(self, *more: int) -> Batch:
+        """What the stages see of the pictures (`Canvas.views`); also pictures of `more` sides."""
+        sizes = [image_size(link.writes) for link in operations.pictured(self.cascade)]
+        sides = {size: (size, size) for size in (*sizes, *more)}
+        each = [canvas.views(canvas.square(self.pad), sides) for canvas in self.canvases]
+        return {key: torch.cat([views[key] for views in each]) for key in each[0]}
+
+    def embedded(self) -> tuple[FrozenCLIP, Batch]:
+        """The cascade's CLIP, and the pictures with their `clip_image`."""
+        operations.reading_embeddings(self.cascade)
+        clip = clip_of(self.cascade)
+        views = self.squares(clip.image_size)
+        images = views[operations.KNOWN + image_key(clip.image_size)]
+        return clip, {**views, "clip_image": clip.image(images).cpu()}
+
+    def inverted(self, views: Batch, **choices: Any) -> Float[Tensor, "p *d"]:
+        """The x_T of the pictures (`inversion.inverted`)."""
+
+        def invert(batch: Batch, report: Any) -> Batch:
+            return {"x_T": operations.x_T(self.cascade, batch, **choices)}
+
+        given = {**views, **self.asked}
+        return in_batches(invert, self.captions, self.size, given, "inverting")["x_T"]
+
+    def rows(self, paint: Paint, given: Batch, **choices: Any) -> Float[Tensor, "r f 3 h w"]:
+        """What an operation makes of each picture, or each frame [p, f, ...] of a path, `n` times.
+
+        The frames of a path share their noise.
+
+        Args:
+            given: keys of a batch; `sample`, if pictures have other numbers than 0, 1, 2...
+        """
+        z = given.get("clip_image")
+        frames = z.shape[1] if z is not None and z.ndim == 3 else 1
+        numbers = given.get("sample", torch.arange(len(next(iter(given.values())))))
+        numbers = (numbers[:, None] * self.n + torch.arange(self.n)).flatten()
+        given = {key: value.repeat_interleave(self.n, 0) for key, value in given.items()}
+        if frames > 1:
+            given = {key: value.flatten(0, 1) for key, value in given.items()}
+        given["sample"] = numbers.repeat_interleave(frames)
+        owners = [i // frames // self.n for i in range(len(given["sample"]))]
+        given |= {key: [of[i] for i in owners] for key, of in self.asked.items()}
+        captions = [self.captions[i] for i in owners]
+        last = self.cascade.stages[-1].writes
+
+        def sample(batch: Batch, report: Any) -> Batch:
+            return {last: paint(self.cascade, batch, self.seed, report, **choices)[last]}
+
+        made = in_batches(sample, captions, self.size, given, "editing")[last]
+        return made.unflatten(0, (-1, frames))
+
+    def repainted(self, whole: bool, jumps: int) -> list[UInt8[np.ndarray, "_ _ 3"]]:
+        """The canvases with what is unknown painted, `n` of each.
+
+        Args:
+            whole: paint canvases of any sides, in windows; otherwise what lies in their squares.
+            jumps: times that each step is taken.
+
+        Raises:
+            UserError: something unknown lies outside of the square.
+        """
+        frames, sides = zip(*(self._frame(canvas, whole) for canvas in self.canvases))
+        done: dict[int, list] = {}
+        for shape in {tuple(one.items()): one for one in sides}.values():
+            some = [i for i, one in enumerate(sides) if one == shape]
+            each = [self.canvases[i].views(frames[i], shape) for i in some]
+            given = {key: torch.cat([views[key] for views in each]) for key in each[0]}
+            given["sample"] = torch.tensor(some)
+            asked = {key: [of[i] for i in some] for key, of in self.asked.items()}
+            part = replace(self, captions=[self.captions[i] for i in some], asked=asked)
+            made = part.rows(operations.paint_unknown, given, jumps=jumps).flatten(0, 1)
+            for i, pictures in zip(some, made.split(self.n)):
+                done[i] = [self.canvases[i].pasted(picture, frames[i]) for picture in pictures]
+        return [picture for i in sorted(done) for picture in done[i]]
+
+    def _frame(self, canvas: Canvas, whole: bool) -> tuple[Frame, dict[int, tuple[int, int]]]:
+        """What the cascade shows of a canvas, and the sides of its pictures by stage."""
+        links = operations.pictured(self.cascade)
+        divisors = {image_size(link.writes): innermost(link).net.divisor for link in links}
+        base = min(divisors)
+        frame, sides = canvas.square(self.pad), (base, base)
+        if whole:
+            multiples = (d // math.gcd(d, size // base) for size, d in divisors.items())
+            frame, sides = canvas.whole(base, math.lcm(*multiples))
+        if not canvas.within(frame):
+            raise UserError("the mask leaves the centred square: add --fit pad")
+        return frame, {
+            size: (sides[0] * size // base, sides[1] * size // base) for size in divisors
+        }
+
+
+def clip_of(cascade: Cascade) -> FrozenCLIP:
+    """The CLIP that the prior's embeddings belong to."""
+    for link in cascade.stages:
+        for encoder in innermost(link).encoders if link.writes == "clip_image" else ():
+            if isinstance(encoder, FrozenCLIP):
+                return encoder
+    raise UserError("no stage of this cascade names its CLIP: add its prior to cascade.yaml")
+
+
+def embeddings_of(data: Path) -> Iterator[Float[Tensor, "_ d"]]:
+    """The training pictures' embeddings, some at a time."""
+    if not (data / EMBEDDINGS).is_dir():
+        raise UserError(f"{data} has no embeddings: run `cascade data precompute` first")
+    stores = {"clip": Embeddings(data / EMBEDDINGS)}
+    shards = Shards(data, Pictures(()), shuffle=False, embeddings=stores)
+    for start in range(0, len(shards), 256):
+        some = [shards[i] for i in range(start, min(start + 256, len(shards)))]
+        yield collate(some)["clip_image"]
+
+
+def check_context(cascade: Cascade, captions: Sequence[str]) -> None:
+    """Raises UserError if a caption is longer than the cascade's encoders read."""
+    encoders = [encoder for link in cascade.stages for encoder in innermost(link).encoders]
+    lengths = [one.length for one in encoders if isinstance(one, (FrozenCLIP, Tokenizer))]
+    if lengths and (long := [text for text in captions if exceeds(text, min(lengths))]):
+        raise UserError(f"{long[0][:40]!r} is longer than the {min(lengths)} tokens that are read")

@@ -1,5 +1,6 @@
 """What `cascade evaluate --edits` asks for, and how it judges."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -52,6 +53,7 @@ def test_perfect_repainting_is_right_and_no_repainting_wrong(monkeypatch):
     found = edits.inpainting(OF, two)
     assert (found["rate"], found["count"]) == (1, 12)
     assert found["seam"] < 1.5
+    assert json.loads(json.dumps(found)) == {**found, "interval": list(found["interval"])}
     perfect(monkeypatch, [render(scene, 64) for scene in two])
     assert edits.outpainting(OF, two)["rate"] == 1
     assert edits.inpainting(OF, two)["rate"] == 0

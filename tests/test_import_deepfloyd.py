@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from cascade.cli import main
 from cascade.config.compose import built, composed
@@ -255,3 +256,40 @@ def test_the_other_stage_is_refused(upsampler, tmp_path, capsys):
     source = written(upsampler[0], {**PARAMS, **UPSAMPLER}, tmp_path / "weights")
     assert main(["import", "if-1", str(source), "--out", str(tmp_path / "run")]) == 2
     assert "which this network has no use for" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_whole_cascade_paints_at_its_own_sizes(original, tmp_path):
+    """Stages I and II and T5 from one folder, to 256 px."""
+    unet, respace = original
+    diffusion = respace.create_gaussian_diffusion(
+        steps=1000, learn_sigma=True, noise_schedule="cosine", timestep_respacing="1000"
+    )
+    nets = {
+        "IF-I-XL-v1.0": (unet.UNetModel, {}, {"image_size": 64, "attention_resolutions": "32"}),
+        "IF-II-L-v1.0": (
+            unet.SuperResUNetModel,
+            {"low_res_diffusion": diffusion},
+            {
+                **UPSAMPLER,
+                "image_size": 256,
+                "attention_resolutions": "128",
+                "disable_self_attentions": "128",
+            },
+        ),
+    }
+    folder = tmp_path / "if"
+    folder.mkdir()
+    for name, (network, more, sizes) in nets.items():
+        params = {**PARAMS, **sizes}
+        written(randomized(network(**more, **params)), params, folder / name)
+    (folder / "t5-v1_1-xxl").mkdir()
+    write_t5(folder / "t5-v1_1-xxl")
+    model, out = tmp_path / "model", tmp_path / "out.png"
+    words = ["import", "if", str(folder), "--out", str(model), "text.reader.bf16=false"]
+    assert main(words) == 0
+    few = [
+        f"--set={name}.{one}" for name in ("base", "sr256") for one in ("sampler=ddim", "steps=2")
+    ]
+    assert main(["sample", "--model", str(model), CAPTIONS[0], "--out", str(out), *few]) == 0
+    assert Image.open(out, formats=["PNG"]).size == (256, 256)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from PIL import Image
 from torch import nn
 
 from cascade.cli import main
@@ -238,3 +239,22 @@ def test_the_other_network_and_missing_tokens_are_refused(base, tmp_path, capsys
     assert "reads 6 channels, and GLIDE's base reads 3" in capsys.readouterr().err
     with pytest.raises(Exception, match=r"holds no encoder\.json of GPT-2: put it there"):
         BytePairs(str(tmp_path), 12).text(["a"])
+
+
+@pytest.mark.slow
+def test_a_whole_cascade_paints_at_its_own_sizes(tmp_path, monkeypatch):
+    """Both networks from one folder, to 256 px."""
+    folder = tmp_path / "glide"
+    numbers = vocabulary(folder)
+    text = randomized(Text(len(numbers)), 1).names()
+    for file, inputs in (("base.pt", 3), ("upsample.pt", 6)):
+        state = adm_names(unet(inputs, 64).state_dict(), [1, 1], [False, True], [None, 4])
+        torch.save(state | text, folder / file)
+    heads = ["net.head_channels=16", f"text.encoder.heads={HEADS}"]
+    model, out = tmp_path / "model", tmp_path / "out.png"
+    assert main(["import", "glide", str(folder), "--out", str(model), *heads]) == 0
+    few = [
+        f"--set={name}.{one}" for name in ("base", "sr256") for one in ("sampler=ddim", "steps=2")
+    ]
+    assert main(["sample", "--model", str(model), CAPTIONS[0], "--out", str(out), *few]) == 0
+    assert Image.open(out, formats=["PNG"]).size == (256, 256)

@@ -200,8 +200,8 @@ def inpainting(of: Edited, scenes: Sequence[Scene]) -> Metrics:
     verdicts = [judge(scene, picture)["whole"] for scene, picture in zip(wanted, made)]
     steps = np.array([_steps(p, c.unknown) for p, c in zip(made, work.canvases)])
     true = np.array([_steps(c.picture, c.unknown) for c in work.canvases])
-    seam = {"seam": steps[:, 0].mean() / steps[:, 1].mean()}
-    return {**_share(verdicts), **seam, "seam_before": true[:, 0].mean() / true[:, 1].mean()}
+    seam = {"seam": float(steps[:, 0].mean() / steps[:, 1].mean())}
+    return {**_share(verdicts), **seam, "seam_before": float(true[:, 0].mean() / true[:, 1].mean())}
 
 
 def image_to_image(of: Edited, scenes: Sequence[Scene]) -> Metrics:

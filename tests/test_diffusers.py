@@ -2,7 +2,6 @@
 
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -11,7 +10,6 @@ import transformers
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-import cascade.conf
 from cascade.cli import main
 from cascade.conditioning import Cond
 from cascade.config.compose import built, composed, saved
@@ -27,7 +25,6 @@ from cascade.runs.run import Run
 
 CAPTIONS = ["a red circle", "two blue squares above a star"]
 SMALL = ["net.channels=32", "net.multipliers=[1,2]", "net.blocks=1", "net.embed=64"]
-RELEASED = Path(next(iter(cascade.conf.__path__))) / "experiment/karlo_prior_released.yaml"
 TABLE = "cascade.diffusion.noise.cosine_table"
 NEAR = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -159,8 +156,6 @@ def write_karlo(root):
 
 @pytest.fixture(scope="module")
 def karlo(tmp_path_factory):
-    if not RELEASED.exists():
-        pytest.skip("no experiment has Karlo's layout")
     root = tmp_path_factory.mktemp("karlo")
     write_karlo(root / "model")
     command = ["export", "--model", str(root / "model"), "--format", "diffusers"]

@@ -98,7 +98,7 @@ def test_the_tokens_of_a_phrase_are_told_apart(clip, tmp_path):
         assert torch.equal(ids[three], tokenize(["ring-shaped"], 5)[0, 1:-1])
         assert "begins or ends within a word" in refused(lambda e=encoder: places(e, "a (re:2)d"))
     far = "very " * 31 + "(red:2) circle"
-    assert "behind the 32 tokens" in refused(lambda: places(Tokenizer(32), far))
+    assert "exceeds the 32 tokens" in refused(lambda: places(Tokenizer(32), far))
     t5 = FrozenT5(str(write_t5(tmp_path)))
     whole = t5.tokenized(["a small red square left of a circle"])[0]
     found = places(t5, "a (small red:2) square (left:2) of a (circle:2)")

@@ -146,6 +146,8 @@ def test_another_architecture_is_refused(more, message, begun, tmp_path, capfd):
 def test_a_run_cannot_begin_with_itself_or_with_nothing(begun, tmp_path):
     with pytest.raises(UserError, match="is the run itself"):
         training([f"start={begun}", f"run={begun}"])
+    with pytest.raises(UserError, match="keeps the size of that run: leave size= out"):
+        training([f"start={begun}", f"run={tmp_path / 'new'}", "size=32"])
     with pytest.raises(UserError, match="no weights there"):
         training([f"start={tmp_path}", "run=x"])
 

@@ -133,7 +133,7 @@ class Sequence(nn.Module):
 
 
 def with_empty(batch: Batch, keep: Bool[Tensor, " b"], keys: Collection[str]) -> Batch:
-    """Replaces what is computed from the caption by what is computed from the empty one.
+    """Replaces the keys computed from dropped captions by those of the empty caption.
 
     Args:
         batch: holds, as `empty`, a batch of one row that was encoded from an empty caption.

@@ -43,7 +43,7 @@ def repaint(
     unknown: Bool[Tensor, "*e"],
     jumps: int = 1,
 ) -> Solver:
-    """Paints what is unknown of x0, given the rest (RePaint, 2201.09865, algorithm 1).
+    """Samples the unknown part of x0 given the known part (RePaint, 2201.09865, algorithm 1).
 
     At each level the known part is noised afresh to that level, so that network and known part
     agree about the noise. Going back and repeating a step (`jumps`) lets the two parts adapt to

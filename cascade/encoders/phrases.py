@@ -160,7 +160,7 @@ def tokens_of(encoder: Any, caption: str, phrase: Phrase) -> slice:
         raise UserError(f"({words}:...) begins or ends within a word: weigh the whole word")
     if ends[0] == ends[1]:
         raise UserError(
-            f"({words}:...) lies behind the {len(whole)} tokens that the text encoder reads: "
+            f"({words}:...) exceeds the {len(whole)} tokens that the text encoder reads: "
             "shorten the caption"
         )
     return slice(*ends)

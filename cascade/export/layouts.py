@@ -1,4 +1,4 @@
-"""What a stage must be for a class of diffusers to hold it, and the refusal of what is not so."""
+"""Checks that a class of diffusers can represent a stage, and refuses settings that none can."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -11,22 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade.export.layouts import Model, check_net, refused
+from cascade.interop.diffusers_unets import BLOCK, ENDS
 from cascade.nets.unet import UNet
-
-_BLOCK = {
-    "norm_in": "norm1",
-    "conv_in": "conv1",
-    "modulation": "time_emb_proj",
-    "norm_out": "norm2",
-    "conv_out": "conv2",
-}
-_ENDS = {
-    "noise_level.1": "time_embedding.linear_1",
-    "noise_level.3": "time_embedding.linear_2",
-    "conv_in": "conv_in",
-    "norm_out": "conv_norm_out",
-    "conv_out": "conv_out",
-}
 
 
 def unet_model(
@@ -128,7 +114,7 @@ def _kinds(attends: Sequence[bool], told: bool, strided: bool) -> tuple[list[str
 def _state(net: UNet) -> dict[str, Tensor]:
     own = {key: value.detach().float().clone() for key, value in net.state_dict().items()}
     found: dict[str, Tensor] = {}
-    for ours, theirs in [*_ENDS.items(), *_places(net)]:
+    for ours, theirs in [*ENDS.items(), *_places(net)]:
         there = [suffix for suffix in ("weight", "bias") if f"{ours}.{suffix}" in own]
         for suffix in there:
             value = own.pop(f"{ours}.{suffix}")
@@ -170,7 +156,7 @@ def _block(block: nn.Module, ours: str, theirs: str, attention: str) -> Iterator
     if hasattr(block, "conv"):  # a `Resample`
         yield f"{ours}.conv", f"{theirs}.conv"
         return
-    for own, foreign in _BLOCK.items():
+    for own, foreign in BLOCK.items():
         yield f"{ours}.{own}", f"{theirs}.{foreign}"
     yield f"{ours}.skip", f"{theirs}.conv_shortcut"
     if block.attention is None:

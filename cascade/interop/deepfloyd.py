@@ -106,12 +106,17 @@ def _rules(stage: Any) -> Iterator[Rule]:
     yield Rule("encoder_pooling.0", f"{_CAPTION}.pool.norm")
     yield Rule("encoder_pooling.2", f"{_CAPTION}.to_vector")
     yield Rule("encoder_pooling.3", f"{_CAPTION}.norm_vector")
-    yield Rule(f"{_POOL}positional_embedding", f"{_CAPTION}.pool.query", torch.flatten)
-    yield Rule(f"{_POOL}q_proj", f"{_CAPTION}.pool.q")
-    yield Rule([f"{_POOL}k_proj", f"{_POOL}v_proj"], f"{_CAPTION}.pool.kv", joined)
+    yield from _pool_rules(_POOL)
     if "low" in stage.conditioner.embedders:
         yield Rule("aug_proj.0", f"{_LOW}.level.1")
         yield Rule("aug_proj.2", f"{_LOW}.level.3")
+
+
+def _pool_rules(theirs: str) -> Iterator[Rule]:
+    """The attention that pools the caption's states."""
+    yield Rule(f"{theirs}positional_embedding", f"{_CAPTION}.pool.query", torch.flatten)
+    yield Rule(f"{theirs}q_proj", f"{_CAPTION}.pool.q")
+    yield Rule([f"{theirs}k_proj", f"{theirs}v_proj"], f"{_CAPTION}.pool.kv", joined)
 
 
 def _of_diffusers(folder: Path, number: str, system: str) -> Imported:
@@ -135,15 +140,12 @@ def _of_diffusers(folder: Path, number: str, system: str) -> Imported:
 
 
 def _diffusers_rules(stage: Any) -> Iterator[Rule]:
-    pool = "add_embedding.pool."
     yield from unet_rules(stage.net, "net.")
     yield Rule("encoder_hid_proj", f"{_CAPTION}.to_tokens")
     yield Rule("add_embedding.norm1", f"{_CAPTION}.pool.norm")
     yield Rule("add_embedding.proj", f"{_CAPTION}.to_vector")
     yield Rule("add_embedding.norm2", f"{_CAPTION}.norm_vector")
-    yield Rule(f"{pool}positional_embedding", f"{_CAPTION}.pool.query", torch.flatten)
-    yield Rule(f"{pool}q_proj", f"{_CAPTION}.pool.q")
-    yield Rule([f"{pool}k_proj", f"{pool}v_proj"], f"{_CAPTION}.pool.kv", joined)
+    yield from _pool_rules("add_embedding.pool.")
     if "low" in stage.conditioner.embedders:
         yield Rule("class_embedding.linear_1", f"{_LOW}.level.1")
         yield Rule("class_embedding.linear_2", f"{_LOW}.level.3")

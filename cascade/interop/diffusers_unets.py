@@ -20,14 +20,15 @@ from cascade.nets.attention import CrossAttention
 from cascade.nets.blocks import Resample
 from cascade.nets.unet import UNet
 
-_ENDS = {
+# Our modules, and those of diffusers: outside of the blocks, and in each residual block.
+ENDS = {
     "noise_level.1": "time_embedding.linear_1",
     "noise_level.3": "time_embedding.linear_2",
     "conv_in": "conv_in",
     "norm_out": "conv_norm_out",
     "conv_out": "conv_out",
 }
-_BLOCK = {
+BLOCK = {
     "norm_in": "norm1",
     "conv_in": "conv1",
     "modulation": "time_emb_proj",
@@ -71,7 +72,7 @@ _NEEDED = {
 
 def unet_rules(net: UNet, ours: str, theirs: str = "") -> Iterator[Rule]:
     """The rules for a U-Net; `ours` and `theirs` are what the names begin with."""
-    for own, foreign in _ENDS.items():
+    for own, foreign in ENDS.items():
         yield Rule(f"{theirs}{foreign}", f"{ours}{own}")
     yield from _way(net.down, f"{ours}down", f"{theirs}down_blocks", "downsamplers")
     yield from _way(net.up, f"{ours}up", f"{theirs}up_blocks", "upsamplers")
@@ -98,7 +99,7 @@ def _block(block: Any, ours: str, theirs: str, attention: str) -> Iterator[Rule]
     if isinstance(block, Resample):
         yield Rule(f"{theirs}.conv", f"{ours}.conv")
         return
-    for own, foreign in _BLOCK.items():
+    for own, foreign in BLOCK.items():
         yield Rule(f"{theirs}.{foreign}", f"{ours}.{own}")
     if isinstance(block.skip, nn.Conv2d):
         yield Rule(f"{theirs}.conv_shortcut", f"{ours}.skip")
@@ -264,7 +265,7 @@ def _of_classes(stage: Any) -> Iterator[Rule]:
 
 
 def _scheduler(source: Path) -> str:
-    """The table of the scheduler beside a network. Raises UserError if it is another process's."""
+    """Reads the noise schedule of a network's scheduler. UserError if it is unknown."""
     path = source.parent / "scheduler/scheduler_config.json"
     if not path.is_file():
         raise NotHere(

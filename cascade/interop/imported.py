@@ -47,7 +47,7 @@ class Imported:
 
     Attributes:
         experiment: in `conf/experiment/`: all that is the same in each size of the system.
-        settings: what was read from the files, by the configuration's dotted names.
+        settings: values read from the files, by dotted names of the configuration.
         tensors: by the system's names.
         rules: how they become the tensors of the stage that the configuration builds.
         system, license: for the record (`Origin`).

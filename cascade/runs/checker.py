@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ class Checker:
         black = np.array([one is not None for one in found])[:, None, None, None]
         return np.where(black, np.uint8(0), pictures), found
 
-    @property
+    @cached_property
     def _concepts(self) -> Float[Tensor, "c d"]:
         return self.clip.text([one.text for one in self.concepts])["clip_text"]
 

@@ -22,7 +22,7 @@ from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.text import Tokenizer, exceeds
 from cascade.errors import UserError
 from cascade.pipeline import Cascade, innermost
-from cascade.runs.model import in_batches
+from cascade.runs.model import encoders_of, in_batches
 
 Paint = Callable[..., Batch]  # one of `operations`
 
@@ -161,7 +161,7 @@ def embeddings_of(data: Path) -> Iterator[Float[Tensor, "_ d"]]:
 
 def check_context(cascade: Cascade, captions: Sequence[str]) -> None:
     """Raises UserError if a caption is longer than the cascade's encoders read."""
-    encoders = [encoder for link in cascade.stages for encoder in innermost(link).encoders]
-    lengths = [one.length for one in encoders if isinstance(one, (FrozenCLIP, Tokenizer))]
+    own = encoders_of(cascade)
+    lengths = [one.length for one in own if isinstance(one, (FrozenCLIP, Tokenizer))]
     if lengths and (long := [text for text in captions if exceeds(text, min(lengths))]):
         raise UserError(f"{long[0][:40]!r} is longer than the {min(lengths)} tokens that are read")

@@ -40,6 +40,7 @@ _REFERENCES = {
     "stage.batch": "${batch}",
     "stage.seed": "${seed}",
 }
+_SIZES = ("size", "low", "classes")  # which a network and its data have from the run
 _NODE = "continued"  # the name of the other run's configuration among the stages
 
 
@@ -47,7 +48,8 @@ def training(overrides: Sequence[str]) -> DictConfig:
     """Composes the configuration of a training; with `start=RUN` alone, as a continuation of RUN.
 
     Raises:
-        UserError: as `composed`; the run to begin with has no weights, or is the new run itself.
+        UserError: as `composed`; the run to begin with has no weights, or is the new run itself;
+            another size is asked for without naming the stage.
     """
     given = {one.path: one for one in map(parse, overrides)}
     start = given["start"].text if "start" in given else None
@@ -57,6 +59,11 @@ def training(overrides: Sequence[str]) -> DictConfig:
     if not run.weights:
         raise UserError(f"start={run.path}: no weights there; give the directory of a trained run")
     if not {"stage", "experiment"} & given.keys():
+        if kept := [name for name in _SIZES if name in given]:
+            raise UserError(
+                f"start={run.path} keeps the {kept[0]} of that run: leave {kept[0]}= out, or name "
+                "the stage with stage= or experiment="
+            )
         node = _continued(run.located, given)
         ConfigStore.instance().store(name=_NODE, node=node, group="stage", package="_global_")
         overrides = [*overrides, f"stage={_NODE}"]

@@ -8,7 +8,7 @@ from cascade.encoders.published import hugging_face
 from cascade.encoders.published.archive import is_archive, read_archive
 from cascade.encoders.weights import reading, tensors_of
 
-# What is stored beside weights: OpenAI's sizes, and the causal mask.
+# Entries of archives that are no weights: OpenAI's sizes, and the causal mask.
 _NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 

@@ -38,7 +38,7 @@ setup: .venv/installed  ## install the locked versions into .venv
 
 lock: setup  ## choose new versions of the dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	  --no-emit-index-url --no-header --extra dev --upgrade pyproject.toml -o requirements.lock
+	  --no-emit-index-url --no-header --extra dev --extra web --upgrade pyproject.toml -o requirements.lock
 
 clean:  ## remove .venv and what a build leaves
 	rm -rf .venv build *.egg-info

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from cascade.diffusion.noise import Noise, uniform
-from cascade.diffusion.sampling import Joinable
+from cascade.diffusion.sampling import Joinable, Watch
 from cascade.errors import UserError
 
 # Returns the logits [b, v] of the next token, given the last one [b], or None for the first.
@@ -86,14 +86,14 @@ class TokenSampler:
         cond: Joinable,
         weaker: tuple[TokenNet, Joinable] | None,
         noise: Noise,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Watch | None = None,
     ) -> Int64[Tensor, "b t"]:
         """Draws tokens of this shape [b, t].
 
         Args:
             weaker: the branch that guidance extrapolates away from; None: no guidance.
             noise: called once, for one number per token.
-            progress: called with (tokens done, total tokens).
+            progress: called after each token with (tokens done, total tokens, tokens so far).
         """
         steps = min(self.steps or shape[1], shape[1])
         u = uniform(noise, shape)
@@ -107,9 +107,10 @@ class TokenSampler:
             for i in range(steps):
                 logits = ask(tokens[:, i - 1] if i > 0 else None)
                 tokens[:, i] = drawn(logits / self.temperature, u[:, i])
+                if i == 0:
+                    tokens[:, 1:] = logits.shape[1] // 2
                 if progress:
-                    progress(i + 1, steps)
-            tokens[:, steps:] = logits.shape[1] // 2
+                    progress(i + 1, steps, tokens)
         return tokens
 
 

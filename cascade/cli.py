@@ -22,6 +22,7 @@ from cascade.options import (
     evaluate_options,
     generate_options,
     sampling_options,
+    serve_options,
 )
 from cascade.runs import done
 from cascade.slurm.code import check
@@ -99,7 +100,8 @@ def parser() -> argparse.ArgumentParser:
         "Make a run of another system's published weights, to sample, fine-tune and evaluate.",
         "KIND is a stage (karlo-prior, karlo-decoder, karlo-sr, glide, glide-upsampler, if-1, "
         "if-2, guided-diffusion, kandinsky-prior, diffusers), or a whole cascade in one folder "
-        "(karlo, glide, if). Nothing is fetched. Overrides, such as clip.path=DIR "
+        "(karlo, glide, if): cascade import karlo FOLDER --out runs/karlo. README.md lists the "
+        "files of each. Nothing is fetched. Overrides, such as clip.path=DIR "
         "clip.checkpoint=null, change the runs' configuration.",
     )
     bring.add_argument("kind", metavar="KIND", help="the system, and which part of it")
@@ -190,6 +192,14 @@ def parser() -> argparse.ArgumentParser:
             "Edit pictures with a trained cascade: vary, interpolate, change, repaint, enlarge.",
         )
     )
+
+    serve = verb(
+        "serve",
+        "Open a page on this machine to paint, edit, compare and watch.",
+        "The page is for this machine alone. With --host it is for others too, who are asked for "
+        "the password in the environment variable CASCADE_PASSWORD.",
+    )
+    serve_options(serve)
 
     data_options(verb("data", "Make, index and embed shards."))
 

@@ -13,8 +13,8 @@ _GAP, _LINE = 8, 15  # pixels between cells, and from one line of text to the ne
 
 def to_uint8(pictures: Float[Tensor, "n 3 h w"]) -> UInt8[np.ndarray, "n h w 3"]:
     """Convert pictures in [-1, 1] to bytes, channels last."""
-    scaled = (pictures.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().byte().permute(0, 2, 3, 1).numpy()
+    scaled = pictures.detach().float().cpu().clamp(-1, 1).add_(1).mul_(127.5)
+    return scaled.round_().byte().permute(0, 2, 3, 1).numpy()
 
 
 def grid(

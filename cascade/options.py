@@ -134,7 +134,7 @@ def evaluate_options(evaluate: argparse.ArgumentParser) -> None:
         "--edits",
         type=int,
         metavar="N",
-        help="also measure each kind of `cascade edit`, on N pictures of scenes (0: skip)",
+        help="also measure `cascade edit` on N pictures of scenes, or of styles (0: skip)",
     )
     evaluate.add_argument("--seed", type=int, help="seed of all noise (default 0)")
     sampling_options(evaluate)
@@ -196,6 +196,19 @@ def edit_options(edit: argparse.ArgumentParser) -> None:
         outpaint.add_argument(f"--{side}", type=int, default=0, help="pixels to add (default 0)")
     for of in (inpaint, outpaint):
         of.add_argument("--jumps", type=int, default=5, help="times to take each step (default 5)")
+
+
+def serve_options(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("folders", nargs="+", metavar="RUNS", help="folders of models and runs")
+    serve.add_argument("--host", default="127.0.0.1", help="address to answer on (127.0.0.1)")
+    serve.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
+    serve.add_argument("--memory", default="8G", help="of loaded weights (default 8G)")
+    of = "of one request (default 16)"
+    serve.add_argument("--most-pictures", type=int, default=16, metavar="N", help=of)
+    of = "characters of a caption (default 2000)"
+    serve.add_argument("--longest", type=int, default=2000, metavar="N", help=of)
+    of = "of a stage's sampler (default 250)"
+    serve.add_argument("--most-steps", type=int, default=250, metavar="N", help=of)
 
 
 def box(text: str) -> tuple[int, ...]:

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from cascade.batch import Batch, image_size
+from cascade.diffusion.sampling import Watch
 
-Progress = Callable[[str, int, int], None]  # (key being sampled, steps done, steps in total)
+# Called in each step, with the key being sampled, the steps done, the steps in total, and a
+# function that gives the key's value as it is denoised so far.
+Progress = Callable[[str, int, int, Callable[[], torch.Tensor]], None]
 
 
 @runtime_checkable
@@ -63,6 +66,12 @@ def altered(link: Link, change: Callable[[Any], Link]) -> Link:
     if isinstance(link, Around):
         return replace(link, stage=altered(link.stage, change))
     return change(link)
+
+
+def watching(link: Link, progress: Progress) -> Watch:
+    """What reports the steps of a link's sampler, whose x0 its stage decodes."""
+    stage = innermost(link)
+    return lambda i, n, x0: progress(stage.writes, i, n, lambda: stage.codec.decode(x0))
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,7 @@ class Cascade:
         Args:
             batch: at least `caption` and `sample`, of the same length.
             seed: of all draws; row i also depends on its number `sample[i]`, and on no other row.
+            progress: what it raises ends the sampling.
 
         Raises:
             KeyError: a stage reads a key that is neither given nor written.
@@ -153,7 +163,7 @@ class Cascade:
                 continue
             if missing := stage.reads - batch.keys():
                 raise KeyError(f"the stage that writes {stage.writes} lacks {sorted(missing)}")
-            report = progress and (lambda i, n, key=stage.writes: progress(key, i, n))
+            report = progress and watching(stage, progress)
             batch = {**batch, stage.writes: stage.sample(batch, seed, progress=report)}
         return batch
 

@@ -22,6 +22,7 @@ from cascade.conditioning import Cond, Conditioner
 from cascade.data.degradations import Corruption
 from cascade.data.loading import on
 from cascade.diffusion.distillation import Carry
+from cascade.diffusion.sampling import Watch
 from cascade.draws import Draws
 from cascade.encoders import phrases
 from cascade.encoders.identity import Encoder, differs
@@ -70,7 +71,7 @@ class Sampler(Protocol):
         cond: Cond,
         weaker: tuple[Any, Cond] | None,
         noise: Draws,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Watch | None = None,
     ) -> Tensor: ...
 
 
@@ -209,7 +210,7 @@ class Stage(Trainable):
         batch: Batch,
         seed: int,
         purpose: str = "",
-        progress: Callable[[int, int], None] | None = None,
+        progress: Watch | None = None,
         without: Collection[str] = (),
     ) -> Tensor:
         """Samples the key that this stage writes.
@@ -220,7 +221,7 @@ class Stage(Trainable):
         Args:
             batch: holds `sample` and all keys that the stage reads.
             purpose: distinguishes several draws for one sample (`BestOf`).
-            progress: called with (steps done, total steps).
+            progress: called in each step, with the codec's x0.
             without: sources ("caption", "clip_image") to drop.
         """
         asked = self.asked(batch, seed, purpose, without)

@@ -197,4 +197,5 @@ def _evaluation(config: DictConfig, root: Path, data: Path, ended: bool) -> Task
     command = ["evaluate", "--model", root, "--data", data, "--judge", config.judge]
     command += ["--split", split, "--count", count, "--seed", config.seed]
     command += ["--guidance", ",".join(map(str, config.evaluate.guidance))]
+    command += ["--edits", config.evaluate.edits] if config.evaluate.get("edits") else []
     return _task(root / "evaluation", command, ended and cascade_file.measured(root))

@@ -20,12 +20,21 @@ from rich.table import Table
 from cascade.errors import UserError
 from cascade.formats.texts import lines
 from cascade.runs.done import FAILURE, FROZEN, finished
-from cascade.runs.run import CHECKPOINTS, CONFIG, HEARTBEATS, SAMPLES, TENSORBOARD, Run
+from cascade.runs.run import (
+    CHECKPOINTS,
+    CONFIG,
+    HEARTBEATS,
+    MLFLOW,
+    SAMPLES,
+    TENSORBOARD,
+    WANDB,
+    Run,
+)
 from cascade.slurm.plan import LOG
 from cascade.slurm.queue import Job, known_jobs, locked
 
 _MARKS = {CONFIG, FROZEN, LOG}  # a folder with any of these is a run
-_SKIPPED = {CHECKPOINTS, SAMPLES, TENSORBOARD, HEARTBEATS, "launch", "drill"}
+_SKIPPED = {CHECKPOINTS, SAMPLES, TENSORBOARD, WANDB, MLFLOW, HEARTBEATS, "launch", "drill"}
 _SILENT = 60.0  # seconds after which a run is presumed dead; it has a heartbeat every 10
 _TAIL = 4096  # bytes
 _WORKING = ("running", "requeued", "preempted")

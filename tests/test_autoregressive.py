@@ -215,7 +215,7 @@ def test_fewer_steps_draw_the_same_first_tokens_and_leave_the_mean_behind():
     reports = []
     short, whole = (
         TokenSampler(steps=steps)(
-            Autoregressive(), model, (3, 6), cond, None, noise(), lambda *r: reports.append(r)
+            Autoregressive(), model, (3, 6), cond, None, noise(), lambda *r: reports.append(r[:2])
         )
         for steps in (4, 100)
     )

@@ -1,10 +1,18 @@
-"""A sweep's page in a real browser, as wide as a phone and as a desktop, by day and by night."""
+"""A sweep's page in a real browser, as wide as a phone and as a desktop, by day and by night.
+
+With scripts, menus and sliders change the pictures; without, nothing of the page is missing;
+nothing is loaded from outside; axe finds nothing serious.
+"""
 
 import html
 import json
 import re
 import shutil
 import subprocess
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -38,6 +46,60 @@ frame.onload = () => {{
   }});
 }};
 </script>"""
+
+# Loads pages in frames of their own, and then writes down what a script finds in them.
+FRAMES = """<!doctype html><meta charset="utf-8"><body style="margin:0">{frames}<pre></pre><script>
+const frames = Object.fromEntries([...document.querySelectorAll("iframe")].map(f => [f.id, f]));
+const set = (input, value) => {{
+  input.value = value;
+  for (const kind of ["input", "change"]) input.dispatchEvent(new Event(kind, {{bubbles: true}}));
+}};
+const later = n => new Promise(done => setTimeout(done, n));
+onload = async () => {{
+  const found = await (async () => {{ {script} }})().catch(error => String(error.stack));
+  document.querySelector("pre").textContent = JSON.stringify(found);
+}};
+</script>"""
+COMPARE = """
+const page = frames.scripted.contentDocument, one = s => page.querySelector(s);
+const [first, second] = page.querySelectorAll(".view"), image = v => v.querySelector("img");
+const [left, right] = page.querySelectorAll(".compare fieldset");
+const place = v => [...page.querySelectorAll("figure[data-cell] img")]
+  .filter(i => i.src === image(v).src).map(i => JSON.parse(i.parentNode.dataset.cell));
+const told = {begin: [place(first), place(second)]};
+told.numbers = left.querySelector("p").textContent;
+const menus = fieldset => [...fieldset.querySelectorAll("select")];
+told.menus = menus(left).map(m => [m.labels[0].textContent.split(" ")[0], m.value]);
+set(menus(left)[0], "text_32");
+set(menus(right)[1], "s");
+told.chosen = [place(first), place(second)];
+told.alt = image(first).alt;
+set(one("[name=share]"), 25);
+told.swiped = getComputedStyle(second).clipPath;
+one("[value=flip]").click();
+const seen = () => [first, second].map(v => getComputedStyle(v).visibility === "visible");
+told.flipped = [seen()];
+one("button").click();
+told.flipped.push(seen());
+told.said = one("[role=status]").textContent;
+one("[value=beside]").click();
+await later(100);
+const wide = v => Math.round(10 * image(v).getBoundingClientRect().width / v.clientWidth) / 10;
+told.zoomed = [wide(first), wide(second)];
+set(one("[name=zoom]"), 4);
+first.scrollLeft = 50;
+first.dispatchEvent(new Event("scroll"));  // without a screen Chromium may send none
+told.zoomed.push(wide(first), wide(second), second.scrollLeft);
+const bare = frames.bare.contentDocument;
+told.bare = [...bare.querySelectorAll("figure[data-cell] img")]
+  .filter(i => i.naturalWidth && i.getClientRects().length).length;
+told.bareSection = bare.querySelector(".compare").getClientRects().length;
+told.titles = [frames.guarded, frames.open].map(f => f.contentDocument.title);
+const axe = f => f.contentWindow.axe.run({resultTypes: ["violations"]}).then(r => r.violations
+  .map(v => [v.id, v.impact, v.nodes[0].html.slice(0, 90)]));
+if (frames.axe) told.axe = await axe(frames.axe), told.poor = await axe(frames.poor);
+return told;
+"""
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's package chromium is not here")
 
@@ -118,3 +180,106 @@ def test_the_page_is_painted_by_day_and_by_night(page, tmp_path, kind, night):
     away = np.abs(pixels - ground).max(-1) > 60
     assert 0.005 < away.mean() < 0.5  # letters and lines are there, and are not all there is
     assert away[1000:].any()
+
+
+@pytest.fixture(scope="module")
+def requests():
+    """The address of a server on this machine, and the paths that it was asked for."""
+    paths = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            paths.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", paths
+    server.shutdown()
+    server.server_close()
+
+
+def attacked(text, address, name):
+    """The page after somebody wrote into it what loads from outside, and a script."""
+    extra = f'<img src="{address}/{name}"><link rel="stylesheet" href="{address}/{name}.css">'
+    return text.replace("</main>", f"{extra}<script>document.title = 'changed'</script></main>")
+
+
+@pytest.fixture(scope="module", params=[("phone", False), ("desktop", True)])
+def driven(request, page, requests, tmp_path_factory):
+    """What the script found in the page, and in variants of it, which are loaded side by side."""
+    kind, night = request.param
+    folder, text = tmp_path_factory.mktemp("driven"), page.read_text()
+    open_text = re.sub("<meta http-equiv=.*?>", "", text, flags=re.S)
+    assert open_text != text
+    pages = {"scripted": text, "bare": text}
+    pages["guarded"] = attacked(text, requests[0], "guarded")
+    pages["open"] = attacked(open_text, requests[0], "open")
+    if spec := find_spec("axe_playwright_python"):
+        source = (Path(spec.origin).parent / "axe.min.js").read_text().replace("</", "<\\/")
+        pages["axe"] = open_text.replace("</body>", f"<script>{source}</script></body>")
+        pages["poor"] = pages["axe"].replace("<select", "<br").replace("<label>", "<p>")
+        pages["poor"] = re.sub('<img width="\\d+" alt=".*?"', "<img", pages["poor"])
+    frames = []
+    for name, content in pages.items():
+        (folder / f"{name}.html").write_text(content)
+        more = ' sandbox="allow-same-origin"' if name == "bare" else ""
+        size = f"width:{WIDTHS[kind]}px;height:900px;border:0"
+        frames.append(f'<iframe id="{name}" src="{name}.html" style="{size}"{more}></iframe>')
+    outer = folder / "frames.html"
+    outer.write_text(FRAMES.format(frames="".join(frames), script=COMPARE))
+    told = browse(
+        folder,
+        *([NIGHT] if night else []),
+        "--allow-file-access-from-files",
+        "--window-size=1400,900",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+        outer.as_uri(),
+    )
+    found = json.loads(html.unescape(re.search("<pre>(.*?)</pre>", told, re.S)[1]))
+    assert isinstance(found, dict), found
+    return found
+
+
+def cell(text, unet, scale):
+    return [{"text": text, "unet": unet, "scale": scale}]
+
+
+def test_a_menu_for_each_axis_chooses_both_pictures(driven):
+    last = "a_long_name_of_an_encoder"
+    assert driven["begin"] == [cell("untrained", "s", "1"), cell(last, "l", "3")]
+    assert driven["menus"] == [["text", "untrained"], ["unet", "s"], ["scale", "1"]]
+    assert driven["chosen"] == [cell("text_32", "s", "1"), cell(last, "s", "3")]
+    assert driven["alt"] == "First: text text_32, unet s, scale 1"
+    assert re.search(r"scene accuracy 0\.\d+ ± ", driven["numbers"])
+
+
+def test_pictures_are_swiped_and_flipped_over_each_other(driven):
+    assert driven["swiped"] == "inset(0px 0px 0px 25%)"
+    assert driven["flipped"] == [[True, False], [False, True]]
+    assert driven["said"] == "Second: text a_long_name_of_an_encoder, unet s, scale 3"
+
+
+def test_pictures_are_zoomed_and_scrolled_in_step(driven):
+    assert driven["zoomed"] == [1, 1, 4, 4, 50]
+
+
+def test_without_scripts_every_picture_is_there(driven):
+    assert driven["bare"] == 12
+    assert driven["bareSection"] == 0
+
+
+def test_the_policy_stops_what_somebody_wrote_into_the_page(driven, requests):
+    assert {path for path in requests[1] if "favicon" not in path} == {"/open", "/open.css"}
+    assert driven["titles"] == ["text_x_unet", "changed"]
+
+
+def test_axe_finds_nothing_serious(driven):
+    if "axe" not in driven:
+        pytest.skip("axe-core-python is not here")
+    assert [found for found in driven["axe"] if found[1] in ("serious", "critical")] == []
+    assert "image-alt" in [name for name, *_ in driven["poor"]]

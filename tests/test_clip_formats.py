@@ -81,8 +81,8 @@ def test_a_folder_of_transformers(act, pickled, tmp_path):
     assert ours.choices["quick_gelu"] == (act == "quick_gelu")
 
 
-def openai_clip(kind="vit", quick=True, half=False):
-    model = open_clip.CLIP(24, TOWERS[kind], TEXT, quick_gelu=quick)
+def openai_clip(kind="vit", quick=True, half=False, dim=24):
+    model = open_clip.CLIP(dim, TOWERS[kind], TEXT, quick_gelu=quick)
     spread(model)
     if half:
         model.half().float()  # rounded

@@ -42,10 +42,11 @@ def test_every_recipe_builds(experiment):
     assert module.batch == config.batch
 
 
-@pytest.mark.parametrize("cascade_", ["demo", "openmoji", "scenes", "scenes_cpu"])
+@pytest.mark.parametrize("cascade_", ["demo", "emoji", "openmoji", "scenes", "scenes_cpu"])
 @pytest.mark.parametrize("budget", choices("budget"))
 def test_every_stage_of_every_demo_builds(cascade_, budget):
-    config = composed("demo", [f"cascade={cascade_}", f"budget={budget}", "shards=none"])
+    given = ["shards=none", "data.path=none"]
+    config = composed("demo", [f"cascade={cascade_}", f"budget={budget}", *given])
     for name, overrides in config.stages.items():
         on_meta([*overrides, *config.budgets.get(name, []), *config.each])
     assert set(config.cascade) <= set(config.stages)

@@ -1,7 +1,8 @@
 """What leaves for diffusers computes there what it computes here."""
 
 import json
-from itertools import pairwise
+import math
+import re
 
 import diffusers
 import pytest
@@ -25,7 +26,6 @@ from cascade.runs.run import Run
 
 CAPTIONS = ["a red circle", "two blue squares above a star"]
 SMALL = ["net.channels=32", "net.multipliers=[1,2]", "net.blocks=1", "net.embed=64"]
-TABLE = "cascade.diffusion.noise.cosine_table"
 NEAR = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -59,7 +59,7 @@ UNETS = {
 }
 
 
-SLOW = {"every level", "blocks by level", "unclip_sr256"}
+SLOW = {"every level", "blocks by level", "unclip_sr256", "unclip", "karlo", "adm_sr"}
 
 
 def marked(name):
@@ -163,66 +163,85 @@ def karlo(tmp_path_factory):
     return root / "model", root / "out"
 
 
-def in_double_precision(scheduler):
-    """Tables as in the originals; diffusers has them in float32, where 1 - (1 - 5e-9) is zero."""
-    u = torch.arange(1001, dtype=torch.float64) / 1000
-    bar = ((u + 0.008) / 1.008 * torch.pi / 2).cos() ** 2
-    scheduler.betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
-    scheduler.alphas = 1 - scheduler.betas
-    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
-    scheduler.one = torch.ones((), dtype=torch.float64)
+@pytest.fixture
+def draws(monkeypatch):
+    """Lets the code of a README draw from streams by shape."""
+    streams, plain = {}, torch.randn
+
+    def randn(*shape, **_):
+        (shape,) = shape if isinstance(shape[0], tuple) else (shape,)
+        return streams[shape](shape).float() if shape in streams else plain(shape)
+
+    from diffusers.pipelines.deprecated.unclip import pipeline_unclip
+    from diffusers.schedulers import scheduling_ddpm, scheduling_unclip
+
+    monkeypatch.setattr(torch, "randn", randn)
+    for module in (pipeline_unclip, scheduling_unclip, scheduling_ddpm):
+        monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: randn(shape))
+    return streams
 
 
-# The largest difference of a pixel in [0, 1] or [-1, 1], by the precision of the tables.
-TOLERANCES = {"as it is": 2e-3, "tables in double precision": 1e-4}
+EXAMPLES = ("captions = [", "labels = torch.tensor", "small = torch.zeros")
 
 
-def pipeline_of(folder):
-    """As the exported README says: diffusers' own loader does not find the module."""
-    if not hasattr(diffusers.pipelines, "unclip"):
-        from diffusers.pipelines.deprecated import unclip
+def readme_code(folder, instead=None, **given):
+    """What the code of a folder's README computes; examples of what is given are left out.
 
-        diffusers.pipelines.unclip = unclip
-    return diffusers.UnCLIPPipeline.from_pretrained(folder)
+    Args:
+        instead: what replaces some of its text.
+    """
+    text, names = (folder / "README.md").read_text(), {"FOLDER": str(folder), **given}
+    for old, new in (instead or {}).items():
+        assert old in text
+        text = text.replace(old, new)
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        own = [line for line in code.split("\n") if not line.startswith(EXAMPLES)]
+        exec("\n".join(own), names)
+    return names
 
 
-@pytest.mark.parametrize("how", TOLERANCES)
+def off_by_the_last_step(scheduler):
+    """The factor of x0 in the last step of stock `UnCLIPScheduler`, where exact tables give 1."""
+    return (scheduler.betas[0] / (1 - scheduler.alphas_cumprod[0])).item()
+
+
 @torch.no_grad()
-def test_stock_diffusers_paints_the_same_pixels(how, karlo, monkeypatch):
+def test_stock_diffusers_paints_the_same_pixels(karlo, draws):
+    """By the code of the README, which computes the schedulers' tables in double precision."""
     model, out = karlo
     cascade_ = load_cascade(model)
     batch = cascade_({"caption": CAPTIONS, "sample": torch.tensor([3, 4])}, 7)
-    pipeline = pipeline_of(out)
-    pipeline.set_progress_bar_config(disable=True)
-    if how != "as it is":
-        for name in ("prior", "decoder", "super_res"):
-            in_double_precision(getattr(pipeline, f"{name}_scheduler"))
-    draws = {
-        (2, 24): Draws(7, "clip_image//noise", [3, 4]),
-        (2, 3, 16, 16): Draws(7, "image_16//noise", [3, 4]),
-        (2, 3, 64, 64): Draws(7, "image_64//noise", [3, 4]),
-    }
-    from diffusers.pipelines.deprecated.unclip import pipeline_unclip
-    from diffusers.schedulers import scheduling_unclip
-
-    for module in (pipeline_unclip, scheduling_unclip):
-        monkeypatch.setattr(
-            module, "randn_tensor", lambda shape, **_: draws[tuple(shape)](tuple(shape)).float()
-        )
-    found = pipeline(
-        CAPTIONS,
-        prior_num_inference_steps=4,
-        decoder_num_inference_steps=4,
-        super_res_num_inference_steps=3,
-        prior_guidance_scale=2.0,
-        decoder_guidance_scale=2.5,
-        output_type="np",
-    ).images
     own = (batch["image_64"].clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1)
     assert own.std() > 0.05
+    draws[2, 24] = Draws(7, "clip_image//noise", [3, 4])
+    draws[2, 3, 16, 16] = Draws(7, "image_16//noise", [3, 4])
+    draws[2, 3, 64, 64] = Draws(7, "image_64//noise", [3, 4])
+    example = '    "a red circle above a blue square",\n'
+    found = readme_code(out, {example: f"    {CAPTIONS}, output_type='np',\n"})["images"]
     error = (torch.from_numpy(found) - own).abs().max().item()
-    print(f"pipeline {how}: {error:.2e}")
-    assert error < TOLERANCES[how]
+    print(f"pipeline: {error:.2e}")
+    assert error < 1e-4
+
+
+@torch.no_grad()
+def test_what_is_off_in_stock_schedulers_is_the_last_step_alone(karlo, draws):
+    """betas[0] / (1 - alphas_cumprod[0]) is 1, and 5e-4 less in their float32 tables."""
+    scheduler = diffusers.UnCLIPScheduler.from_pretrained(karlo[1] / "super_res_scheduler")
+    factor = off_by_the_last_step(scheduler)
+    assert 4e-4 < abs(factor - 1) < 2**-24 / 2 / 4.1e-5  # half of the spacing of floats below 1
+    x, eps = torch.rand(1, 3, 8, 8) - 0.5, torch.zeros(1, 3, 8, 8)
+    scheduler.set_timesteps(3)
+    found = scheduler.step(eps, 0, x).prev_sample
+    x0 = (x / cosine_bar(1).sqrt()).float()
+    torch.testing.assert_close(found, factor * x0, rtol=1e-6, atol=0)
+    scheduler.betas[0] = 1 - scheduler.alphas_cumprod[0]
+    torch.testing.assert_close(scheduler.step(eps, 0, x).prev_sample, x0, rtol=1e-6, atol=0)
+
+
+def cosine_bar(i):
+    """The cumulative product of the first i alphas."""
+    f = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
+    return torch.tensor(f(i / 1000) / f(0))
 
 
 @torch.no_grad()
@@ -249,57 +268,101 @@ def test_the_folder_is_that_of_a_pipeline(karlo):
     assert "decoder_guidance_scale=2.5" in text
 
 
-@pytest.mark.parametrize("how", TOLERANCES)
-@torch.no_grad()
-def test_a_stage_alone_leaves_as_a_network(how, tmp_path):
-    """Super-resolution in ADM's layout, as `unclip_sr256` trains it, told a constant level."""
-    run = tmp_path / "model/sr32"
+def write_vocabulary(folder):
+    """GPT-2's two files, with all bytes alone."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    folder.mkdir()
+    letters = [*sorted(ByteLevel.alphabet()), "lo", "<|endoftext|>"]
+    (folder / "encoder.json").write_text(json.dumps({x: i for i, x in enumerate(letters)}))
+    (folder / "vocab.bpe").write_text("#version: 0.2\nl o\n")
+    return folder
+
+
+GLIDE = [
+    *("text.size=32", "text.encoder.layers=2", "text.encoder.heads=2", "text.reader.length=12"),
+    *("text.encoder.vocabulary=258", "net.width=32", "net.attention=[1]", "+net.head_channels=32"),
+]
+KARLO = "experiment=karlo_sr256_released"
+SR_32 = ["size=32", "low=16", "crop=null"]
+SCHEDULE = "process.schedule.path=cascade.diffusion.noise."
+ADM = ["net.attention=[1]", "+net.head_channels=32", "classes=10"]
+# Stages that leave alone: how they are trained and sampled here, and the size of their pictures.
+ALONE = {
+    "unclip": (["experiment=karlo_sr256", *SR_32, "sampler.steps=3"], 32),
+    "karlo": ([KARLO, *SR_32, "sampler.steps=3"], 32),
+    "adm": (["experiment=adm_released", "size=16", *ADM, "sampler.steps=5"], 16),
+    "adm_sr": (["experiment=adm_sr_released", *SR_32, *ADM, "net.heads=2", "sampler.steps=5"], 32),
+    "glide": (["experiment=glide_base64_released", "size=16", *GLIDE, "sampler.steps=5"], 16),
+    "glide_sr": (["experiment=glide_sr256_released", *SR_32, *GLIDE], 32),
+}
+
+
+def write_alone(root, name, vocabulary):
+    """A model of one stage."""
+    own, _ = ALONE[name]
     unet = [*SMALL, "net.norm.groups=8"]
-    sr = ["experiment=karlo_sr256", "size=32", "low=16", "crop=null", *unet, "sampler.steps=3"]
-    write_run(run, [*sr, "process=cosine_eps", "process.schedule.path=" + TABLE], 4)
-    (tmp_path / "model/cascade.yaml").write_text("stages: {sr32: {}}\n")
-    out = tmp_path / "out"
-    command = ["export", "--model", str(tmp_path / "model"), "--format", "diffusers", "--out"]
+    unet = [x.replace("net.", "net.net.") for x in unet] if name == "karlo" else unet
+    glide = [f"text.reader.folder={vocabulary}"] if "glide" in name else []
+    write_run(root / name, [*own, *unet, *glide], 4)
+    (root / "cascade.yaml").write_text(f"stages: {{{name}: {{}}}}\n")
+    return root
+
+
+@pytest.mark.parametrize("name", map(marked, ALONE))
+@torch.no_grad()
+def test_a_stage_alone_paints_the_same_pixels(name, tmp_path, draws):
+    """By the code of the README: each scheduler, each way to enlarge, classes, GLIDE's text."""
+    model = write_alone(tmp_path / "model", name, write_vocabulary(tmp_path / "pairs"))
+    out, size = tmp_path / "out", ALONE[name][1]
+    command = ["export", "--model", str(model), "--format", "diffusers", "--out"]
     assert main([*command, str(out)]) == 0
-    assert not (out / "model_index.json").exists()
-    stage, small = Run(run).load(), torch.rand(2, 3, 16, 16) * 2 - 1
-    own = stage.sample({"image_16": small, "sample": torch.tensor([3, 4])}, 7)
-    net = diffusers.UNet2DModel.from_pretrained(out / "super_res_first")
-    scheduler = diffusers.UnCLIPScheduler.from_pretrained(out / "super_res_scheduler")
-    draw = Draws(7, "image_32//noise", [3, 4])
-    large = torch.nn.functional.interpolate(small, scale_factor=2, mode="bicubic")
-    x = draw((2, 3, 32, 32)).float()
-    if how != "as it is":
-        in_double_precision(scheduler)
-    scheduler.set_timesteps(3)
-    levels = [*scheduler.timesteps.tolist(), None]
-    for t, before in pairwise(levels):
-        eps = net(torch.cat([x, large], 1), t).sample
-        with pytest.MonkeyPatch.context() as patch:
-            name = "diffusers.schedulers.scheduling_unclip.randn_tensor"
-            patch.setattr(name, lambda shape, **_: draw(tuple(shape)).float())
-            x = scheduler.step(eps, t, x, prev_timestep=before).prev_sample
-    error = (x.clamp(-1, 1) - own).abs().max().item()
-    print(f"stage alone {how}: {error:.2e}")
-    assert error < TOLERANCES[how]
+    small = torch.rand(2, 3, 16, 16) * 2 - 1
+    captions = ["3", "9"] if "adm" in name else ["A lot", "lower, and then lower it again"]
+    batch = {"caption": captions, "sample": torch.tensor([3, 4]), "image_16": small}
+    own = Run(model / name).load().sample(batch, 7)
+    draws[2, 3, size, size] = Draws(7, f"image_{size}//noise", [3, 4])
+    found = readme_code(out, captions=captions, labels=torch.tensor([3, 9]), small=small)
+    error = (found["pictures"] - own).abs().max().item()
+    print(f"{name} alone: {error:.2e}")
+    assert own.std() > 0.05
+    assert error < 1e-4
+    if name == "adm":  # which is a kind of import as well
+        words = ["diffusers", str(out / "adm/unet"), "--out", str(tmp_path / "again")]
+        assert main(["import", *words]) == 0
+        assert_same(tensors(tmp_path / "again"), tensors(model / name))
+
+
+SR = ["experiment=karlo_sr256", *SR_32]
+NOT_PADDED = ["experiment=glide_base64", "size=16", *GLIDE[1:4], *GLIDE[5:]]
+NOT_PADDED += GLIDE[:1]
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"),
+    ("own", "choice", "message"),
     [
-        ("sr32: {sampler: ddim}", "sampler.solver=ddim|sr32: sampler=ddim"),
-        ("sr32: {percentile: 0.9}", "percentile=0.9"),
+        (SR, "{sampler: ddim}", "sampler=ddim"),
+        (SR, "{percentile: 0.9}", "percentile=0.9"),
+        ([*SR, "sampler=heun"], "{}", "sampler.solver=heun"),
+        ([*SR, "sampler=ddim_dynamic"], "{}", "sampler.threshold=dynamic_threshold"),
+        ([*SR, f"{SCHEDULE}cosine"], "{}", "process.schedule=cascade.diffusion.noise.cosine"),
+        ([*SR, f"{SCHEDULE}linear_table"], "{}", "net.level.schedule=another table"),
+        ([*ALONE["adm"][0], "net.positions=true"], "{}", "net.positions=true"),
+        (ALONE["adm"][0], "{scale: 2}", "sampler.scale=2.0"),
+        ([*ALONE["karlo"][0], "corruption=noise"], "{level: 0.3}", "level=0.3"),
+        (NOT_PADDED, "{scale: 1}", "embedders.caption.encoder.padded=false"),
     ],
 )
-def test_what_no_pipeline_does_is_refused(choice, message, tmp_path, capfd):
-    run = tmp_path / "model/sr32"
-    sr = ["experiment=karlo_sr256", "size=32", "low=16", "crop=null", *SMALL, "net.norm.groups=8"]
-    write_run(run, sr, 4)
-    (tmp_path / "model/cascade.yaml").write_text(f"stages: {{{choice}}}\n")
+def test_what_no_class_samples_is_refused(own, choice, message, tmp_path, capfd):
+    unet = [*SMALL, "net.norm.groups=8"]
+    unet = [x.replace("net.", "net.net.") for x in unet] if own[0] == KARLO else unet
+    write_run(tmp_path / "model/one", [*own, *unet], 4)
+    (tmp_path / "model/cascade.yaml").write_text(f"stages: {{one: {choice}}}\n")
     command = ["export", "--model", str(tmp_path / "model"), "--format", "diffusers", "--out"]
     assert main([*command, str(tmp_path / "out")]) == 2
     error = capfd.readouterr().err.strip()
-    assert any(one in error for one in message.split("|"))
+    assert message in error
+    assert "has no counterpart in diffusers" in error
     assert "\n" not in error
     assert not (tmp_path / "out").exists()
 

@@ -266,9 +266,9 @@ def test_nothing_of_what_is_hidden_is_seen():
     ]
     for key, seen in views[0].items():
         assert torch.equal(seen, views[1][key])
-    # Any pixel of which a part is hidden: rows 8 to 16 of 40 px are rows 3 to 6 of 16.
+    # What is hidden as a whole: rows 8 to 16 of 40 px hold rows 4 and 5 of 16 (7.5 to 15 px).
     hidden = views[0]["unknown/image_16"][0, 0]
-    assert hidden.any(1).nonzero().flatten().tolist() == [3, 4, 5, 6]
+    assert hidden.any(1).nonzero().flatten().tolist() == [4, 5]
 
 
 def test_an_enlarged_canvas_is_known_in_its_middle():

@@ -205,7 +205,7 @@ def test_progress_counts_steps(solver):
         label(1),
         None,
         torch.randn,
-        lambda done, of: reports.append((done, of)),
+        lambda done, of, x0: reports.append((done, of)),
     )
     assert sorted(set(reports)) == [(i, 5) for i in range(1, 6)]
     assert reports == sorted(reports)

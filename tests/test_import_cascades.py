@@ -9,6 +9,7 @@ from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from cascade.cli import main
@@ -37,6 +38,14 @@ def text_model(act="quick_gelu"):
     return randomized(CLIPTextModelWithProjection(config))
 
 
+def upsampler(**more):
+    return UNet2DModel(
+        sample_size=32, in_channels=6, out_channels=3, add_attention=False,
+        down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        up_block_types=("ResnetUpsampleBlock2D",) * 2, **{**UP, **more},
+    )  # fmt: skip
+
+
 def write_karlo(folder):
     """The folder of diffusers' pipeline."""
     torch.manual_seed(0)
@@ -48,13 +57,6 @@ def write_karlo(folder):
         attention_head_dim=16, resnet_time_scale_shift="scale_shift",
         class_embed_type="identity", **UP,
     )  # fmt: skip
-
-    def upsampler():
-        return UNet2DModel(
-            sample_size=32, in_channels=6, out_channels=3, add_attention=False,
-            down_block_types=("ResnetDownsampleBlock2D",) * 2,
-            up_block_types=("ResnetUpsampleBlock2D",) * 2, **UP,
-        )  # fmt: skip
 
     text = {"clip_embeddings_dim": DIM, "time_embed_dim": 128, "cross_attention_dim": 40}
     parts = {
@@ -151,6 +153,18 @@ def test_stages_of_two_clips_are_refused(other, more, says, model, tmp_path):
     decoder = own_decoder(tmp_path / "decoder", clip, *more)
     with pytest.raises(UserError, match=says):
         load_cascade(mixed(model, tmp_path / "mixed", decoder))
+
+
+def test_an_encoder_of_other_sizes_is_refused_before_sampling(model, tmp_path):
+    """Even where no hash is recorded, as when the encoder was not there at the import."""
+    clip = small_clip(tmp_path / "clip", 16, DIM, LENGTH)
+    shutil.copytree(model, tmp_path / "model")
+    for file in (tmp_path / "model").glob("*/config.yaml"):
+        file.write_text(file.read_text().replace(str(model / "clip"), str(clip)))
+    for file in (tmp_path / "model").glob("*/weights.safetensors"):
+        save_file(load_file(file), file, {"encoders": "[]"})
+    with pytest.raises(UserError, match=r"prior reads clip_text of 24 numbers, .*clip has 16"):
+        load_cascade(tmp_path / "model")
 
 
 def test_embeddings_must_be_normalised_as_a_stage_takes_them():

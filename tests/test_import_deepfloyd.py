@@ -4,6 +4,8 @@ The package wants an old torch, so it is installed without its dependencies into
 own; without it these tests are skipped. Its loops draw from the stage's streams.
 """
 
+import html
+import re
 import subprocess
 import sys
 
@@ -17,6 +19,7 @@ from PIL import Image
 from cascade.cli import main
 from cascade.config.compose import built, composed
 from cascade.draws import Draws
+from cascade.encoders.published.captions import cleaned
 from cascade.encoders.text import FrozenT5
 from tests.foreign import CAPTIONS, SAMPLES, batch, imported, noises, randomized, relative
 from tests.test_text import write_t5
@@ -137,6 +140,50 @@ def loop(original, net, steps, scale, cap, draw, shape, text, **more):
     return x
 
 
+ORDINARY = [
+    "A photo of a Red Panda, reading a book",
+    "“Hello” — it’s a ‘sign’…",
+    "  two   spaces\tand\na line ",
+    'a corgi wearing a t-shirt that says "cascade"; oil on canvas, 4k',
+    "Crème brûlée & coffee / tea (close-up)",
+    "",
+    "3 cats: one black, two white.",
+]
+OF_THE_WEB = [
+    "Buy now at https://shop.example.com/item?id=3 free shipping",
+    "see example.org/pictures by @some_user <b>bold</b> caption",
+    "IMG_2034.jpg a sunset over the sea",
+    "this_is_my_cute_cat_picture #123 #cats",
+    "Poster 30x40 jc6640 page 12 click for details",
+    "猫 a cat 192.168.0.1 1234567",
+    "'quoted'",
+    "a &amp; b &quot;c&quot; *** SOLD OUT ***",
+]
+
+
+@pytest.mark.parametrize("caption", [*ORDINARY, *OF_THE_WEB])
+def test_captions_are_cleaned_as_by_diffusers(caption, monkeypatch):
+    from diffusers.pipelines.deepfloyd_if import pipeline_if
+
+    class Soup:
+        """Stands in for BeautifulSoup, which is not installed: the text without its tags."""
+
+        def __init__(self, text, features):
+            self.text = html.unescape(re.sub(r"<[^>]*>", "", text))
+
+    monkeypatch.setattr(pipeline_if, "BeautifulSoup", Soup, raising=False)
+    theirs = pipeline_if.IFPipeline.__new__(pipeline_if.IFPipeline)
+    assert cleaned(caption) == theirs._clean_caption(theirs._clean_caption(caption))
+
+
+def test_the_reader_of_an_imported_stage_cleans(base):
+    (reader,) = base[1].encoders
+    raw, clean = reader.text(["A Red – circle "])["text"], reader.text(["a red - circle"])["text"]
+    assert torch.equal(raw, clean)
+    plain = FrozenT5(reader.name, length=LENGTH, padded=True)
+    assert plain.hash != reader.hash
+
+
 def test_single_calls_of_stage_one(base, t5):
     net, stage = base
     x, given = torch.randn(2, 3, 8, 8), stage.encoded(batch())
@@ -188,8 +235,13 @@ def test_a_whole_run_of_stage_two(original, upsampler, t5, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("net", "millions"), [("", 371.6), ("if_l", 935.4), ("if_xl", 4304.7)]
-)  # fmt: skip
+    ("net", "millions"),
+    [
+        ("", 371.6),
+        pytest.param("if_l", 935.4, marks=pytest.mark.slow),
+        pytest.param("if_xl", 4304.7, marks=pytest.mark.slow),
+    ],
+)
 def test_the_published_sizes(net, millions):
     sizes = {"": (192, 768), "if_l": (320, 1280), "if_xl": (704, 2816)}[net]
     more = [f"net.channels={sizes[0]}", f"net.embed={sizes[1]}", f"net.width={sizes[1]}"]
@@ -200,12 +252,10 @@ def test_the_published_sizes(net, millions):
     assert round(found / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize("kind", ["if-1", "if-2"])
-def test_folders_of_diffusers_hold_the_same_networks(kind, t5, tmp_path):
-    """Both stages; the second attends to text alone, and its level is an index."""
-    second = kind == "if-2"
+def of_diffusers(second):
+    """Stage I or II as diffusers has it."""
     torch.manual_seed(0)
-    net = randomized(UNet2DConditionModel(
+    return randomized(UNet2DConditionModel(
         sample_size=8, in_channels=6 if second else 3, out_channels=6, layers_per_block=1,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn", block_out_channels=(32, 64),
@@ -218,6 +268,13 @@ def test_folders_of_diffusers_hold_the_same_networks(kind, t5, tmp_path):
         resnet_out_scale_factor=1 / 0.7071 if second else 1.0,
         mid_block_scale_factor=1 / 0.7071 if second else 1.0,
     ))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["if-1", "if-2"])
+def test_folders_of_diffusers_hold_the_same_networks(kind, t5, tmp_path):
+    """Both stages; the second attends to text alone, and its level is an index."""
+    second = kind == "if-2"
+    net = of_diffusers(second)
     net.save_pretrained(tmp_path / "IF/unet")
     (tmp_path / "IF/model_index.json").write_text("{}")
     of_text = [f"text.reader.path_or_name={t5}", f"text.reader.length={LENGTH}"]

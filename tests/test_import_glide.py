@@ -6,6 +6,7 @@ here and in `foreign.py`, from the published description.
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from cascade.cli import main
 from cascade.config.compose import built, composed
 from cascade.encoders.published.byte_pairs import BytePairs
+from cascade.runs.run import Run
 from tests.foreign import (
     SAMPLES,
     adm_names,
@@ -155,7 +157,7 @@ def made(kind, file, inputs, size, folder, *more):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return made("glide", "base.pt", 3, 8, tmp_path_factory.mktemp("base"), "sampler.steps=30")
+    return made("glide", "base.pt", 3, 8, tmp_path_factory.mktemp("base"), "sampler.steps=8")
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +182,7 @@ def test_tokens_are_byte_pairs(tmp_path):
 
 @torch.no_grad()
 def test_a_whole_run_of_the_base(base):
-    """Guidance 3 away from the empty caption; 30 steps here, and 150 by default."""
+    """Guidance 3 away from the empty caption; 8 steps here, and 150 by default."""
     reference, stage = base
     given, x = stage.encoded(batch()), torch.randn(2, 3, 8, 8)
     logsnr = stage.process.schedule(torch.tensor([0.401]).double()).float().expand(2)
@@ -197,7 +199,7 @@ def test_a_whole_run_of_the_base(base):
         return null + 3.0 * (own - null), v
 
     bars, draw = schedule(DDPMScheduler()).alphas_cumprod, noises(1, "image_8")
-    theirs = p_sample_loop(model, bars, spaced(30), draw, (2, 3, 8, 8))
+    theirs = p_sample_loop(model, bars, spaced(8), draw, (2, 3, 8, 8))
     assert relative(stage.sample(batch(), seed=1), theirs.clamp(-1, 1)) < 1e-4
 
 
@@ -239,6 +241,22 @@ def test_the_other_network_and_missing_tokens_are_refused(base, tmp_path, capsys
     assert "reads 6 channels, and GLIDE's base reads 3" in capsys.readouterr().err
     with pytest.raises(Exception, match=r"holds no encoder\.json of GPT-2: put it there"):
         BytePairs(str(tmp_path), 12).text(["a"])
+
+
+def test_it_leaves_with_its_byte_pairs(base, tmp_path):
+    """The folder with a card needs no file of the machine that it came from."""
+    _, stage = base
+    run = Path(stage.encoders[0].folder).parent / "run"
+    (tmp_path / "cascade.yaml").write_text(f"stages: {{base: {{run: {run}, steps: 2}}}}\n")
+    out = tmp_path / "out"
+    assert main(["export", "--model", str(tmp_path), "--out", str(out)]) == 0
+    assert {path.name for path in (out / "byte_pairs").iterdir()} == {
+        "encoder.json.gz", "vocab.bpe.gz",
+    }  # fmt: skip
+    assert "weights" not in (out / "base/config.yaml").read_text()
+    again = Run(out / "base").load()
+    assert again.encoders[0].folder == str(out / "base/../byte_pairs")
+    assert again.encoders[0].hash == stage.encoders[0].hash
 
 
 @pytest.mark.slow

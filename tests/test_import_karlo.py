@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.schedulers import scheduling_unclip
+from PIL import Image
 
 from cascade.cli import main
 from cascade.config.compose import built, composed
@@ -22,6 +23,8 @@ from tests.foreign import (
     schedule,
     small_clip,
 )
+from tests.test_clip_formats import openai_clip
+from tests.test_import_priors import published
 
 DIM, LENGTH, TEXT = 24, 20, 32
 DECODER = "decoder-ckpt-step=01000000-of-01000000.ckpt"
@@ -35,17 +38,24 @@ PUBLISHED = [
 
 @pytest.fixture(scope="module")
 def networks():
+    return decoder_of(DIM, 16)
+
+
+def decoder_of(dim, head):
+    """The decoder's network, and what projects its conditions.
+
+    They have one width for CLIP's states and embeddings, as in ViT-L/14.
+    """
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=3, out_channels=6, cross_attention_dim=40,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        attention_head_dim=16, resnet_time_scale_shift="scale_shift",
+        attention_head_dim=head, resnet_time_scale_shift="scale_shift",
         class_embed_type="identity", **SIZES,
     )  # fmt: skip
-    text = UnCLIPTextProjModel(clip_embeddings_dim=DIM, time_embed_dim=128, cross_attention_dim=40)
-    # One width for CLIP's states and embeddings, as in diffusers' class and in ViT-L/14.
+    text = UnCLIPTextProjModel(clip_embeddings_dim=dim, time_embed_dim=128, cross_attention_dim=40)
     return randomized(unet), randomized(text, 1)
 
 
@@ -69,9 +79,9 @@ def clip(tmp_path_factory):
     return small_clip(tmp_path_factory.mktemp("clip") / "clip", DIM, DIM, LENGTH)
 
 
-def original_decoder(unet, text, folder):
+def original_decoder(unet, text, folder, heads=4):
     """Karlo's checkpoint: ADM's names, the conditioner's projections, tokens interleaved."""
-    own = adm_names(unet.state_dict(), [1, 1], [False, True], [None, 4])
+    own = adm_names(unet.state_dict(), [1, 1], [False, True], [None, heads])
     modules = {
         "clip_emb": "clip_image_embeddings_project_to_time_embeddings",
         "clip_tok_proj": "clip_extra_context_tokens_proj",
@@ -83,7 +93,7 @@ def original_decoder(unet, text, folder):
     for theirs, ours in modules.items():
         own |= {f"{theirs}.{s}": state[f"{ours}.{s}"] for s in ("weight", "bias")}
     own["cf_param"] = state["learned_classifier_free_guidance_embeddings"]
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     torch.save({"state_dict": {f"model.{k}": v for k, v in own.items()}}, folder / DECODER)
     return folder
 
@@ -93,7 +103,7 @@ def decoder(networks, clip, tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoder")
     source = original_decoder(*networks, folder / "weights")
     more = [f"clip.path={clip}", "clip.checkpoint=null", "net.head_channels=16", "size=8"]
-    more += ["sampler.steps=25"]
+    more += ["sampler.steps=8"]
     return imported("karlo-decoder", source, folder / "run", *more)
 
 
@@ -102,7 +112,7 @@ def original_sr(upsamplers, folder):
     for prefix, net in zip(("model_first_steps", "model_last_step"), upsamplers):
         names = adm_names(net.state_dict(), [1, 1], [False, False], [None, None])
         own |= {f"{prefix}.{k}": v for k, v in names.items()}
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     torch.save({"state_dict": own}, folder / SR)
     return folder
 
@@ -148,20 +158,20 @@ def test_a_single_call_of_the_decoder_is_diffusers(networks, decoder, clip):
 def test_a_whole_run_of_the_decoder_is_karlos(networks, decoder, clip, monkeypatch):
     """Guidance 8 on eps, the conditional half's variance, x0 clamped to +-1.
 
-    In 25 steps, as by Karlo's fast setting; 50 are the default.
+    In 8 steps; Karlo's fast setting has 25, and 50 are the default.
     """
     unet, text = networks
     draw = noises(1, "image_8")
     patched_noise(monkeypatch, scheduling_unclip, draw)
     scheduler = schedule(scheduling_unclip.UnCLIPScheduler(variance_type="learned_range"))
-    scheduler.set_timesteps(25)
+    scheduler.set_timesteps(8)
     tokens, vector, mask = conditions(text, clip)
     x = draw((2, 3, 8, 8))
     for i, t in enumerate(scheduler.timesteps):
         out = unet(torch.cat([x, x]), t, tokens, vector, attention_mask=mask).sample
         (null, _), (own, variance) = (half.chunk(2, 1) for half in out.chunk(2))
         guided = torch.cat([null + 8.0 * (own - null), variance], 1)
-        then = scheduler.timesteps[i + 1] if i < 24 else None
+        then = scheduler.timesteps[i + 1] if i < 7 else None
         x = scheduler.step(guided, t, x, prev_timestep=then).prev_sample.float()
     assert relative(decoder.sample(with_image(), seed=1), x.clamp(-1, 1)) < 1e-4
 
@@ -218,6 +228,36 @@ def test_the_published_size(experiment, count, steps):
     assert config.sampler.steps == steps
     with torch.device("meta"):
         assert sum(p.numel() for p in built(config.stage).parameters()) == count
+
+
+@pytest.mark.slow
+def test_the_authors_folder_paints_and_varies(upsamplers, tmp_path):
+    """Three checkpoints, the statistics and OpenAI's archive of the CLIP, at their own sizes."""
+    folder, model = tmp_path / "karlo", tmp_path / "model"
+    prior = randomized(PriorTransformer(2, 64, 2, embedding_dim=64, num_embeddings=16))
+    prior.clip_std.data.abs_()
+    published(prior, folder)
+    original_decoder(*decoder_of(64, 64), folder, heads=1)
+    original_sr(upsamplers, folder)
+    torch.jit.save(torch.jit.script(openai_clip(dim=64)), folder / "ViT-L-14.pt")
+    assert {path.name for path in folder.iterdir()} == {
+        *("prior-ckpt-step=01000000-of-01000000.ckpt", DECODER, SR),
+        *("ViT-L-14_stats.th", "ViT-L-14.pt"),
+    }
+    assert main(["import", "karlo", str(folder), "--out", str(model)]) == 0
+    few = [f"--set={name}.steps=2" for name in ("prior", "decoder", "sr256")]
+    words = ["sample", "--model", str(model), CAPTIONS[0], "--out", str(tmp_path / "out.png")]
+    assert main([*words, *few]) == 0
+    picture = Image.open(tmp_path / "out.png", formats=["PNG"])
+    assert picture.size == (256, 256)
+    words = ["edit", "vary", "--model", str(model), "--picture", str(tmp_path / "out.png")]
+    assert main([*words, "--n", "1", "--out", str(tmp_path / "varied.png"), *few]) == 0
+    assert (tmp_path / "varied.png").exists()
+    # Its folder with a card holds the CLIP as safetensors, and paints the same.
+    assert main(["export", "--model", str(model), "--out", str(tmp_path / "card")]) == 0
+    words = ["sample", "--model", str(tmp_path / "card"), CAPTIONS[0]]
+    assert main([*words, "--out", str(tmp_path / "again.png"), *few]) == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out.png").read_bytes()
 
 
 def test_blocks_of_stable_diffusion_are_refused(tmp_path, capsys):

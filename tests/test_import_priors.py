@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from cascade.cli import main
 from cascade.config.compose import built, composed
+from cascade.runs.run import Run
 from tests.foreign import (
     CAPTIONS,
     batch,
@@ -26,6 +27,7 @@ from tests.foreign import (
     small_clip,
 )
 
+PRIOR = ["experiment=karlo_prior_released", "data.path=none"]
 HEADS, LAYERS, DIM, TEXT, LENGTH = 2, 2, 24, 24, 20
 
 
@@ -158,6 +160,8 @@ def test_each_format_holds_the_same_prior(prior, stage, clip, tmp_path):
         run = tmp_path / f"{kind}.run"
         state = read(kind, source, run, clip, *more).state_dict()
         assert all(torch.equal(v, state[k]) for k, v in stage.state_dict().items())
+        # So whole runs are the same as well.
+        assert Run(run).config.sampler == composed("train", PRIOR).sampler
         license = (run / "origin.json").read_text()
         assert ("Open RAIL" in license) == (kind == "karlo-prior")
 

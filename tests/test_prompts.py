@@ -13,9 +13,6 @@ from PIL import Image
 from cascade.eval.pictures import captions
 from cascade.eval.pictures.prompts import (
     LAYOUTS,
-    CompBench,
-    GenEval,
-    Plain,
     Prompt,
     hash_of,
     read_prompts,
@@ -158,10 +155,10 @@ def painted(out, ids):
 
 def test_geneval_is_read_back_as_its_scorer_does(tmp_path):
     prompts = [Prompt(row["prompt"], row) for row in META]
-    ids = GenEval().ids(prompts, 3)
+    ids = LAYOUTS["geneval"].ids(prompts, 3)
     painted(tmp_path, ids)
     (tmp_path / "manifest.json").write_text("{}")
-    GenEval().finish(tmp_path, prompts, ids)
+    LAYOUTS["geneval"].finish(tmp_path, prompts, ids)
     found = []
     for subfolder in sorted(os.listdir(tmp_path)):
         if not (tmp_path / subfolder).is_dir() or not subfolder.isdigit():
@@ -173,13 +170,13 @@ def test_geneval_is_read_back_as_its_scorer_does(tmp_path):
         with Image.open(tmp_path / subfolder / "grid.png", formats=("PNG",)) as sheet:
             assert sheet.width > 3 * 8
     assert found == [(row, 3) for row in META]
-    assert GenEval().sheets(2) == {"00000/grid", "00001/grid"}
-    refused(lambda: GenEval().ids([Prompt("a", {"prompt": "a"})], 1), "tag and include")
+    assert LAYOUTS["geneval"].sheets(2) == {"00000/grid", "00001/grid"}
+    refused(lambda: LAYOUTS["geneval"].ids([Prompt("a", {"prompt": "a"})], 1), "tag and include")
 
 
 def test_compbench_is_read_back_as_its_scorers_do(tmp_path):
     texts = ["a red bench", "a cup/bowl", "a cup:bowl", "a_cup\\bowl", "...a cow. And Dr. No"]
-    ids = CompBench().ids([Prompt(text) for text in texts], 2)
+    ids = LAYOUTS["compbench"].ids([Prompt(text) for text in texts], 2)
     painted(tmp_path, ids)
     names = os.listdir(tmp_path / "samples")
     names.sort(key=lambda name: int(name.split("_")[-1].split(".")[0]))
@@ -200,14 +197,14 @@ def test_compbench_is_read_back_as_its_scorers_do(tmp_path):
 
 
 def test_prompts_that_sanitise_alike_stay_apart():
-    ids = CompBench().ids([Prompt("a/b"), Prompt("a b"), Prompt("a_b")], 2)
+    ids = LAYOUTS["compbench"].ids([Prompt("a/b"), Prompt("a b"), Prompt("a_b")], 2)
     assert len({name for row in ids for name in row}) == 6
 
 
 @pytest.mark.parametrize("text", ["x" * 300, "é" * 130, "///", "..."])
 def test_prompts_that_are_no_file_names_are_refused(text):
-    assert "--layout plain" in refused(lambda: CompBench().ids([Prompt(text)], 1))
-    assert Plain().ids([Prompt(text)], 1) == [["00000_0000"]]
+    assert "--layout plain" in refused(lambda: LAYOUTS["compbench"].ids([Prompt(text)], 1))
+    assert LAYOUTS["plain"].ids([Prompt(text)], 1) == [["00000_0000"]]
 
 
 def test_the_usual_numbers_of_pictures():

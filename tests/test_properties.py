@@ -204,7 +204,7 @@ def test_prompts_and_captions_are_read_of_the_same_files(folder, pairs, ending):
 )
 def test_what_is_generated_keeps_ids_and_captions(folder, texts, count, own):
     given = [prompts.Prompt(t, {"id": f"p{i}"} if own else {}) for i, t in enumerate(texts)]
-    job = Job(folder / "out", given, prompts.Plain(), count)
+    job = Job(folder / "out", given, prompts.LAYOUTS["plain"], count)
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in job.rows))
     found = captions.rows_of(folder / "captions.jsonl")
     assert found == job.rows

@@ -1,6 +1,7 @@
 """Claims about the report: one self-contained, escaped file, and sample grids laid out as said."""
 
 import base64
+import html
 import io
 import re
 
@@ -48,7 +49,10 @@ def test_page_loads_and_runs_nothing(page):
     assert len(sources) == 3
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', page))
-    assert "default-src 'none'" in page
+    policy = html.unescape(re.search('Content-Security-Policy" content="(.*?)"', page)[1])
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert "unsafe" not in policy
+    assert "script-src" not in policy
 
 
 def test_page_holds_the_very_pixels(page):
@@ -97,7 +101,8 @@ def test_pictures_stand_side_by_side_and_the_best_stands_out(tmp_path):
     assert report.size > before
     report.save(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    row, panels = (re.search(f'<div class="{c}">(.*?)</div>', page)[1] for c in ("row", "panels"))
+    parts = (re.search(f'<div class="{c}".*?>(.*?)</div>', page)[1] for c in ("row", "panels"))
+    row, panels = parts
     assert re.findall("<figcaption>(.*?)</figcaption>", row) == ["&lt;a&gt;", "b"]
     assert (row.count("<img"), panels.count("<img")) == (2, 3)
     assert '<td class="number"><strong>0.500 ± 0.010</strong></td>' in page

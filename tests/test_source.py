@@ -163,6 +163,7 @@ READERS = {
     """,
     "json.loads": """
         cascade/data/items
+        cascade/serve/page/guard
         cascade/encoders/published/byte_pairs
         cascade/encoders/weights
         cascade/formats/tables
@@ -227,6 +228,9 @@ OWN = {
         cascade/edit/inversion
         cascade/edit/windows
         cascade/export/priors
+        cascade/pipeline
+        cascade/serve/page/guard
+        cascade/serve/page/pieces
         cascade/stage
         eval/benchmarks/data
         eval/pages/report
@@ -252,6 +256,7 @@ OWN = {
         cascade/files/locks
         cascade/runs/done
         cascade/runs/run
+        cascade/serve/comparing
         cascade/stage
         cascade/training/callbacks/guard
         cascade/training/checkpoint
@@ -281,6 +286,8 @@ OWN = {
     """,
     "read_bytes": """
         cascade/config/signatures
+        cascade/serve/page/compare
+        cascade/serve/watching
         cascade/training/callbacks/skips
         cascade/training/checkpoint
         eval/benchmarks/evaluation
@@ -294,10 +301,14 @@ OWN = {
         cascade/files/locks
         cascade/runs/done
         cascade/runs/run
+        cascade/serve/comparing
+        cascade/serve/page/app
+        cascade/serve/places
         cascade/training/callbacks/guard
         eval/benchmarks/demo
         eval/benchmarks/nets
         eval/metrics/statistics
+        eval/pages/report
         eval/pictures/identity
         eval/sweeps/findings
         eval/sweeps/folder

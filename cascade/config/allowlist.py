@@ -24,6 +24,7 @@ PURE = ("cascade.diffusion", "cascade.conditioning")
 ROOMS = (
     *("cascade.autoregressive", "cascade.codecs", "cascade.encoders", "cascade.nets"),
     *("cascade.data.bsr", "cascade.data.degradations", "cascade.training.faults"),
+    "cascade.training.loggers",
 )
 NAMES = frozenset(
     {
@@ -32,6 +33,7 @@ NAMES = frozenset(
         "cascade.data.shards.Shards",
         "cascade.data.stream.Stream",
         "cascade.data.transforms.Pictures",
+        "cascade.encoders.published.captions.cleaned",
         "cascade.slurm.batch.Slurm",
         "cascade.slurm.local.Local",
         "cascade.stage.Stage",

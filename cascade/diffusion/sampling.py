@@ -16,6 +16,7 @@ from cascade.diffusion.spacing import Spacing, even
 from cascade.errors import UserError
 
 Solver = Callable[[Denoiser, Tensor, Tensor, Noise], Tensor]
+Watch = Callable[[int, int, Tensor], None]  # (steps done, total steps, x0 so far)
 
 
 @runtime_checkable
@@ -74,29 +75,19 @@ class DiffusionSampler:
         cond: Joinable,
         weaker: Weaker | None,
         noise: Noise,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Watch | None = None,
     ) -> Float[Tensor, "b *d"]:
         """Draws x0 of this shape [b, ...].
 
         Args:
             weaker: the branch that guidance extrapolates away from; None: no guidance.
             noise: called for the initial noise, and in each step of a stochastic solver.
-            progress: called with (steps done, total steps).
+            progress: called after each evaluation of the denoiser; what it raises ends sampling.
         """
         logsnrs = self.logsnrs(process)
-        denoise, done = self.denoiser(process, net, cond, weaker), 1
-
-        def reported(x: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""]) -> Denoised:
-            nonlocal done
-            denoised = denoise(x, logsnr)
-            # It never falls, although churn revisits noisier levels.
-            done = max(done, int((logsnrs <= logsnr).sum()))
-            if progress:
-                progress(done, self.steps)
-            return denoised
-
+        denoise = watched(self.denoiser(process, net, cond, weaker), logsnrs, progress)
         x = self.init * alpha_sigma(logsnrs[0])[1] * noise(shape)
-        return self.solver(reported, x, logsnrs, noise)
+        return self.solver(denoise, x, logsnrs, noise)
 
     def logsnrs(self, process: Process) -> Float64[Tensor, " n"]:
         """The levels [steps + 1], on the CPU, from the noisiest to clean (+inf).
@@ -127,6 +118,31 @@ class DiffusionSampler:
             if self.interval:
                 denoise = interval(denoise, plain, *self.interval)
         return self.threshold(denoise) if self.threshold else denoise
+
+
+def watched(
+    denoise: Denoiser, logsnrs: Float[Tensor, " n"], progress: Watch | None, back: bool = False
+) -> Denoiser:
+    """The same denoiser, after each evaluation of which `progress` is called.
+
+    Args:
+        logsnrs: the levels [steps + 1] of the solver, from the noisiest to the cleanest.
+        back: whether it goes from the cleanest to the noisiest, as an inversion does.
+    """
+    if progress is None:
+        return denoise
+    done = 1
+
+    def seen(x: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""]) -> Denoised:
+        nonlocal done
+        denoised = denoise(x, logsnr)
+        passed = logsnrs >= logsnr if back else logsnrs <= logsnr
+        # It never falls, although churn revisits noisier levels, nor exceeds the steps.
+        done = min(max(done, int(passed.sum())), len(logsnrs) - 1)
+        progress(done, len(logsnrs) - 1, denoised.x0)
+        return denoised
+
+    return seen
 
 
 def _pair(process: Process, net: Net, cond: Joinable, weaker: Weaker) -> Pair:

@@ -78,9 +78,10 @@ class Canvas:
     def views(self, frame: Frame, sides: Mapping[int, tuple[int, int]]) -> Batch:
         """What stages see of it: `known/image_{size}` [1, 3, h, w], `unknown/...` [1, 1, h, w].
 
-        A pixel that covers anything unknown is unknown. Unknown pixels take the colour of the
-        nearest known one before the picture is resized, so that nothing of what they showed enters
-        their neighbours.
+        A stage's pixel is unknown if all that it covers is, so that no stage paints an object
+        across the mask's border, which a later stage would cut. Unknown pixels take the colour of
+        the nearest known one before the picture is resized, so that nothing of what they showed
+        enters their neighbours.
 
         Args:
             sides: height and width by the stage's size.
@@ -101,7 +102,7 @@ class Canvas:
             source = whole if size == largest else out[KNOWN + image_key(largest)]
             out[KNOWN + image_key(size)] = _resized(source, sides[size])
             share = F.adaptive_avg_pool2d(covered, sides[size])
-            out[UNKNOWN + image_key(size)] = share > 0
+            out[UNKNOWN + image_key(size)] = share > 1 - 1e-6
         return out
 
     def pasted(self, painted: Float[Tensor, "3 y x"], frame: Frame) -> UInt8[np.ndarray, "h w 3"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from cascade.batch import Batch
 from cascade.diffusion.distillation import Distilled
 from cascade.diffusion.noise import cosine
+from cascade.diffusion.sampling import Watch, watched
 from cascade.diffusion.solvers import ddim, ddim_inversion
 from cascade.diffusion.spacing import karras
 from cascade.errors import UserError
@@ -22,16 +23,22 @@ from cascade.stage import Stage
 def levels(steps: int) -> Float64[Tensor, " n"]:
     """The levels [steps + 1], nearly even in logsnr, where iterations converge fast.
 
-    At the cleanest one, sigma / alpha = 0.02, a picture counts as its own noisy version. At even
-    cleaner levels the network's error, which is divided by sigma, exceeds the noise that a picture
-    could have, and x_T would not look like noise.
+    At the cleanest one, sigma / alpha = 0.05, a picture counts as its own noisy version. Cleaner
+    levels serve neither purpose: the network's error, divided by sigma, becomes part of x_T, which
+    then holds on to the picture. With the demo's decoder, at 0.02 instead of 0.05, the picture
+    returns with 36 dB instead of 49, and 62 % instead of 91 % of its colours follow a caption.
     """
-    return karras(cosine, steps + 1, sigma_min=0.02)[:-1]
+    return karras(cosine, steps + 1, sigma_min=0.05)[:-1]
 
 
 @torch.no_grad()
 def inverted(
-    stage: Stage, batch: Batch, steps: int = 50, refine: int = 0, captioned: bool = False
+    stage: Stage,
+    batch: Batch,
+    steps: int = 50,
+    refine: int = 0,
+    captioned: bool = False,
+    progress: Watch | None = None,
 ) -> Float[Tensor, "b *d"]:
     """The x_T of the pictures that a stage would write, without guidance.
 
@@ -51,7 +58,9 @@ def inverted(
     def denoise(x: Tensor, logsnr: Tensor):
         return stage.process.denoise(asked.net, x, logsnr, asked.cond)
 
-    return ddim_inversion(denoise, stage.codec.encode(batch), levels(steps), refine)
+    path = levels(steps)
+    denoise = watched(denoise, path, progress, back=True)
+    return ddim_inversion(denoise, stage.codec.encode(batch), path, refine)
 
 
 @torch.no_grad()
@@ -63,18 +72,28 @@ def decoded(
     eta: float = 0.0,
     scale: float = 1.0,
     captioned: bool = False,
+    drawn: bool = False,
+    progress: Watch | None = None,
 ) -> Tensor:
     """The pictures that DDIM makes of `x_T`.
+
+    It ends where `inverted` began, which keeps that picture to the last digit. Noise that was drawn
+    is left there, so a last step removes it.
 
     Args:
         batch: `x_T`, and the keys that the stage reads.
         eta: 0 is deterministic, and inverts `inverted`; larger values vary the picture.
         scale: of guidance.
+        drawn: whether x_T was drawn at random, and not inverted.
     """
     stage = stage.altered(sampler=replace(stage.sampler, scale=scale, threshold=None))
     net, _, cond, weaker, noise = stage.asked(batch, seed, without=dropped(captioned))
     denoise = stage.sampler.denoiser(stage.process, net, cond, weaker)
-    return stage.codec.decode(ddim(denoise, batch["x_T"], levels(steps), noise, eta))
+    path = levels(steps)
+    if drawn or eta:
+        path = torch.cat([path, path.new_tensor([torch.inf])])
+    denoise = watched(denoise, path, progress)
+    return stage.codec.decode(ddim(denoise, batch["x_T"], path, noise, eta))
 
 
 def dropped(captioned: bool) -> tuple[str, ...]:

@@ -18,17 +18,20 @@ from cascade.edit import inversion
 from cascade.edit.known import from_picture, repaint
 from cascade.edit.windows import Enlarged, Windows
 from cascade.errors import UserError
-from cascade.pipeline import Cascade, Link, Progress, Without, altered, innermost
+from cascade.pipeline import Cascade, Link, Progress, Without, altered, innermost, watching
 from cascade.stage import Stage
 
 KNOWN, UNKNOWN = "known/", "unknown/"
 
 
-def x_T(cascade: Cascade, batch: Batch, **choices: Any) -> Float[Tensor, "b *d"]:
+def x_T(
+    cascade: Cascade, batch: Batch, progress: Progress | None = None, **choices: Any
+) -> Float[Tensor, "b *d"]:
     """The noise that leads to the picture (`inversion.inverted`), given its `clip_image`."""
     stage = reading_embeddings(cascade)
     picture = {stage.writes: batch[KNOWN + stage.writes]}
-    return inversion.inverted(stage, {**batch, **picture}, **choices)
+    report = progress and watching(stage, progress)
+    return inversion.inverted(stage, {**batch, **picture}, progress=report, **choices)
 
 
 def decode(
@@ -40,7 +43,8 @@ def decode(
     changes what the picture shows, and with eta it varies it (unCLIP, sections 3.1 to 3.3).
     """
     stage = reading_embeddings(cascade)
-    base = {stage.writes: inversion.decoded(stage, batch, seed, **choices)}
+    report = progress and watching(stage, progress)
+    base = {stage.writes: inversion.decoded(stage, batch, seed, progress=report, **choices)}
     return cascade({**batch, **base}, seed, progress)
 
 

@@ -5,7 +5,7 @@ plain objects rather than modules, so that no state dict, optimizer or average h
 load on first use. Tokens are open_clip's, [b, n], zero-padded after the end-of-text token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
@@ -159,6 +159,7 @@ class FrozenT5(OfCaptions):
         length: context length; longer captions are cut and keep their end-of-text token.
         bf16: compute in bfloat16, for large models.
         padded: pad to `length`, and let the stage attend to the padding's states as well (IF).
+        clean: what is made of each caption first (IF: `published.captions.cleaned`).
 
     Raises (on first use):
         UserError: the directory lacks a file or a weight, the cache lacks the model, or the model
@@ -168,9 +169,15 @@ class FrozenT5(OfCaptions):
     writes = frozenset({"text", "text_mask"})
 
     def __init__(
-        self, path_or_name: str, length: int = 256, bf16: bool = False, padded: bool = False
+        self,
+        path_or_name: str,
+        length: int = 256,
+        bf16: bool = False,
+        padded: bool = False,
+        clean: Callable[[str], str] | None = None,
     ):
         self.name, self.length, self.padded = path_or_name, length, padded
+        self.clean = clean or str
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @property
@@ -189,13 +196,14 @@ class FrozenT5(OfCaptions):
     @property
     def former(self) -> Former:
         """The hash of earlier versions, which covered the weights alone."""
-        return Former(self._weights, not self.padded)
+        return Former(self._weights, not self.padded and self.clean is str)
 
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """`text` [b, n, w] and `text_mask` [b, n], padded to the longest caption or to `length`."""
         cut = {"max_length": self.length, "truncation": True}
         padding = "max_length" if self.padded else True
-        found = self._tokenizer(list(captions), **cut, padding=padding, return_tensors="pt")
+        own = list(map(self.clean, captions))
+        found = self._tokenizer(own, **cut, padding=padding, return_tensors="pt")
         found = found.to(self.device)
         mask = found["attention_mask"]
         with torch.no_grad():
@@ -205,11 +213,13 @@ class FrozenT5(OfCaptions):
     @cached_property
     def hash(self) -> str:
         """Identifies the weights, the architecture and what else changes the states."""
-        padded = {"padded": self.length} if self.padded else {}
-        return identity(self._weights, {**self._source.choices, **padded})
+        more = {"padded": self.length} if self.padded else {}
+        more |= {} if self.clean is str else {"clean": self.clean.__name__}
+        return identity(self._weights, {**self._source.choices, **more})
 
     def tokenized(self, captions: Sequence[str]) -> list[list[int]]:
-        return self._tokenizer(list(captions), max_length=self.length, truncation=True).input_ids
+        own = list(map(self.clean, captions))
+        return self._tokenizer(own, max_length=self.length, truncation=True).input_ids
 
     @cached_property
     def _source(self) -> T5Source:

@@ -11,6 +11,7 @@ from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.weights import read_json
 from cascade.errors import UserError
 from cascade.eval.metrics.measures import EVALUATION, measures
+from cascade.export.encoders import kind_of
 from cascade.export.model import Part, parts_of, write_model
 from cascade.nets.cost import parameters
 from cascade.runs.cascade_file import CASCADE
@@ -123,7 +124,7 @@ def _encoders(encoders: Mapping[str, Any]) -> Iterator[str]:
     yield "## Encoders"
     yield ""
     for name, encoder in encoders.items():
-        kind = "a T5"
+        kind = {"t5": "a T5"}.get(kind_of(encoder) or "", encoder.name)
         if isinstance(encoder, FrozenCLIP):
             quick = encoder.choices["quick_gelu"]
             kind = f"a CLIP with {'QuickGELU' if quick else 'GELU'}"

@@ -8,24 +8,31 @@ from typing import Any
 from safetensors.torch import save_file
 
 from cascade.encoders.clip import FrozenCLIP
+from cascade.encoders.published.byte_pairs import BytePairs
 from cascade.encoders.published.state import clip_state
 from cascade.encoders.sources import CLIP_CONFIG, CLIP_WEIGHTS, clip_source
 from cascade.encoders.t5 import t5_source
 from cascade.encoders.text import FrozenT5
 from cascade.encoders.weights import tensors_of
 
+Place = tuple[str, str | None]  # a name or path, and a checkpoint
 _T5_FILES = (
     *("config.json", "spiece.model", "tokenizer.json", "tokenizer_config.json"),
     "special_tokens_map.json",
 )
 
 
-def place_of(encoder: Any) -> tuple[str, str | None] | None:
-    """What names an encoder's files in a configuration; None: it has none, as a tokenizer."""
-    name = getattr(encoder, "name", None)
-    if not isinstance(encoder, FrozenCLIP | FrozenT5):
-        return None
-    return name, getattr(encoder, "checkpoint", None)
+def kind_of(encoder: Any) -> str | None:
+    """What the folder of an encoder is called; None: it has no files, as CLIP's tokenizer."""
+    kinds = {FrozenCLIP: "clip", FrozenT5: "t5", BytePairs: "byte_pairs"}
+    return kinds.get(type(encoder))
+
+
+def place_of(encoder: Any) -> Place:
+    """What names an encoder's files in a configuration."""
+    if isinstance(encoder, BytePairs):
+        return encoder.folder, None
+    return encoder.name, getattr(encoder, "checkpoint", None)
 
 
 def write_encoder(encoder: Any, folder: Path) -> None:
@@ -37,11 +44,15 @@ def write_encoder(encoder: Any, folder: Path) -> None:
     folder.mkdir()
     if isinstance(encoder, FrozenCLIP):
         _write_clip(encoder, folder)
+        return
+    if isinstance(encoder, BytePairs):
+        files = encoder.files
     else:
         source = t5_source(encoder.name)
         present = [f for name in _T5_FILES if (f := source.directory / name).exists()]
-        for file in [*present, *source.weights]:
-            shutil.copyfile(file, folder / file.name)
+        files = [*present, *source.weights]
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
 
 
 def _write_clip(encoder: FrozenCLIP, folder: Path) -> None:

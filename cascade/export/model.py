@@ -3,7 +3,7 @@
     FOLDER/cascade.yaml           the stages and how each is sampled
     FOLDER/STAGE/config.yaml      without paths of this machine
     FOLDER/STAGE/weights.safetensors
-    FOLDER/clip/ (or t5/)         the frozen encoders that the stages read with
+    FOLDER/clip/ (or t5/...)      the frozen encoders that the stages read with
 
 Paths of encoders count from the stage's directory (`../clip`). What is unknown elsewhere, such as
 `data.path`, is left to be given.
@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from cascade.config.compose import saved
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
-from cascade.export.encoders import place_of, write_encoder
+from cascade.export.encoders import Place, kind_of, place_of, write_encoder
 from cascade.export.tokenizer import write_tokenizer
 from cascade.runs.cascade_file import CASCADE, stage_choices, stage_runs
 from cascade.runs.resumable import PLACES
@@ -29,8 +29,9 @@ from cascade.runs.run import Run
 
 TOKENIZER = "tokenizer"  # the folder of CLIP's, for other programs
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_KEYS = ("path_or_name", "folder")  # by which a reader's configuration names its files
 _MISSING = "???"  # OmegaConf's, for what has to be given
-Places = Mapping[tuple[str, str | None], str]  # an encoder's name and checkpoint -> its folder
+Places = Mapping[Place, str]  # where an encoder's files are -> its folder here
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,17 @@ def write_model(parts: Sequence[Part], folder: Path) -> dict[str, Any]:
     return {name: encoder for name, (encoder, _) in encoders.items()}
 
 
-def _encoders(parts: Sequence[Part]) -> dict[str, tuple[Any, list[tuple[str, str | None]]]]:
+def _encoders(parts: Sequence[Part]) -> dict[str, tuple[Any, list[Place]]]:
     """The encoders of all stages by a folder's name, each with all that names it in them."""
     found: dict[str, tuple[Any, list]] = {}
     taken = {part.name for part in parts} | {TOKENIZER}
     by_weights: dict[str, str] = {}
     for encoder in (encoder for part in parts for encoder in part.stage.encoders):
-        place = place_of(encoder)
-        if place is None or any(place in names for _, names in found.values()):
+        if not (kind := kind_of(encoder)):
             continue
-        kind = "clip" if isinstance(encoder, FrozenCLIP) else "t5"
+        place = place_of(encoder)
+        if any(place in names for _, names in found.values()):
+            continue
         if encoder.hash not in by_weights:
             free = [n for i in range(1, 100) if (n := f"{kind}{i if i > 1 else ''}") not in taken]
             taken.add(free[0])
@@ -136,7 +138,7 @@ def portable(run: Run, places: Places) -> dict[str, Any]:
             return [located(value, f"{where}.{i}") for i, value in enumerate(node)]
         if not isinstance(node, dict):
             return _portable_value(node, where, known)
-        key = "path" if where == "clip" else "path_or_name"
+        key = "path" if where == "clip" else next((k for k in _KEYS if k in node), _KEYS[0])
         place = (node.get(key), node.get("checkpoint"))
         rest = {k: located(v, f"{where}.{k}" if where else k) for k, v in node.items()}
         if place in places:

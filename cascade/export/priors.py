@@ -129,15 +129,20 @@ def _embedders(stage: Any, where: str, *names: str) -> list[Any]:
         found = ", ".join(sorted(own)) + (", sketch" if stage.conditioner.sketch else "")
         raise refused(where, "stage.conditioner.embedders", found, ", ".join(wanted))
     if not stage.conditioner.empty_caption:
-        raise refused(where, "stage.conditioner.empty_caption", False, "true")
+        raise refused(where, "stage.conditioner.empty_caption", False, True)
     return [own[key] for key in wanted]
 
 
+def norm_of(caption: Any) -> str | None:
+    """Where the tokens of a caption are normalised, as `Sequence` is told."""
+    if caption.norm_before:
+        return "before"
+    return "after" if hasattr(caption.norm, "weight") else None
+
+
 def _check_caption(caption: Any, where: str, norm: str | None) -> None:
-    before = caption.norm_before
-    found = "before" if before else "after" if hasattr(caption.norm, "weight") else None
-    if found != norm:
-        raise refused(where, "embedders.caption.norm", found, norm or "null")
+    if (found := norm_of(caption)) != norm:
+        raise refused(where, "embedders.caption.norm", found, norm)
 
 
 def _check_vector(embedder: Any, where: str, name: str) -> None:

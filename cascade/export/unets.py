@@ -4,14 +4,14 @@ Both have our residual blocks under other names. Resampling is part of a level's
 the one that we make before a level belongs to the level before it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cascade.export.layouts import Model, check_net, refused
-from cascade.interop.diffusers_unets import BLOCK, ENDS
+from cascade.interop.names.diffusers import unet_rules
 from cascade.nets.unet import UNet
 
 
@@ -76,7 +76,8 @@ def unet_model(
 def _check(config: Mapping[str, Any], where: str) -> tuple[list[bool], int]:
     """Whether each level attends, and channels per head. UserError for what neither class has."""
     levels, attention = len(config["multipliers"]), list(config.get("attention") or [])
-    told, heads = config.get("width") is not None, config.get("head_channels", 64)
+    told, heads = config.get("width") is not None, config.get("heads")
+    head_channels = config.get("head_channels", 64)
     if attention and config.get("positions", True):
         raise refused(where, "net.positions", True, "false")
     if not (config.get("norm") or {}).get("groups"):
@@ -86,13 +87,16 @@ def _check(config: Mapping[str, Any], where: str) -> tuple[list[bool], int]:
     if told and config.get("strided"):
         raise refused(where, "net.strided", True, "false in a network that attends to text")
     widths = [config["channels"] * config["multipliers"][level] for level in attention]
-    if len(found := {min(heads, width) for width in widths}) > 1:
+    found = {width // heads if heads else min(head_channels, width) for width in widths}
+    if len(found) > 1:
         # diffusers takes a list for the way down in reverse on the way up.
-        raise refused(where, "net.head_channels", heads, f"one for all levels, as {min(found)}")
+        setting = ("heads", heads) if heads else ("head_channels", head_channels)
+        needed = f"heads of one width at all levels, as {min(found)}"
+        raise refused(where, f"net.{setting[0]}", setting[1], needed)
     blocks = config["blocks"]
     if not told and not isinstance(blocks, int):
         raise refused(where, "net.blocks", list(blocks), "one number for all levels")
-    return [level in attention for level in range(levels)], min(found, default=heads)
+    return [level in attention for level in range(levels)], min(found, default=head_channels)
 
 
 def _kinds(attends: Sequence[bool], told: bool, strided: bool) -> tuple[list[str], list[str]]:
@@ -114,57 +118,14 @@ def _kinds(attends: Sequence[bool], told: bool, strided: bool) -> tuple[list[str
 def _state(net: UNet) -> dict[str, Tensor]:
     own = {key: value.detach().float().clone() for key, value in net.state_dict().items()}
     found: dict[str, Tensor] = {}
-    for ours, theirs in [*ENDS.items(), *_places(net)]:
-        there = [suffix for suffix in ("weight", "bias") if f"{ours}.{suffix}" in own]
-        for suffix in there:
-            value = own.pop(f"{ours}.{suffix}")
-            if isinstance(theirs, str):
-                found[f"{theirs}.{suffix}"] = value
-            else:  # a joint projection
-                parts = value.chunk(len(theirs))
-                found |= {f"{name}.{suffix}": x.clone() for name, x in zip(theirs, parts)}
+    for theirs, ours, _ in unet_rules(net, ""):
+        names = [theirs] if isinstance(theirs, str) else theirs  # several are joined in ours
+        for suffix in ("weight", "bias"):
+            if (value := own.pop(f"{ours}.{suffix}", None)) is not None:
+                parts = value.chunk(len(names))
+                found |= {f"{name}.{suffix}": x.clone() for name, x in zip(names, parts)}
     assert not own, f"not exported: {sorted(own)[:3]}"
     return found
-
-
-def _places(net: UNet) -> Iterator[tuple[str, str | list[str]]]:
-    """Our modules and diffusers' names for them, a joint projection with several."""
-    level, number = 0, 0
-    for k, block in enumerate(net.down):
-        if block.resample < 1:
-            yield from _block(block, f"down.{k}", f"down_blocks.{level}.downsamplers.0", "")
-            level, number = level + 1, 0
-            continue
-        at = f"down_blocks.{level}"
-        yield from _block(block, f"down.{k}", f"{at}.resnets.{number}", f"{at}.attentions.{number}")
-        number += 1
-    for k, block in enumerate(net.middle):
-        at = "mid_block.attentions.0"
-        yield from _block(block, f"middle.{k}", f"mid_block.resnets.{k}", at)
-    level, number = 0, 0
-    for k, block in enumerate(net.up):
-        at = f"up_blocks.{level}"
-        if block.resample > 1:
-            yield from _block(block, f"up.{k}", f"{at}.upsamplers.0", "")
-            level, number = level + 1, 0
-            continue
-        yield from _block(block, f"up.{k}", f"{at}.resnets.{number}", f"{at}.attentions.{number}")
-        number += 1
-
-
-def _block(block: nn.Module, ours: str, theirs: str, attention: str) -> Iterator[tuple[str, Any]]:
-    if hasattr(block, "conv"):  # a `Resample`
-        yield f"{ours}.conv", f"{theirs}.conv"
-        return
-    for own, foreign in BLOCK.items():
-        yield f"{ours}.{own}", f"{theirs}.{foreign}"
-    yield f"{ours}.skip", f"{theirs}.conv_shortcut"
-    if block.attention is None:
-        return
-    yield f"{ours}.norm_attention", f"{attention}.group_norm"
-    yield f"{ours}.attention.qkv", [f"{attention}.to_{part}" for part in "qkv"]
-    yield f"{ours}.attention.kv", [f"{attention}.add_{part}_proj" for part in "kv"]
-    yield f"{ours}.attention.out", f"{attention}.to_out.0"
 
 
 def level_of(stage: Any, where: str) -> Tensor | None:
@@ -173,13 +134,16 @@ def level_of(stage: Any, where: str) -> Tensor | None:
     Raises:
         UserError: the low-resolution picture is corrupted in sampling.
     """
-    embedder = stage.conditioner.embedders["low"]
-    if embedder.level is None:
+    embedder, corruption = stage.conditioner.embedders["low"], stage.corruption
+    if corruption is None:
+        if embedder.level is not None:
+            raise refused(where, "corruption", None, "one, which tells the noise level")
         return None
     batch = {embedder.key: torch.rand(1, 3, 8, 8) * 2 - 1, "sample": torch.zeros(1)}
-    if stage.corruption is None:
-        raise refused(where, "corruption", None, "one, which tells the noise level")
-    given = stage.corruption(batch, lambda shape: torch.ones(shape), training=False)
-    if not torch.allclose(given[embedder.key], batch[embedder.key], atol=1e-4):
-        raise refused(where, "level", stage.corruption.level, "0: the picture as it is")
+    given = corruption(batch, lambda shape: torch.ones(shape), training=False)
+    clean = torch.allclose(given[embedder.key], batch[embedder.key], atol=1e-4)
+    if not clean or (corruption.late and corruption.level):
+        raise refused(where, "level", corruption.level, "0: the picture as it is")
+    if embedder.level is None:
+        return None
     return embedder(given, torch.ones(1, dtype=torch.bool)).vector[0].detach()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 
 from cascade.config.overrides import assigned
@@ -14,7 +15,8 @@ from cascade.interop import deepfloyd, glide
 from cascade.interop.imported import Imported
 from cascade.interop.systems import imported
 from cascade.interop.text_towers import text_tower
-from cascade.runs.run import CASCADE
+from cascade.runs.agreement import check_links
+from cascade.runs.run import CASCADE, Run
 
 OPENAI_CLIP = "ViT-L-14.pt"  # Karlo's folder holds it as OpenAI publishes it
 T5 = "t5-v1_1-xxl"
@@ -42,7 +44,8 @@ class Whole:
                 among them, no CLIP is written.
 
         Raises:
-            UserError: the directory exists, or a stage's tensors and configuration do not fit.
+            UserError: the directory exists, a stage's tensors and configuration do not fit, or the
+                stages or their CLIP do not belong together.
         """
         if out.exists():
             raise UserError(f"{out} exists: choose another --out")
@@ -57,10 +60,20 @@ class Whole:
                 write_run(folder / name)
             if clip is not None:
                 clip(folder / "clip")
+            self._check(folder, out)
             text = OmegaConf.to_yaml({"stages": {name: {} for name in self.stages}})
             write_text(folder / CASCADE, text)
 
         write_atomically(out, write)
+
+    def _check(self, folder: Path, out: Path) -> None:
+        """Raises UserError if the stages in a folder, which becomes `out`, are of several CLIPs."""
+        runs = {name: Run(folder / name) for name in self.stages}
+        try:
+            with torch.device("meta"):
+                check_links({name: (run, run.stage()) for name, run in runs.items()})
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), str(out))) from None
 
 
 def _karlo(source: Path) -> Whole:
@@ -70,8 +83,7 @@ def _karlo(source: Path) -> Whole:
     if (source / "text_encoder").is_dir():
         return Whole(stages, clip=text_tower(source / "text_encoder"))
     if (file := source / OPENAI_CLIP).is_file():
-        own = ["clip.path=ViT-L-14-quickgelu", assigned("clip.checkpoint", file.absolute())]
-        return Whole(stages, own)
+        return Whole(stages, [assigned("clip.path", file.absolute()), "clip.checkpoint=null"])
     return Whole(stages)
 
 

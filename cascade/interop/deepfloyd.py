@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from cascade.errors import UserError
-from cascade.interop.diffusers_unets import unet_config, unet_rules
+from cascade.interop.diffusers_unets import unet_config
 from cascade.interop.files import DIFFUSERS, first_of, tensors_in, yaml_in
 from cascade.interop.imported import Imported
-from cascade.interop.rules import Rule, joined
-from cascade.interop.unets import adm_rules, adm_sizes
+from cascade.interop.names.adm import adm_rules, adm_sizes
+from cascade.interop.names.diffusers import unet_rules
+from cascade.interop.names.rules import Rule, joined
 
 LICENSE = "DeepFloyd IF License (LICENSE-MODEL of deep-floyd/IF): research, not commercial"
 FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.safetensors")

@@ -7,8 +7,8 @@ from typing import Any
 from cascade.errors import UserError
 from cascade.interop.files import first_of, tensors_in
 from cascade.interop.imported import Imported
-from cascade.interop.rules import Rule, by_heads, count, split
-from cascade.interop.unets import HEAD_CHANNELS, adm_rules, adm_sizes
+from cascade.interop.names.adm import HEAD_CHANNELS, adm_rules, adm_sizes
+from cascade.interop.names.rules import Rule, by_heads, count, split
 
 LICENSE = "MIT (openai/glide-text2im), see its model-card.md"
 _BLOCK, _CAPTION = "transformer.resblocks.N.", "conditioner.embedders.caption"

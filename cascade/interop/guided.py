@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from cascade.errors import UserError
 from cascade.interop.files import tensors_in
 from cascade.interop.imported import Imported
-from cascade.interop.rules import Rule
-from cascade.interop.unets import HEAD_CHANNELS, adm_rules, adm_sizes
+from cascade.interop.names.adm import HEAD_CHANNELS, adm_rules, adm_sizes
+from cascade.interop.names.rules import Rule
 
 LICENSE = "MIT (openai/guided-diffusion), see its model-card.md"
 _LINEAR = "cascade.diffusion.noise.linear_table"

@@ -16,7 +16,7 @@ from cascade.config.overrides import assigned
 from cascade.encoders.weights import NotHere, check_tensors, weights_hash
 from cascade.errors import UserError
 from cascade.files.atomic import write_atomically, write_text
-from cascade.interop.rules import Rule, renamed
+from cascade.interop.names.rules import Rule, renamed
 from cascade.nets.prior import Places
 from cascade.runs.run import CONFIG
 from cascade.stage import WEIGHTS, Stage

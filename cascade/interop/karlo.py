@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from cascade.errors import UserError
-from cascade.interop.diffusers_unets import unet_config, unet_rules
+from cascade.interop.diffusers_unets import unet_config
 from cascade.interop.files import DIFFUSERS, first_of, tensors_in
 from cascade.interop.imported import Imported
-from cascade.interop.rules import Rule
-from cascade.interop.unets import adm_rules, adm_sizes
+from cascade.interop.names.adm import adm_rules, adm_sizes
+from cascade.interop.names.diffusers import unet_rules
+from cascade.interop.names.rules import Rule
 
 LICENSE = "CreativeML Open RAIL-M (LICENSE of kakaobrain/karlo)"
 PRIOR = "prior-ckpt-step=01000000-of-01000000.ckpt"

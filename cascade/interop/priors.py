@@ -13,7 +13,7 @@ from torch import Tensor
 from cascade.errors import UserError
 from cascade.interop.files import DIFFUSERS, config_in, first_of, statistics, tensors_in
 from cascade.interop.imported import Imported
-from cascade.interop.rules import Rule, by_heads, count, joined, split
+from cascade.interop.names.rules import Rule, by_heads, count, joined, split
 
 HEAD_CHANNELS = 64  # of every published prior; no file of the originals tells
 STATISTICS = "ViT-L-14_stats.th"

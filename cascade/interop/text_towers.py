@@ -11,8 +11,8 @@ from cascade.encoders.sources import CLIP_CONFIG, CLIP_WEIGHTS
 from cascade.errors import UserError
 from cascade.files.atomic import write_text
 from cascade.interop.files import config_in, first_of, tensors_in
+from cascade.interop.names.rules import Rule, joined, renamed
 from cascade.interop.priors import check_class, check_settings
-from cascade.interop.rules import Rule, joined, renamed
 
 FILES = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
 # Of ViT-L/14; the picture tower is not in these folders, and sampling does not need it.

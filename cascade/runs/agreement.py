@@ -59,7 +59,7 @@ def check_rows(wanted: bool, rows: Float[Tensor, "n d"], where: object) -> None:
 
 
 def check_links(stages: Mapping[str, tuple[Run, Any]]) -> None:
-    """Checks that stages agree about the CLIP embedding that one writes and others read.
+    """Checks that stages fit their encoders, and agree about the CLIP embedding that one writes.
 
     Args:
         stages: by name, in the order of sampling, with their runs.
@@ -72,10 +72,23 @@ def check_links(stages: Mapping[str, tuple[Run, Any]]) -> None:
         if not isinstance(stage, Stage):
             continue
         is_unit(stage)
+        _check_encoders(name, stage)
         if writer is not None and KEY in stage.conditioner.reads:
             _check(writer, (name, run, stage))
         if stage.writes == KEY:
             writer = name, run, stage
+
+
+def _check_encoders(name: str, stage: Stage) -> None:
+    """Raises UserError if a stage reads embeddings or states of another size than its encoders'."""
+    wanted = stage.conditioner.sizes
+    for encoder in stage.encoders:
+        for key in sorted(wanted.keys() & encoder.sizes.keys()):
+            if (found := encoder.sizes[key]) != wanted[key]:
+                raise UserError(
+                    f"{name} reads {key} of {wanted[key]} numbers, and that of {encoder.name} has "
+                    f"{found}: give the encoder that it was trained with"
+                )
 
 
 def _check(writer: tuple[str, Run, Stage], reader: tuple[str, Run, Stage]) -> None:

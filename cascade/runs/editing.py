@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from cascade.batch import Batch, image_key, image_size
@@ -16,15 +16,43 @@ from cascade.data.embeddings import EMBEDDINGS, Embeddings
 from cascade.data.loading import collate
 from cascade.data.shards import Shards
 from cascade.data.transforms import Pictures
+from cascade.draws import Draws
 from cascade.edit import operations
 from cascade.edit.canvas import Canvas, Frame
+from cascade.edit.embeddings import slerp, text_difference
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.text import Tokenizer, exceeds
 from cascade.errors import UserError
-from cascade.pipeline import Cascade, innermost
+from cascade.formats.rgb import MAX_PIXELS
+from cascade.pipeline import Cascade, Progress, innermost
 from cascade.runs.model import encoders_of, in_batches
 
 Paint = Callable[..., Batch]  # one of `operations`
+
+
+@dataclass(frozen=True)
+class Way:
+    """How pictures are inverted, and painted again (`edit.inversion`).
+
+    Attributes:
+        steps: of DDIM, both ways.
+        refine: iterations per inverted step.
+        scale: of guidance.
+        captioned: whether the stage is told the caption.
+    """
+
+    steps: int = 50
+    refine: int = 0
+    scale: float = 1.0
+    captioned: bool = False
+
+    @property
+    def inverting(self) -> dict[str, Any]:
+        return {"steps": self.steps, "refine": self.refine, "captioned": self.captioned}
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        return {"steps": self.steps, "scale": self.scale, "captioned": self.captioned}
 
 
 @dataclass(frozen=True)
@@ -37,6 +65,7 @@ class Work:
         n: results for each picture.
         size: of a batch.
         pad: whether the cascade sees the whole of a picture, or its centred square.
+        progress: as of `in_batches`.
     """
 
     cascade: Cascade
@@ -47,6 +76,7 @@ class Work:
     size: int = 16
     pad: bool = False
     asked: Batch = field(default_factory=dict)
+    progress: Progress | None = None
 
     def squares(self, *more: int) -> Batch:
         """What the stages see of the pictures (`Canvas.views`); also pictures of `more` sides."""
@@ -63,14 +93,75 @@ class Work:
         images = views[operations.KNOWN + image_key(clip.image_size)]
         return clip, {**views, "clip_image": clip.image(images).cpu()}
 
+    def varied(self, eta: float | None = None, way: Way = Way()) -> Float[Tensor, "r f 3 h w"]:
+        """Other pictures of the same embedding; with `eta`, from the inverted noise."""
+        _, views = self.embedded()
+        if eta is None:
+            return self.rows(operations.vary, views, captioned=way.captioned)
+        views["x_T"] = self.inverted(views, **way.inverting)
+        return self.rows(operations.decode, views, eta=eta, **way.decoding)
+
+    def interpolated(
+        self, frames: int = 7, slerped: bool = True, way: Way = Way()
+    ) -> Float[Tensor, "r f 3 h w"]:
+        """Along all pictures, in their order.
+
+        Args:
+            frames: of each path.
+            slerped: whether their noises are interpolated too, or one noise is kept.
+
+        Raises:
+            UserError: fewer than two pictures.
+        """
+        if len(self.canvases) < 2:
+            raise UserError("interpolate needs two pictures or more: --picture FIRST SECOND")
+        _, views = self.embedded()
+        shares = np.linspace(0, 1, frames).tolist()
+        z = views["clip_image"]
+        given = {"clip_image": torch.stack([slerp(z[:-1], z[1:], share) for share in shares], 1)}
+        if slerped:
+            x = self.inverted(views, **way.inverting)
+            given["x_T"] = torch.stack([slerp(x[:-1], x[1:], share) for share in shares], 1)
+        else:
+            base = innermost(self.cascade.painter)
+            draw = Draws(self.seed, f"{base.writes}/x_T", range(len(z) - 1))
+            x = draw((len(z) - 1, *base.codec.shape({})))
+            given["x_T"] = torch.stack([x] * len(shares), 1)
+        return self.rows(operations.decode, given, drawn=not slerped, **way.decoding)
+
+    def changed(
+        self,
+        before: Sequence[str],
+        wanted: Sequence[str],
+        shares: Sequence[float],
+        way: Way = Way(),
+    ) -> Float[Tensor, "r f 3 h w"]:
+        """The pictures, changed by the difference of two captions for each (unCLIP, section 3.3).
+
+        Args:
+            before: of the present pictures; perhaps empty.
+            wanted: of the desired ones.
+            shares: of the rotation, one for each frame.
+        """
+        clip, views = self.embedded()
+        texts = list(dict.fromkeys([*wanted, *before]))
+        z_text = clip.text(texts)["clip_text"].cpu()
+        to, of = (z_text[[texts.index(text) for text in some]] for some in (wanted, before))
+        z, x = views["clip_image"], self.inverted(views, **way.inverting)
+        turned = [text_difference(z, to, of, share) for share in shares]
+        given = {"clip_image": torch.stack(turned, 1), "x_T": torch.stack([x] * len(shares), 1)}
+        return self.rows(operations.decode, given, **way.decoding)
+
     def inverted(self, views: Batch, **choices: Any) -> Float[Tensor, "p *d"]:
         """The x_T of the pictures (`inversion.inverted`)."""
 
         def invert(batch: Batch, report: Any) -> Batch:
-            return {"x_T": operations.x_T(self.cascade, batch, **choices)}
+            return {"x_T": operations.x_T(self.cascade, batch, report, **choices)}
 
         given = {**views, **self.asked}
-        return in_batches(invert, self.captions, self.size, given, "inverting")["x_T"]
+        return in_batches(invert, self.captions, self.size, given, "inverting", self.progress)[
+            "x_T"
+        ]
 
     def rows(self, paint: Paint, given: Batch, **choices: Any) -> Float[Tensor, "r f 3 h w"]:
         """What an operation makes of each picture, or each frame [p, f, ...] of a path, `n` times.
@@ -96,7 +187,7 @@ class Work:
         def sample(batch: Batch, report: Any) -> Batch:
             return {last: paint(self.cascade, batch, self.seed, report, **choices)[last]}
 
-        made = in_batches(sample, captions, self.size, given, "editing")[last]
+        made = in_batches(sample, captions, self.size, given, "editing", self.progress)[last]
         return made.unflatten(0, (-1, frames))
 
     def repainted(self, whole: bool, jumps: int) -> list[UInt8[np.ndarray, "_ _ 3"]]:
@@ -137,6 +228,26 @@ class Work:
         return frame, {
             size: (sides[0] * size // base, sides[1] * size // base) for size in divisors
         }
+
+
+def partly(picture: UInt8[np.ndarray, "h w 3"], unknown: Bool[np.ndarray, "h w"]) -> Canvas:
+    """A picture of which a part is to be painted. Raises UserError if that is nothing, or all."""
+    if not unknown.any() or unknown.all():
+        share = "all" if unknown.any() else "nothing"
+        raise UserError(f"{share} would be repainted: mark a part of the picture in white")
+    return Canvas(picture, unknown)
+
+
+def enlarged(picture: UInt8[np.ndarray, "h w 3"], sides: Sequence[int]) -> Canvas:
+    """A picture with further pixels on its left, right, top and bottom, to be painted.
+
+    Raises:
+        UserError: it would have too many pixels.
+    """
+    height, width = len(picture) + sum(sides[2:]), picture.shape[1] + sum(sides[:2])
+    if height * width > MAX_PIXELS:
+        raise UserError(f"{width} x {height} pixels: at most {MAX_PIXELS:,} are painted")
+    return Canvas.known(picture).enlarged(*sides)
 
 
 def clip_of(cascade: Cascade) -> FrozenCLIP:

@@ -1,6 +1,7 @@
 """Load a whole cascade from its file, and sample pictures of captions with it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def paint(
     size: int = 16,
     given: Batch | None = None,
     what: str = "painting",
+    progress: Progress | None = None,
 ) -> Batch:
     """Sample one picture of each caption; returns what all stages wrote, on the CPU.
 
@@ -124,14 +126,14 @@ def paint(
         size: of a batch.
         given: further keys, with one row per caption: what the cascade then need not sample, or
             what goes with the captions (`phrases.asked`).
-        what: title of the progress bar.
+        what, progress: as of `in_batches`.
     """
 
     def sample(batch: Batch, report: Progress) -> Batch:
         done = cascade(batch, seed, report)
         return {stage.writes: done[stage.writes] for stage in cascade.stages}
 
-    return in_batches(sample, captions, size, given, what)
+    return in_batches(sample, captions, size, given, what, progress)
 
 
 @torch.inference_mode()
@@ -141,6 +143,7 @@ def in_batches(
     size: int = 16,
     given: Batch | None = None,
     what: str = "painting",
+    progress: Progress | None = None,
 ) -> Batch:
     """Call a function with some rows at a time; returns the tensors it returns, on the CPU.
 
@@ -150,25 +153,39 @@ def in_batches(
         given: further keys, with one row per caption. Row i has the sample number i, unless
             `sample` is given as well.
         what: title of the progress bar.
+        progress: is told of each step in place of the bar.
     """
     painted: Batch = {}
     with (
-        bar(what, "pictures") as progress,
+        _steps(what, len(captions), progress) as (report, finished),
         torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()),
     ):
-        task = progress.add_task("", total=len(captions), rate=0, note="")
         for start in range(0, len(captions), size):
             rows = slice(start, start + size)
             batch: Batch = {"caption": list(captions[rows])}
             batch["sample"] = torch.arange(start, start + len(batch["caption"]))
             batch |= on({k: v[rows] for k, v in (given or {}).items()}, device())
-
-            def report(key: str, i: int, n: int) -> None:
-                progress.update(task, note=f"{key} {i}/{n}")
-
             made = {key: value.float().cpu() for key, value in sample(batch, report).items()}
             put_rows(painted, made, start, len(captions))
-            seconds = progress.tasks[0].elapsed or 1
-            count = start + len(batch["caption"])
-            progress.update(task, completed=count, rate=count / seconds)
+            finished(start + len(batch["caption"]))
     return painted
+
+
+@contextmanager
+def _steps(
+    what: str, total: int, progress: Progress | None
+) -> Iterator[tuple[Progress, Callable[[int], None]]]:
+    """Give a function that is told of each step, and one that is told how many rows are done."""
+    if progress is not None:
+        yield progress, lambda count: None
+        return
+    with bar(what, "pictures") as shown:
+        task = shown.add_task("", total=total, rate=0, note="")
+
+        def report(key: str, i: int, n: int, value: Callable[[], torch.Tensor]) -> None:
+            shown.update(task, note=f"{key} {i}/{n}")
+
+        def finished(count: int) -> None:
+            shown.update(task, completed=count, rate=count / (shown.tasks[0].elapsed or 1))
+
+        yield report, finished

@@ -14,7 +14,17 @@ from cascade.runs.run import Run
 
 # What may change from one start of a run to the next. The totals follow from `images`.
 FREE = (
-    *("images", "run", "trainer", "workers", "grids", "micro_batch", "faults", "watchdog"),
+    *(
+        "images",
+        "run",
+        "trainer",
+        "logger",
+        "workers",
+        "grids",
+        "micro_batch",
+        "faults",
+        "watchdog",
+    ),
     # Encoders are compared by their hashes.
     *("clip.checkpoint", "clip.quick_gelu", "text.reader.quick_gelu"),
     *("stage.encoders.0.quick_gelu", "stage.encoders.1.quick_gelu"),
@@ -26,7 +36,7 @@ FREE = (
 # (`cascade.training.provenance`).
 PLACES = re.compile(
     r"data\.path|start|teacher\.run|embeddings|data\.embeddings\.\w+\.folder|clip\.(path|checkpoint)|"
-    r"text\.\w+\.(path_or_name|checkpoint)"
+    r"text\.\w+\.(path_or_name|checkpoint|folder)"
 )
 
 

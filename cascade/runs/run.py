@@ -25,8 +25,9 @@ METRICS = "metrics.csv"
 EVENTS = "events.jsonl"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
-TENSORBOARD = "tensorboard"
+TENSORBOARD, WANDB, MLFLOW = "tensorboard", "wandb", "mlflow"  # folders of loggers
 HEARTBEATS = "heartbeats"
+LOGGED = "logged.json"
 
 
 class Saved(NamedTuple):
@@ -107,6 +108,17 @@ class Run:
     def tensorboard(self) -> Path:
         return self.path / TENSORBOARD
 
+    def logged(self) -> dict[str, dict[str, Any]]:
+        """Of each logger that keeps runs elsewhere, the run's `id` there, and the `images` up to
+        which it had everything when the last attempt began; empty if missing or damaged."""
+        try:
+            return json.loads((self.path / LOGGED).read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def write_logged(self, found: dict[str, dict[str, Any]]) -> None:
+        write_text(self.path / LOGGED, json.dumps(found) + "\n")
+
     def heartbeat(self, rank: int) -> Path:
         """The file that a rank touches while it is alive."""
         return self.path / HEARTBEATS / f"rank{rank}.json"
@@ -153,7 +165,7 @@ class Run:
         config: Any = OmegaConf.to_container(self.config)
         clip = str(config["clip"]["path"])
         readers = config["stage"].get("encoders") or []
-        named = {clip, *(str(one.get("path_or_name", "")) for one in readers)}
+        named = {clip, *(str(r.get(k, "")) for r in readers for k in ("path_or_name", "folder"))}
         for path in sorted(named):
             if path.startswith("../") and (self.path / path).exists():
                 config = replaced(config, path, str(self.path / path))

@@ -22,7 +22,7 @@ _GROUPS = (
     *("data", "clip", "text", "net", "process", "sampler", "optim", "learning_rate"),
     *("precomputed", "sketch"),
 )
-_NOT_CONTINUED = ("run", "start", "trainer", "faults")  # each run has its own
+_NOT_CONTINUED = ("run", "start", "trainer", "logger", "faults")  # each run has its own
 # What refers to what in the configuration of a training, where both have the same value.
 _REFERENCES = {
     "learning_rate.warmup": "${warmup}",

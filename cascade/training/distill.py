@@ -100,6 +100,8 @@ def student(config: DictConfig) -> DictConfig:
         "name": Path(config.run).name,
     }
     whole["micro_batch"] = config.micro_batch or whole["micro_batch"]
+    if "logger" in config:
+        whole["logger"] = config.logger
     whole["teacher"] = {**choices, "run": config.teacher, "steps": steps}
     for node in (whole, stage):
         node["batch"] = config.batch or node["batch"]

@@ -6,8 +6,8 @@ which order and why. The step itself is `Stage.training_step`, its loss `Process
 samples `cascade.data.order`, and a checkpoint's content `cascade.training.checkpoint`.
 
 The run directory identifies the run: the same command resumes it, or says that it is finished. It
-holds config.yaml, status.json, metrics.csv, tensorboard/, samples/, checkpoints/ and the averaged
-weights.
+holds config.yaml, status.json, metrics.csv, samples/, checkpoints/, the averaged weights, and the
+files of its loggers, such as tensorboard/.
 """
 
 import logging
@@ -18,7 +18,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cascade.batch import image_size
 from cascade.config.checks import accumulation
@@ -39,6 +39,7 @@ from cascade.training.callbacks.grids import SampleGrids
 from cascade.training.callbacks.guard import Guard, Rollback, resume_from
 from cascade.training.callbacks.history import History
 from cascade.training.callbacks.interruption import Interruption, stoppable
+from cascade.training.callbacks.logging import Logging
 from cascade.training.callbacks.saving import Checkpoints
 from cascade.training.callbacks.seeding import Seeding
 from cascade.training.callbacks.skips import Skips
@@ -47,6 +48,8 @@ from cascade.training.checkpoint import CheckpointFolders, newest_checkpoint
 from cascade.training.devices import check_processes, plugins
 from cascade.training.distill import teach
 from cascade.training.inputs import TrainingData, first_batches, grid_samples, training_samples
+from cascade.training.loggers.logger import Logger, check_installed
+from cascade.training.loggers.tensorboard import TensorBoard
 from cascade.training.module import Training
 from cascade.training.provenance import Provenance
 
@@ -66,6 +69,7 @@ def train(config: DictConfig) -> Path:
     if finished(folder, config.images):
         print(f"{config.name}: finished before ({folder})")
         return folder
+    check_installed(_loggers(config))
     check_writable(folder, "choose another run=...")
     with stoppable(folder), lease(folder) if is_first_rank() else nullcontext() as held:
         while True:
@@ -155,12 +159,15 @@ def _callbacks(
     if hasattr(getattr(module, "process", None), "measure"):
         # Before the last checkpoint, which holds what it measures.
         callbacks.append(Measure(ema, loader(samples, 64)))
+    # Its loggers begin before anything reports to them.
+    loggers = Logging(folder, _loggers(config), OmegaConf.to_container(config), start)
     # Nothing depends on the places of these three, as long as checkpoints come after them.
-    callbacks += [Seeding(config.seed), History(folder, config.name, start, config.images)]
+    history = History(folder, config.name, start, config.images, loggers)
+    callbacks += [loggers, Seeding(config.seed), history]
     if config.grids and hasattr(module, "sampler") and image_size(module.writes):
         marks = [config.images * (i + 1) // config.grids for i in range(config.grids)]
         batch, label = grid_samples(config, samples)
-        callbacks.append(SampleGrids(folder, ema, start, batch, label, marks))
+        callbacks.append(SampleGrids(folder, ema, start, batch, label, marks, loggers))
     return [
         *callbacks,
         # After the metrics and grids of a step at which it may end the run, before checkpoints.
@@ -170,6 +177,13 @@ def _callbacks(
         # Last: a checkpoint is written once all other output of its step is.
         checkpoints,
     ]
+
+
+def _loggers(config: DictConfig) -> dict[str, Logger]:
+    """Return the loggers by name. Runs of earlier versions name none, and use TensorBoard."""
+    if "logger" not in config:
+        return {"tensorboard": TensorBoard()}
+    return built(config.logger)
 
 
 def _trainer(config: DictConfig, callbacks: list[L.Callback]) -> L.Trainer:

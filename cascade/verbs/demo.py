@@ -56,12 +56,15 @@ def main(args: argparse.Namespace) -> None:
                 guidance=list(config.evaluate.guidance),
                 seed=config.seed,
                 targets=OmegaConf.to_container(config.evaluate.targets),
+                edits=config.evaluate.edits,
             )
     minutes = (time.monotonic() - begin) / 60
+    model = quote(str(folder))
     print(
         f"\n{minutes:.1f} minutes. Look at {folder}/report.html; then paint your own caption:\n\n"
-        f"  {_command()} sample --model {quote(str(folder))} {quote(config.caption)} --n 4 "
-        "--seed 0 --out out.png\n"
+        f"  {_command()} sample --model {model} {quote(config.caption)} --n 4 "
+        "--seed 0 --out out.png\n\n"
+        f"or open a page to paint, edit and compare on:\n\n  {_command()} serve {model}\n"
     )
 
 

@@ -18,17 +18,15 @@ from torch import Tensor
 
 from cascade.batch import Batch
 from cascade.codecs import moments, principal
-from cascade.draws import Draws
 from cascade.edit import operations
 from cascade.edit.canvas import Canvas
-from cascade.edit.embeddings import along, slerp, text_difference
+from cascade.edit.embeddings import along
 from cascade.errors import UserError
 from cascade.files.atomic import check_writable, write_atomically
-from cascade.formats.rgb import MAX_PIXELS, read_picture
+from cascade.formats.rgb import read_picture
 from cascade.grids import grid, to_uint8
-from cascade.pipeline import innermost
 from cascade.runs.checker import Checker
-from cascade.runs.editing import Work, check_context, embeddings_of
+from cascade.runs.editing import Way, Work, check_context, embeddings_of, enlarged, partly
 from cascade.runs.model import captions_asked, check_asked, device, load_cascade
 
 Picture = UInt8[np.ndarray, "h w 3"]
@@ -92,42 +90,19 @@ def decoded(args: argparse.Namespace) -> bool:
 
 
 def vary(work: Work, args: argparse.Namespace) -> Tensor:
-    _, views = work.embedded()
-    captioned = bool(args.caption)
-    if args.eta is None:
-        return work.rows(operations.vary, views, captioned=captioned)
-    views["x_T"] = work.inverted(views, **inverting(args))
-    return work.rows(operations.decode, views, eta=args.eta, **decoding(args))
+    return work.varied(args.eta, way(args))
 
 
 def interpolate(work: Work, args: argparse.Namespace) -> Tensor:
-    """Along all pictures, in their order."""
-    if len(work.canvases) < 2:
-        raise UserError("interpolate needs two pictures or more: --picture FIRST SECOND")
-    _, views = work.embedded()
-    shares = np.linspace(0, 1, args.frames or 7).tolist()
-    z = views["clip_image"]
-    given = {"clip_image": torch.stack([slerp(z[:-1], z[1:], share) for share in shares], 1)}
-    if args.noise == "slerp":
-        x = work.inverted(views, **inverting(args))
-        given["x_T"] = torch.stack([slerp(x[:-1], x[1:], share) for share in shares], 1)
-    else:
-        base = innermost(work.cascade.painter)
-        draw = Draws(work.seed, f"{base.writes}/x_T", range(len(z) - 1))
-        x = draw((len(z) - 1, *base.codec.shape({})))
-        given["x_T"] = torch.stack([x] * len(shares), 1)
-    return work.rows(operations.decode, given, **decoding(args))
+    frames = {"frames": args.frames} if args.frames else {}
+    return work.interpolated(slerped=args.noise == "slerp", way=way(args), **frames)
 
 
 def change(work: Work, args: argparse.Namespace) -> Tensor:
-    clip, views = work.embedded()
-    texts = clip.text([args.to, getattr(args, "from") or ""])["clip_text"].cpu()
-    z, x = views["clip_image"], work.inverted(views, **inverting(args))
-    text, before = (row.expand_as(z) for row in texts)
+    n = len(work.canvases)
+    before, wanted = [getattr(args, "from") or ""] * n, [args.to] * n
     shares = np.linspace(0, args.share, args.frames or 5).tolist()
-    turned = [text_difference(z, text, before, share) for share in shares]
-    given = {"clip_image": torch.stack(turned, 1), "x_T": torch.stack([x] * len(shares), 1)}
-    return work.rows(operations.decode, given, **decoding(args))
+    return work.changed(before, wanted, shares, way(args))
 
 
 def reconstruct(work: Work, args: argparse.Namespace) -> Tensor:
@@ -164,16 +139,11 @@ KINDS: dict[str, Callable[[Work, argparse.Namespace], Any]] = {
 }
 
 
-def decoding(args: argparse.Namespace) -> dict[str, Any]:
-    """The choices of `inversion.decoded` that the options make."""
-    steps, scale = args.steps or 50, 1.0 if args.scale is None else args.scale
-    return {"steps": steps, "scale": scale, "captioned": bool(args.caption)}
-
-
-def inverting(args: argparse.Namespace) -> dict[str, Any]:
-    """Likewise, of `inversion.inverted`."""
-    steps, refine = args.steps or 50, args.refine or 0
-    return {"steps": steps, "refine": refine, "captioned": bool(args.caption)}
+def way(args: argparse.Namespace) -> Way:
+    """What the options say of DDIM."""
+    given = {name: getattr(args, name) for name in ("steps", "refine", "scale")}
+    told = {name: value for name, value in given.items() if value is not None}
+    return Way(captioned=bool(args.caption), **told)
 
 
 def check_options(args: argparse.Namespace, out: Path) -> None:
@@ -207,17 +177,14 @@ def canvas_of(picture: Picture, args: argparse.Namespace) -> Canvas:
         sides = args.left, args.right, args.top, args.bottom
         if min(sides) < 0 or not any(sides):
             raise UserError("outpaint adds pixels: give --left, --right, --top or --bottom")
-        height, width = len(picture) + sum(sides[2:]), picture.shape[1] + sum(sides[:2])
-        if height * width > MAX_PIXELS:
-            raise UserError(f"{width} x {height} pixels: at most {MAX_PIXELS:,} are painted")
-        return Canvas.known(picture).enlarged(*sides)
+        return enlarged(picture, sides)
     if args.kind == "inpaint":
-        return Canvas(picture, unknown_of(picture, args))
+        return partly(picture, unknown_of(picture, args))
     return Canvas.known(picture)
 
 
 def unknown_of(picture: Picture, args: argparse.Namespace) -> Bool[np.ndarray, "h w"]:
-    """The pixels that --mask or --box names. Raises UserError if these are none, or all."""
+    """The pixels that --mask or --box names."""
     height, width = picture.shape[:2]
     if args.mask:
         mask = read_picture(Path(args.mask))
@@ -233,9 +200,6 @@ def unknown_of(picture: Picture, args: argparse.Namespace) -> Bool[np.ndarray, "
         unknown[top : top + high, left : left + wide] = True
     else:
         raise UserError("nothing says what to repaint: give --mask FILE, or --box x,y,w,h")
-    if not unknown.any() or unknown.all():
-        share = "all" if unknown.any() else "nothing"
-        raise UserError(f"{share} would be repainted: mark a part of the picture in white")
     return unknown
 
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,6 +25,8 @@ from cascade.diffusion.noise import linear_table, table
 from cascade.errors import UserError
 from cascade.eval.benchmarks import clock
 from cascade.formats.texts import lines
+from cascade.interop.names.diffusers import unet_rules
+from cascade.interop.names.rules import renamed
 from cascade.nets.layers import GroupNorm, Timestep
 from cascade.nets.unet import UNet
 
@@ -76,52 +77,9 @@ def theirs(adm: bool, channels: int = CHANNELS) -> nn.Module:
 
 def copy_weights(source: nn.Module, target: UNet) -> None:
     """Copies the weights of diffusers' network to ours."""
-
-    def copy(a: nn.Module, b: nn.Module) -> None:
-        b.load_state_dict(a.state_dict())
-
-    def block(resnet: nn.Module, attention: nn.Module | None, b: nn.Module) -> None:
-        pairs = {"norm1": "norm_in", "conv1": "conv_in", "time_emb_proj": "modulation"}
-        pairs |= {"norm2": "norm_out", "conv2": "conv_out"}
-        for their_name, our_name in pairs.items():
-            copy(getattr(resnet, their_name), getattr(b, our_name))
-        if resnet.conv_shortcut is not None:
-            copy(resnet.conv_shortcut, b.skip)
-        if attention is not None:
-            copy(attention.group_norm, b.norm_attention)
-            copy(attention.to_out[0], b.attention.out)
-            parts = [attention.to_q, attention.to_k, attention.to_v]
-            for name in ("weight", "bias"):
-                joined = torch.cat([getattr(part, name).data for part in parts])
-                getattr(b.attention.qkv, name).data.copy_(joined)
-
-    def level(parts: nn.Module, blocks: Any) -> None:
-        attentions = getattr(parts, "attentions", [None] * len(parts.resnets))
-        for resnet, attention in zip(parts.resnets, attentions):
-            block(resnet, attention, next(blocks))
-
-    def resample(part: nn.Module, b: nn.Module) -> None:
-        if hasattr(part, "conv1"):
-            block(part, None, b)
-        else:
-            copy(part.conv, b.conv)
-
-    copy(source.time_embedding.linear_1, target.noise_level[1])
-    copy(source.time_embedding.linear_2, target.noise_level[3])
-    copy(source.conv_in, target.conv_in)
-    copy(source.conv_norm_out, target.norm_out)
-    copy(source.conv_out, target.conv_out)
-    down, up = iter(target.down), iter(target.up)
-    for parts in source.down_blocks:
-        level(parts, down)
-        if parts.downsamplers:
-            resample(parts.downsamplers[0], next(down))
-    for parts in source.up_blocks:
-        level(parts, up)
-        if parts.upsamplers:
-            resample(parts.upsamplers[0], next(up))
-    block(source.mid_block.resnets[0], source.mid_block.attentions[0], target.middle[0])
-    block(source.mid_block.resnets[1], None, target.middle[1])
+    unused = {r".*\.Conv2d_0\..*": "the same as .conv"}
+    found = renamed(source.state_dict(), unet_rules(target, ""), "diffusers", unused)
+    target.load_state_dict(found)
 
 
 Forward = Callable[[Tensor, Tensor], Tensor]

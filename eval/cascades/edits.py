@@ -21,14 +21,14 @@ from cascade.data.scenes.generate import UNSEEN, render
 from cascade.draws import Draws, generator
 from cascade.edit import operations
 from cascade.edit.canvas import Canvas
-from cascade.edit.embeddings import slerp, text_difference
+from cascade.edit.embeddings import slerp
 from cascade.eval.cascades.protocol import JUDGED, HeldOut, Metrics, against, embedded
 from cascade.eval.metrics.features import CLIPFeatures
 from cascade.eval.metrics.interval import of_share
 from cascade.eval.scenes.recognizer import judge, recognize
 from cascade.grids import to_uint8
 from cascade.pipeline import Cascade, innermost
-from cascade.runs.editing import Work
+from cascade.runs.editing import Way, Work
 
 SHARES = (0.3, 0.4, 0.5)  # of the rotation to a text difference
 FRAMES = 5  # of an interpolation
@@ -144,15 +144,8 @@ def difference(of: Edited, scenes: Sequence[Scene], part: str) -> Metrics:
     """Whether a text difference changes the colour or shape, and nothing else, by its share."""
     wanted = [_other(of, scene, part, i) for i, scene in enumerate(scenes)]
     work = of.work(scenes, [""] * len(scenes))
-    clip, views = work.embedded()
-    text, before = (_texts(clip, some) for some in (wanted, scenes))
-    z, x_T = views["clip_image"], work.inverted(views, steps=STEPS)
-    turned = [text_difference(z, text, before, share) for share in SHARES]
-    given = {
-        "clip_image": torch.stack(turned, 1),
-        "x_T": x_T[:, None].expand(-1, len(SHARES), *x_T.shape[1:]),
-    }
-    made = work.rows(operations.decode, given, steps=STEPS)
+    captions = ([caption(scene) for scene in some] for some in (scenes, wanted))
+    made = work.changed(*captions, SHARES, Way(steps=STEPS))
     by_share = [
         {"share": share, **_share([v["binding"] for v in _verdicts(wanted, made[:, i])])}
         for i, share in enumerate(SHARES)
@@ -178,11 +171,11 @@ def interpolation(of: Edited, scenes: Sequence[Scene], features: CLIPFeatures) -
             "clip_image": torch.stack([slerp(z[:-1], z[1:], share) for share in shares], 1),
             "x_T": torch.stack([slerp(x[:-1], ends, share) for share in shares], 1),
         }
-        made = work.rows(operations.decode, given, steps=STEPS)
+        made = work.rows(operations.decode, given, steps=STEPS, drawn=name == "fixed")
         found = [recognize(picture) for picture in to_uint8(made.flatten(0, 1))]
         row = embedded(features, made.flatten(0, 1)).unflatten(0, made.shape[:2])
         steps = (row[:, 1:] - row[:, :-1]).norm(dim=2)
-        within = steps <= 2 * steps.median(1, keepdim=True).values
+        within = steps <= 2 * steps.quantile(0.5, 1, keepdim=True)
         out[name] = _share([one.clean and len(one.objects) == 1 for one in found])
         out[name] |= {"steps_within_2_medians": within.float().mean().item(), "frames": FRAMES}
     return out
@@ -260,10 +253,6 @@ def _other(of: Edited, scene: Scene, part: str, number: int) -> Scene:
 
 def _replaced(of: Edited, scene: Scene, number: int) -> Scene:
     return _other(of, scene, "both", number)
-
-
-def _texts(clip: Any, scenes: Sequence[Scene]) -> Float[Tensor, "n d"]:
-    return clip.text([caption(scene) for scene in scenes])["clip_text"].cpu()
 
 
 def _verdicts(scenes: Sequence[Scene], made: Float[Tensor, "n 3 h w"]) -> list[dict[str, bool]]:

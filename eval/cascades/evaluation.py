@@ -25,6 +25,7 @@ from cascade.eval.cascades.protocol import (
     distance,
     picture_metrics,
 )
+from cascade.eval.cascades.styles import measure_styles, pairs_of
 from cascade.eval.metrics.features import CLIPFeatures
 from cascade.eval.scenes.geneval import level_of, prompts, score_tasks, write_lines
 from cascade.files.atomic import write_atomically
@@ -102,7 +103,8 @@ def evaluate(
         geneval: prompts for each of GenEval's tasks, of the level of the first split's scenes.
         bound: sampler steps of the variational bound (`likelihood`) on the first split; 0: none.
         typographic: whether to attack the cascade's CLIP on the first split (`typographic`).
-        edits: pictures of the first split for each kind of edit (`measure_edits`).
+        edits: pictures of the first split for each kind of edit (`measure_edits`; of data without
+            scenes, `measure_styles`).
 
     Raises:
         UserError: the data lack something that a measure needs.
@@ -153,8 +155,8 @@ def _split(
     check(of.cascade, samples, of.geneval, of.data)
     if of.typographic and guidance is not None:
         typographic.check(of.cascade, samples)
-    if of.edits and not samples.scenes:
-        raise UserError(f"{of.data} has no scenes: leave --edits out")
+    if of.edits and not samples.scenes and guidance is not None:
+        pairs_of(of.data, split, of.edits, of.seed)  # or refuse before anything is painted
     painted = of.paint(of.cascade, samples.captions, None, split)
     shown[split] = _evenly(painted, samples.captions)
     out: Metrics = {split: picture_metrics(painted, samples, samples.truth, of.features)}
@@ -173,8 +175,11 @@ def _split(
         if of.bound:
             bits = likelihood.bounds(of.cascade, samples.captions, samples.truth, of.seed, of.bound)
             out["bound"] = {"steps": of.bound, "bits_per_dimension": bits}
-        if of.edits:
+        if of.edits and samples.scenes:
             out["edits"] = measure_edits(of.cascade, samples, of.features, of.seed, of.edits)
+        elif of.edits:
+            asked = of.data, split, of.features, of.seed, of.edits
+            out["edits"], shown["edits"] = measure_styles(of.cascade, *asked)
     return out
 
 
@@ -226,7 +231,8 @@ def _by_stage(of: Judged, data: HeldOut, painted: Batch) -> Metrics:
         drawn = painted["clip_image"]
         out["prior"] = prior.measure_prior(cascade, data, drawn, of.paint, of.checkpoint)
         rows = data.kind("one") or list(range(len(data)))
-        some, small = data.where(rows), cascade.upto("image_64")
+        small = cascade.upto("image_64")
+        some = data.where(rows, [stage.writes for stage in small.stages])
         small = small.replace(Without(small.painter, ("caption",)))  # its caption is withheld
         for name, z in (("prior", painted), ("truth", data.truth)):
             given = {"clip_image": z["clip_image"][rows]}
@@ -254,19 +260,19 @@ def _guidance(of: Judged, data: HeldOut, painted: Batch, scales: Sequence[float]
     """
     few = 4 * of.features.dim
     rows = list(range(0, len(data), max(1, len(data) // few)))[:few]
-    some = data.where(rows)
+    some = data.where(rows, ())
     given = {k: painted[k][rows] for k in ("clip_image",) if k in painted}
-    out = []
-    for scale in scales:
+
+    def at(scale: float) -> Metrics:  # returns before the next scale, so its pictures are freed
         if scale == of.cascade.painter.sampler.scale:
             done = {key: value[rows] for key, value in painted.items()}
         else:
             stage = SamplingChoices(scale=scale).applied(of.cascade.painter)
             altered = of.cascade.replace(stage)
             done = of.paint(altered, some.captions, given, f"guidance {scale:g}")
-        row = picture_metrics(done, some, data.truth, of.features)
-        out.append({"scale": scale, "count": len(some), **row})
-    return out
+        return picture_metrics(done, some, data.truth, of.features)
+
+    return [{"scale": scale, "count": len(some), **at(scale)} for scale in scales]
 
 
 def _few_steps(of: Judged, data: HeldOut, painted: Batch) -> Batch:
@@ -280,7 +286,7 @@ def _few_steps(of: Judged, data: HeldOut, painted: Batch) -> Batch:
         return {}
     kinds = [data.kind(kind)[:2] for kind in KINDS] if data.scenes else [range(min(4, len(data)))]
     rows = [i for some in kinds for i in some]
-    some, last = data.where(rows), of.cascade.stages[-1].writes
+    some, last = data.where(rows, ()), of.cascade.stages[-1].writes
     given = {k: painted[k][rows] for k in ("clip_image",) if k in painted}
     pictures, titles = [painted[last][rows]], [f"{whole} steps: {text}" for text in some.captions]
     for steps in fewer:

@@ -4,7 +4,7 @@ Every number covers all captions, with one picture each and no selection. Distan
 the feature space of a judging CLIP that neither conditions the cascade nor reranks its samples.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,12 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def where(self, rows: Sequence[int]) -> "HeldOut":
-        """Some rows; tensors are copied."""
-        rows = list(rows)
+    def where(self, rows: Sequence[int], keys: Collection[str] | None = None) -> "HeldOut":
+        """Some rows, with the true values of some keys (None: of all); tensors are copied."""
+        rows, keys = list(rows), self.truth.keys() if keys is None else keys
         return HeldOut(
             [self.captions[i] for i in rows],
-            {key: value[rows] for key, value in self.truth.items()},
+            {key: value[rows] for key, value in self.truth.items() if key in keys},
             self.scenes and [self.scenes[i] for i in rows],
         )
 
@@ -110,7 +110,9 @@ def picture_metrics(painted: Batch, data: HeldOut, real: Batch, features: CLIPFe
 def verdicts(pictures: Float[Tensor, "n 3 h w"], data: HeldOut) -> list[dict[str, bool]]:
     """The recognizer's, by caption; none without scenes, and at sizes that it does not judge."""
     scenes = (pictures.shape[-1] in JUDGED and data.scenes) or []
-    return [judge(*pair) for pair in zip(scenes, to_uint8(pictures[: len(scenes)]), strict=True)]
+    some = pictures[: len(scenes)].split(64)  # bytes of all at once need copies of all
+    shown = (picture for part in some for picture in to_uint8(part))
+    return [judge(*pair) for pair in zip(scenes, shown, strict=True)]
 
 
 def by_kind(found: Sequence[Mapping[str, bool]], data: HeldOut) -> Metrics:
@@ -190,3 +192,15 @@ def against(targets: Mapping[str, Any], metrics: Metrics) -> list[Metrics]:
         row = {"what": target["what"], "asked": asked, "measured": value, "reached": reached}
         rows.append({"path": path, **row})
     return rows
+
+
+def rate(metrics: Metrics | None, name: str) -> str | None:
+    """A rate with its interval; None if it was not measured."""
+    if not metrics or name not in metrics:
+        return None
+    return within(metrics[name], metrics["intervals"][name])
+
+
+def within(value: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{value:.3g} ({low:.3g} to {high:.3g})"

@@ -1,13 +1,18 @@
 """Reports as single HTML files: targets, tables, curves and labelled sample grids.
 
-Pictures are embedded as PNG and styles are inline; nothing is loaded and no script runs. The file
-can be mailed, and adapts to phones and to dark mode. All text from outside is escaped.
+Pictures are embedded as PNG. The file can be mailed, and adapts to phones and to dark mode. All
+text from outside is escaped. The page's policy lets the browser load nothing, and run one script at
+most: compare.js, which is known by its hash, and without which the page shows the same pictures.
 """
 
 import base64
+import hashlib
 import io
+import json
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -22,59 +27,41 @@ from cascade.files.atomic import write_atomically
 # An entry of a table. A pair is a mean and its standard deviation over seeds (None: one seed).
 Entry = str | int | float | tuple[float, float | None] | None
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #fff; --text: #1c2128; --soft: #626a75; --line: #dfe3e8;
-  --stripe: #f6f8fa; --accent: #2265c7; --good: #157a3a; --bad: #c02626; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171c; --text: #e4e7eb; --soft: #9aa3ae;
-  --line: #303741; --stripe: #1b2027; --accent: #79aefc; --good: #57c97c; --bad: #ff7b72; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; background: var(--page);
-  color: var(--text); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.8rem; line-height: 1.2; margin: .5rem 0 1rem; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: 1rem;
-  border-top: 1px solid var(--line); }
-p { max-width: 46rem; margin: .6rem 0; }
-nav { display: flex; flex-wrap: wrap; gap: .4rem; }
-nav a { color: var(--accent); text-decoration: none; border: 1px solid var(--line);
-  border-radius: 1rem; padding: .1rem .7rem; font-size: .9rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .8rem; text-align: left; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-tbody tr:nth-child(even) { background: var(--stripe); }
-.number { text-align: right; }
-td.number { white-space: nowrap; }
-.reached { color: var(--good); font-weight: 600; }
-.missed { color: var(--bad); font-weight: 600; }
-figure { margin: 1.2rem 0; }
-img { display: block; max-width: 100%; height: auto; border-radius: .4rem; }
-.row { display: flex; gap: 1rem; overflow-x: auto; margin: .6rem 0 1.4rem; }
-.row figure { flex: 0 0 min(26rem, 85vw); margin: 0; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
-  gap: .8rem; }
-ul { padding-left: 1.2rem; max-width: 46rem; }
-li { margin: .8rem 0; }
-strong { color: var(--accent); }
-a { color: var(--accent); }
-figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; max-width: 46rem; }
-"""
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title>
 <style>{style}</style>
 </head>
 <body>
+<main>
 <h1>{title}</h1>
-<nav>{links}</nav>
+<nav aria-label="Sections">{links}</nav>
 {body}
-</body>
+</main>
+{script}</body>
 </html>
 """
+_POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture that the reader can compare with those of other cells.
+
+    Args:
+        name: shown below it.
+        values: the cell's place: its value on each axis.
+        numbers: what was measured in this cell, in words.
+    """
+
+    picture: Image.Image
+    name: str
+    values: Mapping[str, str]
+    numbers: str
 
 
 class Report:
@@ -84,6 +71,7 @@ class Report:
         self._title = title
         self._headings: list[str] = []
         self._body: list[str] = []
+        self._cells = 0
 
     @property
     def size(self) -> int:
@@ -137,9 +125,8 @@ class Report:
 
     def targets(self, rows: Sequence[tuple[str, Entry, Entry, bool]]) -> None:
         """Add a table of targets: rows of (description, target, measured, whether reached)."""
-        head = (
-            '<th>target</th><th class="number">asked</th><th class="number">measured</th><th></th>'
-        )
+        numbers = "".join(f'<th class="number">{name}</th>' for name in ("asked", "measured"))
+        head = f"<th>target</th>{numbers}<th>verdict</th>"
         body = []
         for what, asked, measured, reached in rows:
             verdict = "reached" if reached else "missed"
@@ -156,8 +143,19 @@ class Report:
 
     def row(self, pictures: Sequence[tuple[Image.Image, str]], caption: str) -> None:
         """Add named pictures side by side, which scroll horizontally on a narrow page."""
-        shown = "".join(_figure(*_png(image), name) for image, name in pictures)
-        self._body.append(f'<p>{escape(caption)}</p><div class="row">{shown}</div>')
+        self._row([_figure(*_png(image), name) for image, name in pictures], caption)
+
+    def cells(self, cells: Sequence[Cell], caption: str) -> None:
+        """Add a row of pictures; the first row is preceded by the comparison of all rows' cells."""
+        if not self._cells:
+            self._body.append(_asset("compare.html"))
+        self._cells += len(cells)
+        shown = []
+        for cell in cells:
+            values, numbers = escape(json.dumps(dict(cell.values))), escape(cell.numbers)
+            about = f' data-cell="{values}" data-numbers="{numbers}"'
+            shown.append(_figure(*_png(cell.picture), cell.name, about))
+        self._row(shown, caption)
 
     def figure(self, figure: Figure, caption: str) -> None:
         """Add a matplotlib figure at 160 dots per inch."""
@@ -203,15 +201,30 @@ class Report:
         links = "".join(
             f'<a href="#s{i}">{escape(text)}</a>' for i, text in enumerate(self._headings, start=1)
         )
+        style, script = _asset("report.css"), _asset("compare.js") if self._cells else ""
+        policy = [_POLICY, f"style-src {_hash(style)}", script and f"script-src {_hash(script)}"]
         page = _PAGE.format(
-            title=escape(self._title), style=_STYLE, links=links, body="\n".join(self._body)
+            policy="; ".join(filter(None, policy)),
+            title=escape(self._title),
+            style=style,
+            links=links,
+            body="\n".join(self._body),
+            script=script and f"<script>{script}</script>\n",
         )
         write_atomically(Path(path), lambda partial: partial.write_text(page, encoding="utf-8"))
+
+    def _row(self, figures: Sequence[str], caption: str) -> None:
+        text = escape(caption)
+        self._body.append(
+            f'<p>{text}</p><div class="row" tabindex="0" role="group" aria-label="{text}">'
+            f"{''.join(figures)}</div>"
+        )
 
     def _table(self, head: str, rows: list[str]) -> None:
         body = "\n".join(f"<tr>{row}</tr>" for row in rows)
         self._body.append(
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
+            '<div class="scroll" tabindex="0" role="group" aria-label="table">'
+            f"<table><thead><tr>{head}</tr></thead>\n"
             f"<tbody>\n{body}\n</tbody></table></div>"
         )
 
@@ -233,9 +246,21 @@ def _image(png: bytes, width: int, alt: str) -> str:
     return f'<img width="{width}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def _figure(png: bytes, width: int, caption: str) -> str:
+def _figure(png: bytes, width: int, caption: str, attributes: str = "") -> str:
     image = _image(png, width, caption)
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f"<figure{attributes}>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+@cache
+def _asset(name: str) -> str:
+    """Return a text that lies next to this module."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """Return the source expression that admits an inline style or script (CSP level 2)."""
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest())
+    return f"'sha256-{digest.decode('ascii')}'"
 
 
 def text(value: Entry) -> str:

@@ -25,7 +25,7 @@ from cascade.batch import Batch, image_size
 from cascade.encoders import phrases
 from cascade.errors import Failed, UserError
 from cascade.eval.pictures import captions, prompts
-from cascade.eval.pictures.identity import MANIFEST, changed, read_manifest
+from cascade.eval.pictures.identity import MANIFEST, changed, protocol_of, read_manifest
 from cascade.eval.pictures.prompts import LAYOUTS, Layout, Prompt
 from cascade.eval.pictures.sets import listed
 from cascade.files.atomic import REST, remove, remove_rests, write_atomically
@@ -208,7 +208,7 @@ def check(folder: Path) -> Made:
     try:
         same = captions.hash_of(rows) == manifest["captions"]
         sheets = LAYOUTS[manifest["layout"]].sheets(manifest["prompts"]["count"])
-        protocol = _protocol(manifest)
+        protocol = protocol_of(manifest)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / MANIFEST} is damaged: generate into a new folder") from error
     if not same:
@@ -225,19 +225,6 @@ def check(folder: Path) -> Made:
             f"{min(foreign)}: remove them"
         )
     return Made(asked, protocol)
-
-
-def _protocol(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    model = manifest["model"]
-    samplers = {k: stage["sampler"] for k, stage in model["stages"].items() if "sampler" in stage}
-    return {
-        "guidance": {k: s["scale"] for k, s in samplers.items() if "scale" in s},
-        "steps": {k: s["steps"] for k, s in samplers.items() if "steps" in s},
-        "weights": model["weights"],
-        "model_hash": model["hash"],
-        "prompts_hash": manifest["prompts"]["hash"],
-        "seed": manifest["seed"],
-    }
 
 
 def _settle(job: Job, settings: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ The manifest of a folder of generated pictures holds it.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from operator import attrgetter
@@ -39,6 +39,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise UserError(f"{folder / MANIFEST} is damaged: generate into a new folder")
     return manifest
+
+
+def protocol_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """How the pictures of a manifest were generated, as fields of a `record.Record`."""
+    model = manifest["model"]
+    samplers = {k: stage["sampler"] for k, stage in model["stages"].items() if "sampler" in stage}
+    return {
+        "guidance": {k: s["scale"] for k, s in samplers.items() if "scale" in s},
+        "steps": {k: s["steps"] for k, s in samplers.items() if "steps" in s},
+        "weights": model["weights"],
+        "model_hash": model["hash"],
+        "prompts_hash": manifest["prompts"]["hash"],
+        "seed": manifest["seed"],
+    }
 
 
 def described(

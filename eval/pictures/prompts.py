@@ -8,7 +8,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,96 +86,86 @@ def hash_of(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
 class Layout:
     """Where pictures are saved.
 
-    Attributes:
+    Args:
         name: on the command line.
         per_prompt: the benchmark's usual number of pictures per prompt.
+        ids: (prompts, pictures of each) -> the ids of each prompt's pictures; raises UserError if
+            the scorer could not read them.
+        sheets: (number of prompts) -> ids of the extra pictures that `finish` writes, which do not
+            belong to the set.
+        finish: (folder, prompts, ids) -> None; writes the layout's other files, once all pictures
+            are complete.
     """
 
     name: str
     per_prompt: int
-
-    def ids(self, prompts: Sequence[Prompt], per_prompt: int) -> list[list[str]]:
-        """The ids of each prompt's pictures. UserError if the scorer could not read them."""
-        raise NotImplementedError
-
-    def sheets(self, prompts: int) -> set[str]:
-        """Ids of the extra pictures that `finish` writes, which do not belong to the set."""
-        return set()
-
-    def finish(self, out: Path, prompts: Sequence[Prompt], ids: Sequence[Sequence[str]]) -> None:
-        """Writes the layout's other files, once all pictures are complete."""
+    ids: Callable[[Sequence[Prompt], int], list[list[str]]]
+    sheets: Callable[[int], set[str]] = lambda prompts: set()
+    finish: Callable[[Path, Sequence[Prompt], Sequence[Sequence[str]]], None] = lambda *_: None
 
 
-class Plain(Layout):
-    """`00000_0000.png`: numbers of prompt and picture, in one folder."""
-
-    name = "plain"
-    per_prompt = 1
-
-    def ids(self, prompts: Sequence[Prompt], per_prompt: int) -> list[list[str]]:
-        return [[f"{i:05d}_{k:04d}" for k in range(per_prompt)] for i in range(len(prompts))]
+def _plain_ids(prompts: Sequence[Prompt], per_prompt: int) -> list[list[str]]:
+    return [[f"{i:05d}_{k:04d}" for k in range(per_prompt)] for i in range(len(prompts))]
 
 
-class GenEval(Layout):
-    """`00000/samples/0000.png`, with `metadata.jsonl` and `grid.png` (djghosh13/geneval)."""
-
-    name = "geneval"
-    per_prompt = 4
-
-    def ids(self, prompts: Sequence[Prompt], per_prompt: int) -> list[list[str]]:
-        for i, prompt in enumerate(prompts, 1):
-            if not {"prompt", "tag", "include"} <= prompt.fields.keys():
-                raise UserError(
-                    f"prompt {i} lacks tag and include: give GenEval's jsonl, or --layout plain"
-                )
-        return [
-            [f"{i:05d}/samples/{k:04d}" for k in range(per_prompt)] for i in range(len(prompts))
-        ]
-
-    def sheets(self, prompts: int) -> set[str]:
-        return {f"{i:05d}/grid" for i in range(prompts)}
-
-    def finish(self, out: Path, prompts: Sequence[Prompt], ids: Sequence[Sequence[str]]) -> None:
-        for i, (prompt, names) in enumerate(zip(prompts, ids)):
-            folder, text = out / f"{i:05d}", json.dumps(prompt.fields, default=str) + "\n"
-            write_atomically(folder / "metadata.jsonl", partial(Path.write_text, data=text))
-            if not (folder / "grid.png").exists():
-                pictures = [np.asarray(_opened(out / f"{name}.png")) for name in names]
-                sheet = grid(np.stack(pictures), columns=min(4, len(names)))
-                write_atomically(folder / "grid.png", partial(sheet.save, format="PNG"))
+def _geneval_ids(prompts: Sequence[Prompt], per_prompt: int) -> list[list[str]]:
+    for i, prompt in enumerate(prompts, 1):
+        if not {"prompt", "tag", "include"} <= prompt.fields.keys():
+            raise UserError(
+                f"prompt {i} lacks tag and include: give GenEval's jsonl, or --layout plain"
+            )
+    return [[f"{i:05d}/samples/{k:04d}" for k in range(per_prompt)] for i in range(len(prompts))]
 
 
-class CompBench(Layout):
-    """`samples/PROMPT_000000.png`, numbered across all prompts (Karine-Huang/T2I-CompBench).
+def _geneval_sheets(prompts: int) -> set[str]:
+    return {f"{i:05d}/grid" for i in range(prompts)}
 
-    Its scorers read the prompt from the name, up to the first underscore. If prompts differ only in
+
+def _finish_geneval(out: Path, prompts: Sequence[Prompt], ids: Sequence[Sequence[str]]) -> None:
+    for i, (prompt, names) in enumerate(zip(prompts, ids)):
+        folder, text = out / f"{i:05d}", json.dumps(prompt.fields, default=str) + "\n"
+        write_atomically(folder / "metadata.jsonl", partial(Path.write_text, data=text))
+        if not (folder / "grid.png").exists():
+            pictures = [np.asarray(_opened(out / f"{name}.png")) for name in names]
+            sheet = grid(np.stack(pictures), columns=min(4, len(names)))
+            write_atomically(folder / "grid.png", partial(sheet.save, format="PNG"))
+
+
+def _compbench_ids(prompts: Sequence[Prompt], per_prompt: int) -> list[list[str]]:
+    """Number the pictures across all prompts.
+
+    The scorers read the prompt from the name, up to the first underscore. If prompts differ only in
     characters that file names cannot hold, the numbers keep their pictures distinct.
     """
-
-    name = "compbench"
-    per_prompt = 10
-
-    def ids(self, prompts: Sequence[Prompt], per_prompt: int) -> list[list[str]]:
-        names = [self._name(prompt.text) for prompt in prompts]
-        return [
-            [f"samples/{name}_{i * per_prompt + k:06d}" for k in range(per_prompt)]
-            for i, name in enumerate(names)
-        ]
-
-    @staticmethod
-    def _name(text: str) -> str:
-        name = " ".join(re.sub(r"[/_\0-\x1f\x7f]", " ", text).split()).lstrip(".")
-        if not name or len(name.encode()) > _LONGEST:
-            raise UserError(
-                f"this prompt is no valid file name: {text[:60]}... : use --layout plain"
-            )
-        return name
+    names = [_file_name(prompt.text) for prompt in prompts]
+    return [
+        [f"samples/{name}_{i * per_prompt + k:06d}" for k in range(per_prompt)]
+        for i, name in enumerate(names)
+    ]
 
 
-LAYOUTS = {layout.name: layout for layout in (Plain(), GenEval(), CompBench())}
+def _file_name(text: str) -> str:
+    name = " ".join(re.sub(r"[/_\0-\x1f\x7f]", " ", text).split()).lstrip(".")
+    if not name or len(name.encode()) > _LONGEST:
+        raise UserError(f"this prompt is no valid file name: {text[:60]}... : use --layout plain")
+    return name
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        # `00000_0000.png`: numbers of prompt and picture, in one folder
+        Layout("plain", 1, _plain_ids),
+        # `00000/samples/0000.png`, with `metadata.jsonl` and `grid.png` (djghosh13/geneval)
+        Layout("geneval", 4, _geneval_ids, _geneval_sheets, _finish_geneval),
+        # `samples/PROMPT_000000.png` (Karine-Huang/T2I-CompBench)
+        Layout("compbench", 10, _compbench_ids),
+    )
+}
 
 
 def _opened(path: Path) -> Image.Image:

@@ -10,12 +10,12 @@ from pathlib import Path
 from PIL import Image
 
 from cascade.eval.pages.plots import compose
-from cascade.eval.pages.report import Entry, Report
+from cascade.eval.pages.report import Cell, Entry, Report, text
 from cascade.eval.pages.spread import spread
 from cascade.eval.sweeps import figures, findings, results
 from cascade.eval.sweeps.answers import answers, found, no_signal, short
 from cascade.eval.sweeps.folder import Point, find_sweeps, is_sweep
-from cascade.eval.sweeps.results import Sweep, as_value, combinations, read_sweep, shown
+from cascade.eval.sweeps.results import Sweep, Values, as_value, combinations, read_sweep, shown
 from cascade.files.atomic import check_writable
 
 _ROWS, _ACROSS = 8, 12  # most grids of a page: choices down, points across
@@ -148,18 +148,18 @@ def _pictures(page: Report, sweep: Sweep) -> None:
     """Add the grids of the first seed, a row per choice, and the nearest training pictures."""
     if sweep.folder is None:
         return
-    points = {
-        ", ".join(map(shown, of.values())) or name: Point(sweep.folder / name)
+    points = [
+        (of, Point(sweep.folder / name))
         for name, of, seed in sweep.points()
         if seed == sweep.seeds[0]
-    }
-    truth = [point.truth for point in points.values() if point.truth.is_file()]
-    grids: dict[frozenset, list[tuple[str, Path]]] = {}
-    for name, point in points.items():
+    ]
+    truth = [point.truth for _, point in points if point.truth.is_file()]
+    grids: dict[frozenset, list[tuple[Values, str, Path]]] = {}
+    for of, point in points:
         for choices, path in point.grids():
             key = frozenset((axis, as_value(v)) for axis, v in choices.items())
-            grids.setdefault(key, []).append((name, path))
-    nearest = [(name, p.nearest) for name, p in points.items() if p.nearest.is_file()]
+            grids.setdefault(key, []).append((of, _named(of, point), path))
+    nearest = [(_named(of, p), p.nearest) for of, p in points if p.nearest.is_file()]
     if not (truth or grids or nearest):
         return
     page.heading("Pictures")
@@ -171,7 +171,9 @@ def _pictures(page: Report, sweep: Sweep) -> None:
         page.row(row, "Samples and their nearest training pictures.")
 
 
-def _grids(page: Report, sweep: Sweep, grids: Mapping[frozenset, list[tuple[str, Path]]]) -> None:
+def _grids(
+    page: Report, sweep: Sweep, grids: Mapping[frozenset, list[tuple[Values, str, Path]]]
+) -> None:
     asked = [values for values in combinations(sweep.choices) if frozenset(values.items()) in grids]
     down, left = _some(asked, _ROWS), 0
     for values in asked:
@@ -180,10 +182,20 @@ def _grids(page: Report, sweep: Sweep, grids: Mapping[frozenset, list[tuple[str,
         left += len(row) - len(across)
         if across:
             name = ", ".join(f"{axis} {shown(v)}" for axis, v in values.items()) or "Samples"
-            words = f"{name}; seed {sweep.seeds[0]}, not cherry-picked."
-            page.row([(_small(path), point) for point, path in across], words)
+            cells = [_cell(sweep, {**of, **values}, point, path) for of, point, path in across]
+            page.cells(cells, f"{name}; seed {sweep.seeds[0]}, not cherry-picked.")
     if left:
         page.paragraph(f"{left} more grids are in the sweep's folder.")
+
+
+def _cell(sweep: Sweep, values: Values, point: str, path: Path) -> Cell:
+    found = [(measure.name, sweep.numbers(measure.key, values)) for measure in sweep.measures]
+    numbers = ", ".join(f"{name} {text(spread(each)[:2])}" for name, each in found if each)
+    return Cell(_small(path), point, {k: shown(v) for k, v in values.items()}, numbers)
+
+
+def _named(of: Values, point: Point) -> str:
+    return ", ".join(map(shown, of.values())) or point.folder.name
 
 
 def _some(items: Sequence, most: int) -> list:

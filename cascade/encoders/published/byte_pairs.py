@@ -41,11 +41,11 @@ class BytePairs(OfCaptions):
     @cached_property
     def hash(self) -> str:
         """Identifies the vocabulary."""
-        return identity(weights_hash(self._files), {"length": self.length})
+        return identity(weights_hash(self.files), {"length": self.length})
 
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """`tokens` [b, length]."""
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         padding = tokenizer.get_vocab_size() - 1
         rows = torch.full((len(captions), self.length), padding)
         for row, caption in zip(rows, captions):
@@ -54,7 +54,8 @@ class BytePairs(OfCaptions):
         return {"tokens": rows.to(self.device)}
 
     @cached_property
-    def _files(self) -> list[Path]:
+    def files(self) -> list[Path]:
+        """Its two files. Raises NotHere if one is missing."""
         found = []
         for name in FILES:
             there = [Path(self.folder) / f"{name}{ending}" for ending in ("", ".gz")]
@@ -64,10 +65,11 @@ class BytePairs(OfCaptions):
         return found
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """The tokenizer, without lower-casing and padding."""
         from tokenizers import Tokenizer, models, pre_tokenizers
 
-        files = self._files
+        files = self.files
         try:
             vocabulary, merges = (_text(path) for path in files)
             pairs = [tuple(line.split()) for line in merges.split("\n")[1:] if line]

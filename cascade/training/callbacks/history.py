@@ -1,4 +1,4 @@
-"""Writes the loss, learning rate and speed of a run: progress bar, metrics.csv, TensorBoard.
+"""Writes the loss, learning rate and speed of a run: progress bar, metrics.csv, loggers.
 
 Progress is counted in images seen, so that runs with different batch sizes compare. A run that
 resumes drops the rows after its checkpoint and writes them again.
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from cascade.files.atomic import write_atomically
 from cascade.runs.progress import bar
 from cascade.runs.run import Position, Run
+from cascade.training.callbacks.logging import Logging
 
 SLOW = 0.05  # fraction of the time spent waiting for data above which the bar mentions it
 
@@ -29,13 +29,16 @@ class History(L.Callback):
         name: the stage's name, shown next to the bar.
         start: where this process starts or resumes.
         total: images in all.
+        loggers: receive each row.
         every: optimizer steps between two rows.
     """
 
     COLUMNS = ("images", "loss", "lr", "images_per_second", "waiting", "seconds")
 
-    def __init__(self, run: Path, name: str, start: Position, total: int, every: int = 20):
-        self.run, self.name, self.start = run, name, start
+    def __init__(
+        self, run: Path, name: str, start: Position, total: int, loggers: Logging, every: int = 20
+    ):
+        self.run, self.name, self.start, self.loggers = run, name, start, loggers
         self.total, self.every = total, every
         self.losses: list[torch.Tensor] = []
         self.step, self.seconds = 0, 0.0
@@ -52,8 +55,6 @@ class History(L.Callback):
         write_atomically(path, lambda partial: self._write(partial, rows))
         self.file = path.open("a", newline="")
         self.table = csv.DictWriter(self.file, self.COLUMNS)
-        # TensorBoard hides what an earlier attempt wrote from this step on.
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=images + 1)
         self.bar = bar(self.name)
         self.task = self.bar.add_task("", total=self.total, completed=images, rate=0, note="")
         self.bar.start()
@@ -79,8 +80,7 @@ class History(L.Callback):
             row = (images, *shown, f"{self.seconds:.1f}")
             self.table.writerow(dict(zip(self.COLUMNS, row)))
             self.file.flush()
-            for key, value in zip(self.COLUMNS[1:], (loss, lr, rate, waiting)):
-                self.board.add_scalar(key, value, images)
+            self.loggers.scalars(dict(zip(self.COLUMNS[1:], (loss, lr, rate, waiting))), images)
             note = f"loss {loss:.4f}"
             if waiting > SLOW:
                 note += f", {waiting:.0%} of the time waiting for data"
@@ -95,7 +95,6 @@ class History(L.Callback):
     def teardown(self, trainer, module, stage: str | BaseException) -> None:
         if hasattr(self, "bar"):
             self.bar.stop()
-            self.board.close()
             self.file.close()
 
     on_exception = teardown  # after an error, Lightning calls no teardown

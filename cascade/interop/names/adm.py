@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cascade.errors import UserError
-from cascade.interop.rules import Rule, by_heads, count, matrix
+from cascade.interop.names.rules import Rule, by_heads, count, matrix
 from cascade.nets.attention import CrossAttention
 from cascade.nets.blocks import Resample
 from cascade.nets.unet import UNet

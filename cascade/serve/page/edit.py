@@ -1,0 +1,172 @@
+"""The part of the page that edits pictures."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from cascade.errors import UserError
+from cascade.serve.asked import Editing, about_picture, choices_text, png
+from cascade.serve.page.following import Desk
+from cascade.serve.page.paint import HIDDEN
+from cascade.serve.page.pieces import copied, files, image, note
+from cascade.serve.page.sent import decoded
+from cascade.serve.places import EDITS, Places
+
+PART = "edit"
+FRAMES, STEPS = 7, 50  # of a path, and of DDIM
+_PATHS = ("interpolate", "change")
+_TITLES = {kind: what[0].upper() + what[1:] for kind, what in EDITS.items()}
+
+# A browser keeps the file that was chosen and what was painted over it; both are sent on a click.
+_SENT = "(...values) => window.cascade.sent(values)"
+_PICKER = """<div class="picker" data-name="{name}"><label>{label}
+<input type="file" accept="image/*" class="pick"></label>
+<p class="note told" role="status"></p>
+<canvas class="board" tabindex="0" role="application" hidden
+ aria-label="{label}: paint over what is to be painted anew. Arrow keys move the brush, the space
+ bar lowers or lifts it."></canvas>
+<p class="tools" hidden><label>Brush <input type="range" class="brush" min="2" max="40" value="12">
+</label> <button type="button" class="tool wipe">Clear the brush</button></p></div>"""
+
+
+def edit_tab(desk: Desk, places: Places, limits: Any, names: list[str]) -> gr.Dropdown:
+    """Builds the part; returns the menu of models."""
+    first = places.named(names[0]) if names else None
+    kinds = first.edits if first else []
+    kind_now = kinds[0] if kinds else None
+    frames, steps = min(FRAMES, limits.most_pictures), min(STEPS, limits.most_steps)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            model = gr.Dropdown(names, value=names[0] if names else None, label="Model of the edit")
+            kind = gr.Radio(
+                [(_TITLES[one], one) for one in kinds], value=kind_now, label="Kind of edit"
+            )
+            gr.HTML(_PICKER.format(name="first", label="Picture"), padding=False)
+            with gr.Group(visible=kind_now == "interpolate") as of_two:
+                gr.HTML(_PICKER.format(name="second", label="Second picture"), padding=False)
+            caption = gr.Textbox(
+                label="Caption of the result", max_length=limits.longest,
+                info="Needed to paint a part anew, or beyond the edges.",
+            )  # fmt: skip
+            with gr.Group(visible=kind_now == "change") as of_change:
+                before = gr.Textbox(label="From this caption", max_length=limits.longest)
+                to = gr.Textbox(label="To this caption", max_length=limits.longest)
+                share = gr.Slider(0.05, 1, 0.5, step=0.05, label="Largest share")
+            with gr.Group(visible=kind_now == "vary") as of_vary:
+                own = gr.Checkbox(label="Start from the picture's own noise")
+                eta = gr.Slider(
+                    0, 1, 0.6, step=0.05, label="Eta",
+                    info="With its own noise: 0 paints the same picture, 1 varies it most.",
+                )  # fmt: skip
+            with gr.Row(visible=kind_now == "outpaint") as of_sides:
+                sides = [
+                    gr.Number(
+                        label=f"Pixels {where}", value=0, precision=0, minimum=0, min_width=90
+                    )
+                    for where in ("left", "right", "above", "below")
+                ]
+            with gr.Group(visible=kind_now in ("inpaint", "outpaint")) as of_jumps:
+                jumps = gr.Slider(1, 10, 5, step=1, label="Times to take each step")
+            with gr.Row():
+                seed = gr.Number(
+                    label="Seed of the edit", value=0, precision=0, minimum=0, min_width=120
+                )
+                n = gr.Number(
+                    label="Number of results", value=1, precision=0, minimum=1, min_width=120,
+                    maximum=limits.most_pictures,
+                )  # fmt: skip
+            with gr.Row():
+                go = gr.Button("Edit", variant="primary", min_width=120)
+                stop = gr.Button("Cancel the edit", min_width=120)
+        with gr.Column(scale=3, min_width=320):
+            easel = gr.HTML(note("Choose a picture to edit."), elem_id="edited", padding=False)
+    sent = [gr.Textbox(visible=False) for _ in range(3)]  # two pictures, and the brush's
+
+    def chosen(name: str) -> Any:
+        try:
+            found = places.named(name).edits
+        except UserError:
+            found = []
+        value = found[0] if found else None
+        return gr.update(choices=[(_TITLES[one], one) for one in found], value=value)
+
+    def shown(kind: str | None) -> list[Any]:
+        wanted = ("interpolate",), ("change",), ("vary",), ("outpaint",), ("inpaint", "outpaint")
+        return [gr.update(visible=kind in of) for of in wanted]
+
+    async def edit(
+        request: gr.Request, first: str, second: str, mask: str, name: str, kind: str,
+        caption: str, before: str, to: str, share: float, own: bool, eta: float, jumps: int,
+        left: int, right: int, top: int, bottom: int, seed: int, n: int,
+    ) -> AsyncIterator[str]:  # fmt: skip
+        try:
+            options: dict[str, Any] = {"frames": frames} if kind in _PATHS else {}
+            if kind in _PATHS or (kind == "vary" and own):
+                options |= {"steps": steps}
+            if kind == "change":
+                options |= {"to": to, "from": before, "share": float(share)}
+                if not to.strip():
+                    raise UserError("say in a caption what the picture is to change to")
+            if kind == "vary" and own:
+                options |= {"eta": float(eta)}
+            if kind == "outpaint":
+                added = {"left": left, "right": right, "top": top, "bottom": bottom}
+                options |= {side: int(pixels or 0) for side, pixels in added.items()}
+            if kind in ("inpaint", "outpaint"):
+                options |= {"jumps": int(jumps)}
+            pictures = [decoded(first), *([decoded(second)] if kind == "interpolate" else [])]
+            asked = Editing(
+                places.named(name), str(kind), tuple(pictures), caption.strip(),
+                decoded(mask) if kind == "inpaint" else b"", int(seed or 0), int(n or 1),
+                options=options,
+            )  # fmt: skip
+        except UserError as error:
+            yield note(str(error), "alert")
+            return
+
+        def work(engine: Any, job: Any) -> Any:
+            from cascade.serve import editing
+
+            return editing.edit(engine, asked, job)
+
+        async for page in desk.asked(request.session_hash, PART, work, edited):
+            yield page
+
+    def cancel(request: gr.Request) -> None:
+        desk.cancel(request.session_hash, PART)
+
+    inputs = [*sent, model, kind, caption, before, to, share, own, eta, jumps, *sides, seed, n]
+    groups = [of_two, of_change, of_vary, of_sides, of_jumps]
+    model.change(chosen, model, kind, **HIDDEN)
+    kind.change(shown, kind, groups, **HIDDEN)
+    go.click(edit, inputs, easel, js=_SENT, concurrency_limit=None, **HIDDEN)
+    stop.click(cancel, None, None, queue=False, **HIDDEN)
+    return model
+
+
+def edited(done: Any) -> str:
+    """What was made (`editing.Edited`): results to save, or paths with a slider."""
+    command, choices, asked = done.asked.command(), choices_text(done.choices), done.asked
+    about = about_picture(command, choices, asked.caption, asked.seed, 0)
+    if len(done.shares) > 1:
+        parts = [path(row, done.shares, about, i) for i, row in enumerate(done.rows)]
+    else:
+        flat = [picture for row in done.rows for picture in row]
+        titles = [asked.caption or _TITLES[asked.kind]] * len(flat)
+        parts = [files(flat, titles, [about] * len(flat), asked.kind)]
+    return "".join([*parts, copied(command, "Command line"), copied(choices, "Sampling choices")])
+
+
+def path(row: Any, shares: Any, about: Any, number: int) -> str:
+    """The frames of a path, of which a slider shows one at once."""
+    frames = "".join(
+        f'<div class="frame"{" hidden" if i else ""}>{image(png(one, about), f"share {share:.2f}")}'
+        f"<p>Share {share:.2f}</p></div>"
+        for i, (one, share) in enumerate(zip(row, shares))
+    )
+    return (
+        f'<div class="path sheet"><div>{frames}<label>Share of path {number + 1} '
+        f'<input type="range" class="along" min="0" max="{len(row) - 1}" value="0" step="1">'
+        "</label></div></div>"
+    )

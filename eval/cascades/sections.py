@@ -1,0 +1,81 @@
+"""The sections of a cascade's report that options of `evaluate` ask for."""
+
+from operator import itemgetter
+
+from cascade.eval.cascades.protocol import Metrics, rate, within
+from cascade.eval.pages.report import Report
+from cascade.eval.scenes.geneval import TASKS
+
+_target = itemgetter("what", "asked", "measured", "reached")
+
+
+def geneval(report: Report, scores: Metrics) -> None:
+    report.paragraph(
+        f"GenEval's tasks on {scores['level']} scenes, scored by the scene recognizer: shares of "
+        "correct pictures, and the mean over the tasks. Only the prompts of the task of colours "
+        "are worded as in training; the others omit colours or relations."
+    )
+    rows = {TASKS[task]: row for task, row in scores["tasks"].items()}
+    report.table(
+        ["task", "right", "prompts", "n"],
+        [
+            [name, within(row["score"], row["interval"]), row["prompts"], row["count"]]
+            for name, row in {**rows, "overall": scores["overall"]}.items()
+        ],
+    )
+
+
+def typographic(report: Report, found: Metrics) -> None:
+    report.paragraph(
+        f"{found['count']} pictures of one object, in which nothing, the name of its "
+        "shape, or that of another shape is written. The cascade's CLIP classifies them by colour "
+        "and shape. Of the pictures with a wrong word it takes "
+        f"{within(found['fooled'], found['intervals']['fooled'])} for the shape that is named."
+    )
+    rows = [
+        [kind, shot["count"], *(rate(shot, part) for part in ("class", "color", "shape"))]
+        for kind, shot in found["zero_shot"].items()
+    ]
+    report.table(["written", "n", "class right", "colour right", "shape right"], rows)
+    names = ("true", "shape", "word", "unclear")
+    rows = [
+        [kind, found["count"], *(rate(of, name) for name in names)]
+        for kind, of in found["variations"].items()
+    ]
+    columns = ["true colour and shape", "true shape", "the shape that the wrong word names"]
+    report.paragraph("What variations of the pictures show, read by the recognizer.")
+    report.table(["variations of", "n", *columns, "not one object"], rows)
+
+
+def edits(report: Report, found: Metrics) -> None:
+    if "style" in found:
+        return _styles(report, found)
+    report.paragraph(
+        f"Edits of pictures of held-out scenes, as the scene recognizer sees them at "
+        f"{found['side']} px; the first of the split, without selection."
+    )
+    report.targets(list(map(_target, found["targets"])))
+    rows = [
+        [name, row["share"], row["count"], within(row["rate"], row["interval"])]
+        for name in ("color", "shape")
+        for row in found.get(name, {}).get("by_share", [])
+    ]
+    if rows:
+        report.table(["text difference of", "share of the rotation", "n", "right"], rows)
+
+
+def _styles(report: Report, found: Metrics) -> None:
+    style = found["style"]
+    report.paragraph(
+        f"Text differences of the style of pictures, judged at {style['side']} px: how often the "
+        "result is nearest to the true picture of its concept in the asked style, among "
+        f"{style['gallery']} pictures of that style, and how often to the mean of that style. "
+        "Without an edit, the picture that is edited is judged."
+    )
+    report.targets(list(map(_target, found["targets"])))
+    judged = [("none", style["none"]), *((row["share"], row) for row in style["by_share"])]
+    rows = [
+        [share, row["count"], *(rate(row, name) for name in ("retrieval", "style", "both"))]
+        for share, row in [*judged, ("the true picture", style["truth"])]
+    ]
+    report.table(["share of the rotation", "n", "retrieved", "in the asked style", "both"], rows)

@@ -59,17 +59,20 @@ def test_a_model_offers_what_it_can_do(place, tmp_path):
     ("kind", "count", "options"),
     [
         ("vary", 1, {}),
-        ("vary", 1, {"eta": 0.5, "steps": 4}),
-        ("interpolate", 2, {"frames": 3, "steps": 4}),
+        pytest.param("vary", 1, {"eta": 0.5, "steps": 4}, marks=pytest.mark.slow),
+        pytest.param("interpolate", 2, {"frames": 3, "steps": 4}, marks=pytest.mark.slow),
         (
             "change",
             1,
             {"to": "a circle", "from": "a square", "share": 0.5, "frames": 3, "steps": 4},
         ),
         ("inpaint", 1, {"jumps": 2}),
-        ("outpaint", 1, {"left": 0, "right": 0, "top": 0, "bottom": 8, "jumps": 1}),
+        pytest.param(
+            "outpaint", 1, {"left": 0, "right": 0, "top": 0, "bottom": 8, "jumps": 1},
+            marks=pytest.mark.slow,
+        ),
     ],
-)
+)  # fmt: skip
 def test_an_edit_is_that_of_the_command_line(
     place, engine, kind, count, options, tmp_path, monkeypatch
 ):

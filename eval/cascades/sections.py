@@ -1,4 +1,4 @@
-"""The sections of a cascade's report that options of `evaluate` ask for."""
+"""Sections of a cascade's report: the prior, and what options of `evaluate` ask for."""
 
 from operator import itemgetter
 
@@ -6,6 +6,14 @@ from cascade.eval.cascades.protocol import Metrics, rate, within
 from cascade.eval.pages.report import Report
 from cascade.eval.scenes.geneval import TASKS
 
+OF_EMBEDDINGS = {
+    "cosine": "cosine to the true embedding",
+    "cosine_unrelated": "cosine to those of other captions",
+    "frechet": "Fréchet distance to true embeddings",
+    "retrieval": "retrieval at 1",
+    "retrieval_5": "retrieval at 5",
+    "retrieval_10": "retrieval at 10",
+}
 _target = itemgetter("what", "asked", "measured", "reached")
 
 
@@ -79,3 +87,53 @@ def _styles(report: Report, found: Metrics) -> None:
         for share, row in [*judged, ("the true picture", style["truth"])]
     ]
     report.table(["share of the rotation", "n", "retrieved", "in the asked style", "both"], rows)
+
+
+def of_prior(report: Report, prior: Metrics, whose: str) -> None:
+    """Write what was measured of the prior's embeddings of some captions."""
+    report.paragraph(
+        f"The prior's image embeddings of {whose}, compared to the true ones: with the averaged "
+        "weights, with those of the last step (online), and with the text embeddings in their "
+        f"place. Retrieval is among {prior['gallery']}; equal captions count as correct."
+    )
+    columns = {"averaged": (prior, ""), "online": (prior.get("online"), "")}
+    columns["text embedding"] = prior, "_text"
+    rows = [
+        [what, prior["gallery"] if name.startswith("retrieval") else prior["count"]]
+        + [_number(of, name + suffix) for of, suffix in columns.values()]
+        + [None]
+        for name, what in OF_EMBEDDINGS.items()
+    ]
+    columns["true embedding"] = prior, "_true"
+    for part in ("class", "color", "shape"):
+        shots = [(of or {}).get(f"zero_shot{suffix}") for of, suffix in columns.values()]
+        if shots[0] and part in shots[0]:
+            what = f"zero-shot {part} of {shots[0]['classes']} classes"
+            rows.append([what, shots[0]["count"], *(rate(shot, part) for shot in shots)])
+    apart = [of and of["spread"]["drawn"] for of, _ in list(columns.values())[:2]]
+    spread = prior["spread"]
+    what = f"distance between {spread['samples']} samples of a caption"
+    rows.append([what, spread["count"], *apart, None, spread["true"]])
+    report.table(["", "n", *columns], rows)
+    _levels(report, prior)
+
+
+def _number(metrics: Metrics | None, name: str) -> str | float | None:
+    if not metrics:
+        return None
+    return rate(metrics, name) if name in metrics["intervals"] else metrics[name]
+
+
+def _levels(report: Report, prior: Metrics) -> None:
+    both = [of and of["loss_by_level"] for of in (prior, prior.get("online"))]
+    if both[0] is None:
+        report.paragraph("No loss by noise level: this prior is autoregressive.")
+        return
+    report.paragraph("Mean squared error of x0_hat by noise level, in the codec's units.")
+    averaged, online = (of and [level["loss"] for level in of["levels"]] for of in both)
+    rows = [
+        [level["u"], level["logsnr"], both[0]["count"], averaged[i], online and online[i]]
+        for i, level in enumerate(both[0]["levels"])
+    ]
+    report.table(["u", "logsnr", "n", "averaged", "online"], rows)
+    report.paragraph(f"With the text embedding as x0_hat: {both[0]['text']:.4g} at each level.")

@@ -11,7 +11,6 @@ from cascade.batch import Batch, image_size
 from cascade.data.tars.splits import described
 from cascade.eval.cascades import sections
 from cascade.eval.cascades.attribution import sentence
-from cascade.eval.cascades.prior_section import prior_section
 from cascade.eval.cascades.protocol import KINDS, Metrics, rate, within
 from cascade.eval.metrics import measures
 from cascade.eval.metrics.measures import CLIP_SCORE, FRECHET, Measure
@@ -61,7 +60,7 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     _stages(report, metrics)
     if "prior" in metrics:
         report.heading("The prior")
-        prior_section(report, metrics["prior"], described(next(iter(metrics["captions"]))))
+        sections.of_prior(report, metrics["prior"], described(next(iter(metrics["captions"]))))
     if "typographic" in metrics:
         report.heading("Typographic attack")
         sections.typographic(report, metrics["typographic"])

@@ -57,8 +57,9 @@ def page(desk: Desk, places: Places, limits: Limits) -> gr.Blocks:
             names = [name for name, place in found.items() if place.paints]
             menus = [names, [name for name in names if found[name].edits]]
             menus += [[NOTHING, *found]] * len(compared)
+            # A name that is still there is not set: the visitor may have chosen another meanwhile.
             return [
-                gr.update(choices=menu, value=name if name in menu else (menu or [None])[0])
+                gr.update(choices=menu, **({} if name in menu else {"value": (menu or [None])[0]}))
                 for menu, name in zip(menus, chosen)
             ]
 

@@ -21,8 +21,13 @@ NOTHING = "(nothing)"
 LETTERS = "ABCD"
 MOST_BYTES = 24_000_000  # of the stored samples of a sweep that are sent at once
 
+# Menus' values are checked here: Gradio compares them with choices that another event may change.
+_RAW: dict[str, Any] = {"preprocess": False, **HIDDEN}
+
 # A menu of an axis: the page shows another cell, which it has already.
 _MOVED = "(name, ...values) => {{ window.cascade.moved({side}, values); return []; }}"
+
+_LEFT = "(...values) => {{ window.cascade.left({side}); return values; }}"
 
 # The server draws the pictures; all else that moves is done by the page itself.
 _VIEWER = """<div class="viewer" data-mode="swipe"><div class="knobs">
@@ -85,7 +90,7 @@ def compare_tab(
             of = {}
         return [gr.update(**one) for one in _axes(letter, of)]
 
-    def shown(*values: str | None) -> list[str]:
+    def shown(*values: str | None) -> str:
         try:
             sides = sides_of(values)
             pictures = [
@@ -96,12 +101,12 @@ def compare_tab(
             page = view(pictures, ["stored samples"]) if pictures else note(
                 "None of these has stored samples: paint with each."
             )  # fmt: skip
-            return [page, tables(sides)]
+            return page
         except (UserError, OSError) as error:
-            return [note(str(error), "alert"), ""]
+            return note(str(error), "alert")
 
     def opened(seen: bool, *values: str | None) -> list[Any]:
-        return [True, *([gr.skip(), gr.skip()] if seen else shown(*values))]
+        return [True, *([gr.skip(), gr.skip()] if seen else [shown(*values), told(*values)])]
 
     def told(*values: str | None) -> str:
         try:
@@ -137,16 +142,17 @@ def compare_tab(
         desk.cancel(request.session_hash, PART)
 
     seen = gr.State(False)
-    tab.select(opened, [seen, *every], [seen, viewer, facts], queue=False, **HIDDEN)
+    tab.select(opened, [seen, *every], [seen, viewer, facts], queue=False, **_RAW)
     for i, menu in enumerate(menus):
         letter = gr.State(LETTERS[i])
-        menu.change(chosen, [letter, menu], axes[i], queue=False, **HIDDEN).then(
-            shown, every, [viewer, facts], queue=False, **HIDDEN
-        )
+        late: dict[str, Any] = {"queue": False, "trigger_mode": "always_last", **_RAW}
+        menu.change(
+            chosen, [letter, menu], axes[i], queue=False, js=_LEFT.format(side=i), **HIDDEN
+        ).then(shown, every, viewer, **late).then(told, every, facts, **late)
         for axis in axes[i]:
             axis.input(None, [menu, *axes[i]], None, js=_MOVED.format(side=i), **HIDDEN)
-            axis.input(told, every, facts, queue=False, **HIDDEN)
-    go.click(paint, [captions, seed, *every], viewer, concurrency_limit=None, **HIDDEN)
+            axis.input(told, every, facts, **late)
+    go.click(paint, [captions, seed, *every], viewer, concurrency_limit=None, **_RAW)
     stop.click(cancel, None, None, queue=False, **HIDDEN)
     return menus
 

@@ -5,10 +5,11 @@
   spoken.setAttribute("aria-live", "polite");
 
   // Pieces of the page are replaced as they change, which readers of screens do not tell: this is.
+  let told = "";
   const speak = () => {
     const last = [...document.querySelectorAll(".note")].filter((e) => e.offsetParent).pop();
     const text = last ? last.textContent : "";
-    if (text !== spoken.textContent) spoken.textContent = text;
+    if (text !== told) spoken.textContent = told = text;
   };
 
   const copy = async (button) => {
@@ -183,8 +184,11 @@
     viewer.querySelector(".names").textContent =
       mode === "flip" ? (swipe ? one : two) : `${one} on the left, ${two} on the right`;
   };
-  // Another cell of a sweep.
+  // Another cell of a sweep. Pictures that were asked for before may arrive later: they follow it.
+  const cells = {};
+  window.cascade.left = (side) => delete cells[side];
   window.cascade.moved = (side, values) => {
+    cells[side] = values;
     const viewer = document.querySelector("#viewer .viewer");
     const own = [...(viewer?.querySelectorAll(`.store img[data-side="${side}"]`) ?? [])];
     const cell = values.filter((value) => value !== null && value !== "").join("|");
@@ -226,6 +230,7 @@
       held = [event.clientX, event.clientY];
     };
     draw(viewer);
+    Object.entries(cells).forEach(([side, values]) => window.cascade.moved(side, values));
   };
   for (const kind of ["input", "change"])
     document.addEventListener(kind, (event) => {

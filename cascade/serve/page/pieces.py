@@ -3,6 +3,7 @@
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import count
 from typing import Any
 
 from cascade.serve.asked import about_picture, choices_text, png
@@ -17,9 +18,16 @@ def image(data: bytes, alt: str, kind: str = "image/png") -> str:
     return f'<img src="{data_url(data, kind)}" alt="{escape(alt, quote=True)}">'
 
 
+_answers = count()
+
+
 def note(text: str, kind: str = "status") -> str:
-    """One line that says what happens, or ("alert") what went wrong."""
-    return f'<p class="note" role="{kind}">{escape(text)}</p>'
+    """One line that says what happens, or ("alert") what went wrong.
+
+    Each has a number of its own: Gradio does not draw what it drew before, and a second refusal
+    would look as if nothing had been done.
+    """
+    return f'<p class="note" role="{kind}" data-answer="{next(_answers)}">{escape(text)}</p>'
 
 
 def bar(share: float, text: str) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -29,6 +28,7 @@ from cascade.runs.run import (
     TENSORBOARD,
     WANDB,
     Run,
+    read_yaml,
 )
 from cascade.slurm.plan import LOG
 from cascade.slurm.queue import Job, known_jobs, locked
@@ -113,9 +113,8 @@ def _word(folder: Path, job: Job | None) -> tuple[str, str]:
 def _planned(folder: Path) -> int | None:
     for name in (FROZEN, CONFIG):
         try:
-            text = (folder / name).read_text()
-            return int(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["images"])
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            return int(read_yaml(folder / name)["images"])
+        except (ValueError, TypeError, KeyError):  # missing, or damaged
             continue
     return None
 

@@ -280,6 +280,6 @@ def test_the_policy_stops_what_somebody_wrote_into_the_page(driven, requests):
 
 def test_axe_finds_nothing_serious(driven):
     if "axe" not in driven:
-        pytest.skip("axe-core-python is not here")
+        pytest.skip("axe-playwright-python is not here")
     assert [found for found in driven["axe"] if found[1] in ("serious", "critical")] == []
     assert "image-alt" in [name for name, *_ in driven["poor"]]

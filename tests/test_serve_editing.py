@@ -135,7 +135,7 @@ def test_fifty_hostile_files_are_refused_in_one_line(place, engine):
         ({"kind": "reconstruct"}, "cannot do this"),
         ({"kind": "interpolate"}, "two pictures"),
         ({"kind": "inpaint"}, "say in the caption"),
-        ({"kind": "inpaint", "caption": "a"}, "paint over"),
+        ({"kind": "inpaint", "caption": "a"}, "brush over"),
         ({"kind": "inpaint", "caption": "a", "mask": file(8, 8)}, "another size"),
         ({"kind": "outpaint", "caption": "a"}, "how many pixels"),
         ({"kind": "outpaint", "caption": "a", "options": {"left": -1}}, "how many pixels"),

@@ -303,7 +303,6 @@ OWN = {
         cascade/runs/run
         cascade/serve/comparing
         cascade/serve/page/app
-        cascade/serve/places
         cascade/training/callbacks/guard
         eval/benchmarks/demo
         eval/benchmarks/nets

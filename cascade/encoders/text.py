@@ -159,7 +159,7 @@ class FrozenT5(OfCaptions):
         length: context length; longer captions are cut and keep their end-of-text token.
         bf16: compute in bfloat16, for large models.
         padded: pad to `length`, and let the stage attend to the padding's states as well (IF).
-        clean: what is made of each caption first (IF: `published.captions.cleaned`).
+        clean: applied to each caption before it is tokenized (IF: `published.captions.cleaned`).
 
     Raises (on first use):
         UserError: the directory lacks a file or a weight, the cache lacks the model, or the model

@@ -186,7 +186,7 @@ def _call(stage: Stage) -> Iterator[str]:
     length, words = stage.text
     yield "def predicted(x, t, captions):"
     yield f"    rows = [tokenizer(text.lower()).input_ids[:{length}] for text in captions]"
-    yield "    # Each position is padded with a token of its own."
+    yield "    # Padding has a different token at each position."
     yield f"    rows = [row + list(range({words} + len(row), {words + length})) for row in rows]"
     yield "    found = text(torch.tensor(rows, dtype=torch.long))"
     yield "    states, vector = found.last_hidden_state, found.pooler_output"

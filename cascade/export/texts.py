@@ -1,8 +1,8 @@
 """CLIP's text tower, and GLIDE's text transformer with its byte pairs, as transformers has them.
 
-GLIDE's is SigLIP's text tower: no mask, and a projection of the last position's state. Its padding
-has a state of its own at each position. That leaves as further tokens: position p is padded with
-token V + p, where V is the size of the vocabulary.
+GLIDE's is SigLIP's text tower: no mask, and a projection of the last position's state. GLIDE learns
+a padding embedding for each position. The exported tower holds them as extra tokens: position p is
+padded with token V + p, where V is the size of the vocabulary.
 """
 
 from collections.abc import Mapping

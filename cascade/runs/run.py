@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import yaml
+
 from cascade.files.atomic import write_text
 
 if TYPE_CHECKING:
@@ -222,3 +224,12 @@ def event(run: Path, kind: str, **facts: Any) -> None:
     line = json.dumps({"time": round(time.time(), 3), "event": kind, **facts})
     with Run(run).events.open("a") as file:
         file.write(line + "\n")
+
+
+def read_yaml(path: Path) -> Any:
+    """Reads a YAML file of a run or a cascade, quickly; None if it is missing or damaged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from cascade.errors import UserError
 from cascade.eval.sweeps.folder import Point
 from cascade.runs.done import FROZEN
-from cascade.runs.run import CONFIG, Run
+from cascade.runs.run import CONFIG, Run, read_yaml
 from cascade.serve.asked import Painting
-from cascade.serve.places import Place, read_yaml
+from cascade.serve.places import Place
 
 METRICS = "metrics.json"  # of a model, as `cascade evaluate` writes it
 
@@ -30,7 +30,7 @@ class Number(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """One of what is compared.
+    """One side of a comparison.
 
     Attributes:
         title: of it, which tells the cell of a sweep.
@@ -78,7 +78,7 @@ class Side:
         """What it is made with: sampling choices, and its stages' configurations, flat."""
         found = {f"axis {axis}": value for axis, value in self.values.items()}
         if self.point is not None and not self.model.file.exists():
-            return found  # what was measured can be compared without what it was measured of
+            return found  # a cell keeps its numbers and pictures when its weights are removed
         for name, choices in self.model.stages.items():
             found |= {f"{name}.{key}": text for key, text in _flat(choices)}
         for choice in self.sets:

@@ -108,7 +108,7 @@ def canvases_of(asked: Editing) -> list[Canvas]:
         raise UserError("say in the caption what the whole picture shows")
     if asked.kind == "inpaint":
         if not asked.mask:
-            raise UserError("paint over what is to be painted anew")
+            raise UserError("brush over the part to repaint first")
         mask = read(asked.mask)
         if mask.shape != pictures[0].shape:
             raise UserError("the brush's picture has another size: choose the picture again")

@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import cascade.conf
 from cascade.batch import source
 from cascade.errors import UserError
@@ -26,6 +24,7 @@ from cascade.runs.run import (
     SAMPLES,
     TENSORBOARD,
     Run,
+    read_yaml,
 )
 
 _SKIPPED = {CHECKPOINTS, SAMPLES, TENSORBOARD, HEARTBEATS, "launch", "drill", "shards"}
@@ -203,15 +202,6 @@ def _under(root: Path) -> Iterator[Place]:
 def _is_cascade(path: Path) -> bool:
     content = read_yaml(path) if path.stat().st_size < _LARGEST else None
     return isinstance(content, dict) and list(content) == ["stages"]
-
-
-def read_yaml(path: Path) -> Any:
-    """A YAML file of ours; None if it is missing or damaged."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
 
 
 def reads(run: Path) -> set[str]:

@@ -98,10 +98,9 @@ def compare_tab(
                 for i, (place, side) in sides.items()
                 for title, path, cell, now in stored(place, side)
             ]
-            page = view(pictures, ["stored samples"]) if pictures else note(
-                "None of these has stored samples: paint with each."
-            )  # fmt: skip
-            return page
+            if not pictures:
+                return note("None of these has stored samples: paint with each.")
+            return view(pictures, ["stored samples"])
         except (UserError, OSError) as error:
             return note(str(error), "alert")
 

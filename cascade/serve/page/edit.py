@@ -24,7 +24,7 @@ _PICKER = """<div class="picker" data-name="{name}"><label>{label}
 <input type="file" accept="image/*" class="pick"></label>
 <p class="note told" role="status"></p>
 <canvas class="board" tabindex="0" role="application" hidden
- aria-label="{label}: paint over what is to be painted anew. Arrow keys move the brush, the space
+ aria-label="{label}: brush over the part to repaint. Arrow keys move the brush, the space
  bar lowers or lifts it."></canvas>
 <p class="tools" hidden><label>Brush <input type="range" class="brush" min="2" max="40" value="12">
 </label> <button type="button" class="tool wipe">Clear the brush</button></p></div>"""

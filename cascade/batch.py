@@ -41,6 +41,16 @@ def image_key(size: int) -> str:
     return f"image_{size}"
 
 
+def hint_key(name: str, size: int) -> str:
+    """The key of pictures of a condition that ControlNets read, of this side in pixels."""
+    return f"control/{name}_{size}"
+
+
+def weight_key(name: str) -> str:
+    """The key of the weights of a condition in sampling."""
+    return f"control/{name}_weight"
+
+
 def image_size(key: str) -> int | None:
     """The side in pixels of a key's pictures; None: the key holds no pictures."""
     found = re.fullmatch(r"image_(\d+)", key)

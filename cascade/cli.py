@@ -14,9 +14,11 @@ from pathlib import Path
 
 from cascade.config.allowlist import trust
 from cascade.errors import Failed, Superseded, TryAgain, UserError
+from cascade.files import processors
 from cascade.options import (
     caption_options,
     checker_option,
+    control_option,
     data_options,
     edit_options,
     evaluate_options,
@@ -36,17 +38,20 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
 _NEEDS = {
     "evaluate": {
         **dict.fromkeys(("data", "judge", "split", "count", "guidance"), ("model",)),
-        **dict.fromkeys(("geneval", "bound", "typographic", "edits", "seed", "set"), ("model",)),
+        **dict.fromkeys(("geneval", "bound", "typographic", "edits", "control"), ("model",)),
+        **dict.fromkeys(("seed", "set"), ("model",)),
         **dict.fromkeys(("reference", "inception", "clip", "dino", "resize"), ("pictures",)),
         **dict.fromkeys(("cache", "shard"), ("pictures",)),
         **dict.fromkeys(("captions", "checkpoint", "quick_gelu"), ("clip",)),
         "bootstrap": ("reference", "inception"),
     },
+    "sweep": {"price": ("dry_run",)},
     "vary": dict.fromkeys(("steps", "refine", "scale"), ("eta",)),
     "pack": dict.fromkeys(("file_column", "caption_columns"), ("captions",)),
     "precompute": {
         **dict.fromkeys(("checkpoint", "quick_gelu", "raw"), ("clip", "text")),
         **dict.fromkeys(("text_out", "length", "bf16", "padded", "several"), ("text",)),
+        **dict.fromkeys(("layer", "instruction", "side"), ("text",)),
         "out": ("clip",),
     },
 }
@@ -95,6 +100,21 @@ def parser() -> argparse.ArgumentParser:
     overrides(distill, "such as run=runs/fast teacher=runs/demo/decoder steps=4", "+")
     distill.add_argument("--show", action="store_true", help="print the configuration and exit")
 
+    average = verb(
+        "average",
+        "Make a run of another average of a run's weights, whose length is chosen afterwards.",
+        "RUN was trained with averages=power. The result is a run like any other; the sampling "
+        "choice `length` makes the same weights without writing them.",
+    )
+    average.add_argument("run", metavar="RUN", help="directory of the run")
+    average.add_argument(
+        "--length",
+        type=float,
+        required=True,
+        help="standard deviation of the average, as a share of the training (0.02 to 0.25)",
+    )
+    average.add_argument("--out", help="directory of the run to write (default: RUN-LENGTH)")
+
     bring = verb(
         "import",
         "Make a run of another system's published weights, to sample, fine-tune and evaluate.",
@@ -121,6 +141,13 @@ def parser() -> argparse.ArgumentParser:
     )
     what = "sweep=NAME, launcher=..., run=DIR (of the sweep), and overrides of every training"
     overrides(sweep, what, "+")
+    sweep.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=None,
+        help="show what is done, what would run, and for how long, and start nothing",
+    )
+    sweep.add_argument("--price", type=float, help="of an hour of a GPU (or of this machine)")
     launch = verb("launch", "Train a whole cascade as a chain of jobs (conf/cascade/).", launched)
     what = (
         "cascade=NAME, launcher=..., data.path=DIR, run=DIR, +resources.STAGE.nodes=4, "
@@ -158,6 +185,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     sample.add_argument("--batch", type=int, default=16, help="pictures per batch (default 16)")
     caption_options(sample)
+    control_option(sample)
     checker_option(sample)
     sampling_options(sample)
 
@@ -279,6 +307,7 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parsed(argv)
+    os.environ.update(processors.settings(os.environ))  # read when a verb imports torch
     args.words = sys.argv[1:] if argv is None else argv
     try:
         if args.code:

@@ -9,7 +9,9 @@ def data_options(data: argparse.ArgumentParser) -> None:
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
     scenes = kinds.add_parser("scenes", help="write shards of procedural scenes")
     scenes.add_argument("out", help="folder to write to")
-    scenes.add_argument("--level", choices=["plain", "full", "written"], default="plain")
+    scenes.add_argument(
+        "--level", choices=["plain", "full", "written", "language"], default="plain"
+    )
     scenes.add_argument("--size", type=int, default=256, help="side in pixels, 16 to 1024 (256)")
     scenes.add_argument("--train", type=int, default=10_000, help="training scenes (default 10000)")
     scenes.add_argument("--val", type=int, default=1000, help="held-out scenes (default 1000)")
@@ -20,8 +22,15 @@ def data_options(data: argparse.ArgumentParser) -> None:
         help="held-out scenes of colour-shape pairs that training lacks (default 500)",
     )
     scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument(
+        "--captions-only",
+        type=int,
+        metavar="N",
+        help="write N training captions to OUT/captions.txt, one on each line, and no pictures",
+    )
     index = kinds.add_parser("index", help="index where each sample is stored, and find damage")
-    index.add_argument("data", help="folder of shards")
+    index.add_argument("data", help="folder of shards, or its URL in a store (s3://BUCKET/FOLDER)")
+    index.add_argument("--index", metavar="DIR", help="folder to write to (default: the shards')")
     index.add_argument(
         "--val",
         metavar="SHARE",
@@ -59,7 +68,9 @@ def data_options(data: argparse.ArgumentParser) -> None:
     )
     embed.add_argument("data", help="folder of shards")
     embed.add_argument("--clip", help="CLIP that embeds pictures: a directory or open_clip name")
-    embed.add_argument("--text", help="T5 (directory or name) or CLIP that encodes captions")
+    embed.add_argument(
+        "--text", help="language model (directory), T5 or CLIP (or name) that encodes captions"
+    )
     embed.add_argument("--captions", default="txt", help="fields, such as txt,long_caption (txt)")
     embed.add_argument("--several", choices=["first", "all"], help="which of a list")
     named_options(embed)
@@ -69,14 +80,24 @@ def data_options(data: argparse.ArgumentParser) -> None:
         default=None,
         help="keep CLIP's embeddings as they are, without unit norm, as imported stages read them",
     )
-    embed.add_argument("--length", type=int, help="number of tokens of a T5 (default 256)")
+    embed.add_argument("--length", type=int, help="number of tokens, but of a CLIP (default 256)")
     embed.add_argument(
         "--padded",
         action="store_true",
         default=None,
         help="keep the states of a T5's padding, up to --length, as DeepFloyd IF reads them",
     )
-    embed.add_argument("--bf16", action="store_true", default=None, help="run a T5 in bfloat16")
+    embed.add_argument(
+        "--bf16", action="store_true", default=None, help="compute in bfloat16, not a CLIP"
+    )
+    embed.add_argument(
+        "--layer",
+        type=lambda text: text if text == "mean" else int(text),
+        metavar="I|mean",
+        help="states of a language model: hidden_states[I], or the mean over all layers (mean)",
+    )
+    embed.add_argument("--instruction", help="text that a language model reads before captions")
+    embed.add_argument("--side", choices=["left", "right"], help="where it pads (right)")
     embed.add_argument("--out", help="folder for embeddings (default: DATA/embeddings)")
     embed.add_argument("--text-out", help="folder for the captions' states (default: DATA/text)")
     embed.add_argument("--workers", type=int, default=0, help="decoding processes (default 0)")
@@ -94,6 +115,7 @@ def generate_options(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--batch", type=int, default=16, help="pictures per batch (default 16)")
     shard_option(generate)
     caption_options(generate)
+    control_option(generate)
     checker_option(generate)
     sampling_options(generate)
 
@@ -135,6 +157,12 @@ def evaluate_options(evaluate: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="also measure `cascade edit` on N pictures of scenes, or of styles (0: skip)",
+    )
+    evaluate.add_argument(
+        "--control",
+        type=int,
+        metavar="N",
+        help="also measure its ControlNets on N scenes (0: skip)",
     )
     evaluate.add_argument("--seed", type=int, help="seed of all noise (default 0)")
     sampling_options(evaluate)
@@ -238,6 +266,16 @@ def caption_options(verb: argparse.ArgumentParser) -> None:
         "--weights",
         action="store_true",
         help=r"read weighted phrases, such as 'a (red:1.3) circle'; \( and \) are brackets",
+    )
+
+
+def control_option(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="NAME=FILE[:WEIGHT]",
+        help="steer stages by a picture of edges, depth, ..., for which they have a ControlNet",
     )
 
 

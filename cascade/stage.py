@@ -6,7 +6,7 @@ Every stage is this one class; stages differ in the objects that they are compos
 import copy
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cascade.batch import Batch
+from cascade.batch import Batch, hint_key, weight_key
 from cascade.conditioning import Cond, Conditioner
 from cascade.data.degradations import Corruption
 from cascade.data.loading import on
@@ -29,9 +29,11 @@ from cascade.encoders.identity import Encoder, differs
 from cascade.encoders.weights import check_tensors, reading
 from cascade.errors import UserError
 from cascade.files.atomic import write_atomically
+from cascade.losses.watched import Watched
+from cascade.nets.control import ControlNet, Steered, Steering
 from cascade.nets.dtensors import whole
 from cascade.nets.prior import Places
-from cascade.trainable import Trainable
+from cascade.trainable import FURTHER, Trainable
 
 WEIGHTS = "weights.safetensors"
 
@@ -100,6 +102,8 @@ class Stage(Trainable):
         corruption: corrupts the low-resolution input, if there is one.
         encoders: frozen encoders and tokenizers, which add the keys that the conditioner reads.
         seed: seed of all draws in training.
+        control: creates ControlNets for the network, by the names of their conditions. They alone
+            are trained; the rest is frozen.
 
     Attributes:
         weaker: for sampling only: a stage trained on the same data and with the same process, which
@@ -121,6 +125,7 @@ class Stage(Trainable):
         corruption: Corruption | None = None,
         encoders: Sequence[Encoder] = (),
         seed: int = 0,
+        control: Mapping[str, Callable[[nn.Module], ControlNet]] | None = None,
     ):
         super().__init__(optimizer, learning_rate, batch)
         self.codec: Any = codec
@@ -129,6 +134,10 @@ class Stage(Trainable):
         self.conditioner, self.net = conditioner, net
         self.sampler, self.corruption = sampler, corruption
         self.seed = seed
+        made = {name: make(net) for name, make in (control or {}).items()}
+        if made:
+            self.requires_grad_(False)
+        self.control: Any = nn.ModuleDict(made)
         self.weaker: Stage | None = None
         self.teacher: Teacher | None = None
         self._empty: Batch | None = None  # one row, encoded from an empty caption
@@ -174,16 +183,28 @@ class Stage(Trainable):
     def loss(self, batch: Batch) -> Float[Tensor, " b"]:
         """The loss of each sample, whose draws depend only on (seed, sample number).
 
-        If the condition holds a sketch of x0, its mean squared error is added.
+        If the condition holds a sketch of x0, its mean squared error is added, and so are the
+        losses that were attached.
         """
         x0, batch = self._task(batch)
         cond = self.conditioner(batch, self.draws("drop", batch))
         taught = () if self.teacher is None else (self.teacher(batch, self),)
         net = self.noisy(batch, partial(self.draws, "augmentation", batch))
+        attached: dict[str, Any] = dict(self.further.items())
+        if attached:
+            net = Watched(net, [block for one in attached.values() for block in one.watched])
         loss = self.process.loss(net, x0, cond, self.draws("noise", batch), *taught)
-        if cond.sketch is None:
-            return loss
-        return loss + (cond.sketch - x0).square().flatten(1).mean(1)
+        if cond.sketch is not None:
+            loss = loss + (cond.sketch - x0).square().flatten(1).mean(1)
+        for name, further in attached.items():
+            term = further(self, batch, x0, net.call)
+            self.terms[name] = term.detach().mean() if further.active(self.done) else None
+            loss = loss + term
+        return loss
+
+    def attach(self, name: str, further: Any) -> None:
+        """Adds a loss (`cascade.losses`) for the training; raises as its `attached` does."""
+        self.further[name] = further.attached(self)
 
     def training_step(self, batch: Batch, number: int) -> Tensor:
         return self.loss(batch).mean()
@@ -258,7 +279,8 @@ class Stage(Trainable):
         state = whole(self.state_dict())
         if self.rank > 0:
             return
-        state = {k: v.detach().contiguous() for k, v in state.items()}
+        kept = {k: v for k, v in state.items() if not k.startswith(FURTHER)}
+        state = {k: v.detach().contiguous() for k, v in kept.items()}
         about = {"encoders": json.dumps([encoder.hash for encoder in self.encoders])}
         write_atomically(run / WEIGHTS, lambda path: save_file(state, path, about))
 
@@ -266,7 +288,8 @@ class Stage(Trainable):
         """Loads what `export` wrote.
 
         Args:
-            of: what this module is, for the message; None: the run's own.
+            of: what this module is, for the message, if it begins with the weights of another run.
+                ControlNets that it lacks begin as copies of the network. None: the run's own.
 
         Raises:
             UserError: there are no weights, or they belong to another configuration or encoder.
@@ -282,6 +305,11 @@ class Stage(Trainable):
         # Older weights have no version of their table of positions: `Places` falls back.
         own = self.state_dict()
         own = {k: v for k, v in own.items() if k in theirs or not k.endswith(Places.KEY)}
+        known = {tuple(key.split(".")[:2]) for key in theirs}
+        new = [n for n in self.control if of is not None and ("control", n) not in known]
+        own = {
+            k: v for k, v in own.items() if not k.startswith(tuple(f"control.{n}." for n in new))
+        }
         check_tensors(own, theirs, str(path), of or f"{run}/config.yaml")
         for encoder, noted in zip(self.encoders, json.loads(about["encoders"])):
             if why := differs(encoder, noted):
@@ -289,7 +317,9 @@ class Stage(Trainable):
                     f"{run} was trained with another encoder than {encoder.name} now is ({why}): "
                     "train it again, or put the old encoder back"
                 )
-        self.load_state_dict(theirs)
+        self.load_state_dict(theirs, strict=not new)
+        for name in new:
+            self.control[name].begin(self.net)
         if note := self.note:
             print(f"{run}: {note}")
 
@@ -304,8 +334,17 @@ class Stage(Trainable):
         )
 
     def noisy(self, batch: Batch, draws: Callable[[], Draws]) -> Any:
-        """The network, which may get fresh noise in its picture at each call (`Corruption`)."""
-        return self.corruption.around(self.net, batch, draws) if self.corruption else self.net
+        """The network, steered by the conditions in the batch.
+
+        It may get fresh noise in its picture at each call (`Corruption`).
+        """
+        by = []
+        for name, control in self.control.items():
+            if (picture := batch.get(hint_key(name, control.size))) is not None:
+                weight = batch.get(weight_key(name), torch.ones(len(picture), device=self.device))
+                by.append(Steering(control, control.hint(picture), weight))
+        net = Steered(self.net, by) if by else self.net
+        return self.corruption.around(net, batch, draws) if self.corruption else net
 
     def weaker_on(
         self, given: Batch, encoded: Batch, net: Any, without: Collection[str] = ()

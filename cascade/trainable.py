@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from cascade.batch import Batch
 
+FURTHER = "further."  # prefix of the names of parameters that training alone has
+
 
 class Trainable(nn.Module, ABC):
     """A module with a loss and an optimizer.
@@ -24,6 +26,12 @@ class Trainable(nn.Module, ABC):
         optimizer: creates an optimizer for parameters, or for groups of them.
         learning_rate: factor of the learning rate after a number of images; None: constant.
         batch: global batch size, to count images.
+
+    Attributes:
+        further: losses that are attached for the training, by name. Neither an average that is
+            exported nor the exported weights hold their parameters (`FURTHER`).
+        terms: the mean of each of these losses in the last step; None: it was switched off.
+        done: the share of the training that is done.
     """
 
     def __init__(
@@ -34,6 +42,9 @@ class Trainable(nn.Module, ABC):
     ):
         super().__init__()
         self.optimizer, self.learning_rate, self.batch = optimizer, learning_rate, batch
+        self.further: Any = nn.ModuleDict()
+        self.terms: dict[str, Tensor | None] = {}
+        self.done = 0.0
 
     @property
     def device(self) -> torch.device:

@@ -20,6 +20,7 @@ from cascade.config.checks import accumulation, check_split
 from cascade.config.compose import built, composed
 from cascade.data.tars.tar import tars_of
 from cascade.files.atomic import check_writable
+from cascade.files.stores.places import on_disk
 from cascade.runs import cascade_file
 from cascade.runs.done import DONE, FROZEN, finished
 from cascade.runs.resumable import check_resumable
@@ -86,7 +87,7 @@ def chain(config: DictConfig, launcher: Launcher) -> list[TaskGroup]:
         UserError: a stage's configuration is wrong, its directory belongs to another run, or the
             shards lack the split for the evaluation.
     """
-    root, data = Path(config.run), Path(config.data.path)
+    root, data = Path(config.run), on_disk(config.data.path, "whole cascades are measured")
     if not config.scenes:
         check_split(data, next(iter(config.evaluate.counts)))
     asked = {name: cascade_file.overrides(config, name, root, data) for name in config.stages}

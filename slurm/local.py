@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from cascade.errors import Failed, TryAgain, UserError
+from cascade.files import processors
 from cascade.runs.done import DONE, FAILURE, begin, finished
 from cascade.slurm import queue
 from cascade.slurm.code import digest_of, trusting
@@ -128,11 +129,11 @@ class _Work:
 
     def _begin(self, slot: int, task: Task) -> None:
         attempt = begin(task.folder)
-        threads = max(1, (os.cpu_count() or 1) // self.launcher.at_once)
         paths = [str(self.submission.code), os.environ.get("PYTHONPATH")]
         path = os.pathsep.join(filter(None, paths))
         # With an outer job's SLURM_* variables each process would consider itself a rank of srun.
-        env = {"OMP_NUM_THREADS": str(threads), **queue.outside_jobs(), "PYTHONPATH": path}
+        env = queue.outside_jobs() | processors.shared(os.environ, self.launcher.at_once)
+        env |= {"PYTHONPATH": path}
         env |= {"PYTHONSAFEPATH": "1", "CASCADE_FAILURE": str(task.folder / FAILURE)}
         env |= {"CASCADE_FOLDER": str(task.folder), "CASCADE_ATTEMPT": str(attempt)}
         if self.launcher.gpus:

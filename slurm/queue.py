@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from cascade.errors import UserError
+from cascade.files import processors
 from cascade.formats.texts import lines
 
 _FIELDS = "JobArrayID:|,ArrayTaskID:|,State:|,RestartCnt:|,Reason:|,Comment:4096"
@@ -50,11 +51,11 @@ def outside_jobs() -> dict[str, str]:
     Slurm describes a job to its processes in SLURM_* and SRUN_* variables. A job submitted from
     inside another would inherit them, for instance a memory request that contradicts its own.
     SQUEUE_* and SCONTROL_* variables would hide jobs. Variables that only tell the commands how to
-    reach Slurm are kept.
+    reach Slurm are kept. What this process chose for its own threads is none of a job's business.
     """
     return {
         key: value
-        for key, value in os.environ.items()
+        for key, value in processors.without(os.environ).items()
         if key in _REACH or not key.startswith(("SLURM_", "SRUN_", "SQUEUE_", "SCONTROL_"))
     }
 

@@ -85,6 +85,17 @@ class Job:
         return "".join(file.read_text() for file in files if file.exists())
 
 
+def cascade_in_group(argv: Sequence[str]) -> int:
+    """`cascade ARGV` in a process group of its own, with Ctrl-C as in a terminal, and data workers
+    that start at once."""
+    from cascade import cli
+
+    os.setpgrp()
+    multiprocessing.set_start_method("fork", force=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return cli.main(argv)
+
+
 def _run(target: Callable, args: Sequence[Any], env: Mapping[str, str], out: str) -> None:
     os.environ.update(env)
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -11,3 +11,11 @@ DECODER = [
     "net.channels=8", "net.embed=16", "net.blocks=1", "net.width=32", "net.head_channels=8",
     "clip.model.text_width=16", "clip.model.text_layers=1", "clip.model.vision_width=8",
 ]  # fmt: skip
+
+EMBEDDED = [
+    *(f"clip.model.{value}" for value in ("vision_layers=[1,1,1,1]", "vision_width=8")),
+    *(f"clip.model.{value}" for value in ("text_width=16", "text_layers=1", "text_heads=2")),
+    "clip.model.dim=16",
+]  # the CLIP of the two below
+
+PRIOR = ["stage=prior", *EMBEDDED, "net.width=16", "net.layers=1", "net.heads=2"]

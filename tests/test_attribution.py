@@ -14,7 +14,7 @@ from cascade.data.scenes.generate import render, sample_scene
 from cascade.draws import generator
 from cascade.eval.cascades import protocol
 from cascade.eval.cascades.attribution import BLOCKS, attribution, sentence, superresolution
-from cascade.eval.cascades.protocol import HeldOut, distance, picture_metrics
+from cascade.eval.cascades.protocol import HeldOut, distance, looking, picture_metrics
 from cascade.eval.metrics.features import CLIPFeatures
 from cascade.eval.metrics.measures import ATTRIBUTION, measures
 from cascade.eval.scenes.recognizer import judge
@@ -129,8 +129,13 @@ def paint(cascade, captions, given, what):
     return cascade({"caption": captions, "sample": torch.arange(len(captions)), **given}, 0)
 
 
+def attributed(whole, names, data, painted):
+    look = looking(data, FEATURES)
+    return attribution(whole, names, data, look(painted), look(data.truth), FEATURES, paint)
+
+
 def table_of(whole, data):
-    return attribution(whole, NAMES, data, paint(whole, data.captions, {}, ""), FEATURES, paint)
+    return attributed(whole, NAMES, data, paint(whole, data.captions, {}, ""))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +162,9 @@ def test_rows_are_the_measures_of_what_is_painted_from_the_truth(data, table):
         given = {key: data.truth[key] for key in row["given"][1:]}
         done = paint(cascade(data), data.captions, given, "")
         pictures = {key: done[key] for key in table["sizes"]}
-        expected = picture_metrics(pictures, data, data.truth, FEATURES)
+        look = looking(data, FEATURES)
+        real = {key: seen.rows for key, seen in look(data.truth).items()}
+        expected = picture_metrics(look(pictures), data, real, FEATURES)
         for key in table["sizes"]:
             for name in ("count", "one", "two"):
                 assert row[key][name] == expected[key][name]
@@ -205,7 +212,7 @@ def test_the_stage_that_errs_is_named_and_the_others_cost_nothing(data, table, d
 def test_a_stage_is_passed_over_where_its_work_is_given(data):
     whole = cascade(data)
     painted = paint(whole, data.captions, {}, "")
-    attribution(whole, NAMES, data, painted, FEATURES, paint)
+    attributed(whole, NAMES, data, painted)
     assert [len(stage.seen) for stage in whole.stages] == [1, 2, 3]
 
 
@@ -218,7 +225,7 @@ def test_intervals_are_those_of_means_of_blocks(data):
     means = np.array([gain[b::BLOCKS].mean() for b in range(BLOCKS)])
     half = 2.0930240544 * means.std(ddof=1) / BLOCKS**0.5  # Student's t with 19 degrees
     one = Cascade([Painter(frozenset({"caption"}), "image_64", lambda b: done)])
-    found = attribution(one, ["all"], some, {"image_64": done}, FEATURES, paint)
+    found = attributed(one, ["all"], some, {"image_64": done})
     cost = found["rows"][1]["cost"]["image_64"]["clip_score"]
     assert cost["cost"] == pytest.approx(gain.mean().item(), abs=1e-6)
     low, high = cost["interval"]
@@ -233,7 +240,7 @@ def test_what_chance_loses_is_laid_at_no_door(data):
     noise = 0.02 * torch.randn(data.truth["image_64"].shape, generator=draws)
     done = (data.truth["image_64"] + noise).clamp(-1, 1)
     one = Cascade([Painter(frozenset({"caption"}), "image_64", lambda b: done)])
-    found = attribution(one, ["all"], data, {"image_64": done}, FEATURES, paint)
+    found = attributed(one, ["all"], data, {"image_64": done})
     low, _ = found["rows"][1]["cost"]["image_64"]["clip_score"]["interval"]
     assert (low > 0) == ("clip_score" in found["dearest"]["image_64"])
     for kind in ("one", "two"):  # which noise of this size does not hide
@@ -252,14 +259,15 @@ def test_pictures_too_small_to_read_are_not_judged(data):
     small = {"image_16": torch.nn.functional.avg_pool2d(data.truth["image_64"], 4)}
     tiny = Cascade([Painter(frozenset({"caption"}), "image_16", lambda b: small["image_16"])])
     data = replace(data, truth={**data.truth, **small})
-    found = attribution(tiny, ["decoder"], data, small, FEATURES, paint)
+    found = attributed(tiny, ["decoder"], data, small)
     assert "one" not in found["rows"][0]["image_16"]
     assert found["rows"][0]["image_16"]["frechet"] == pytest.approx(0, abs=1e-9)
 
 
 def test_superresolution_is_the_row_of_the_smallest_true_picture(data, dark):
     judge = FEATURES
-    found = superresolution(cascade(data), data, dark, judge)
+    truth = looking(data, judge)(data.truth)
+    found = superresolution(cascade(data), data, truth, dark, judge)
     done = interpolate(-data.truth["image_64"], scale_factor=4)
     bicubic = enlarge(data.truth["image_64"], 4).clamp(-1, 1)
     true = data.truth["image_256"]
@@ -269,7 +277,7 @@ def test_superresolution_is_the_row_of_the_smallest_true_picture(data, dark):
     assert found["frechet_ratio"] == found["frechet"] / found["frechet_bicubic"]
     assert found["two"]["whole"] == 0.0
     one = Cascade(cascade(data).stages[1:2])
-    assert superresolution(one, data, dark, judge) is None
+    assert superresolution(one, data, truth, dark, judge) is None
 
 
 def test_the_first_rows_are_views(data):

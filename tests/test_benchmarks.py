@@ -5,10 +5,13 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from cascade.config.compose import built, composed, saved
 from cascade.errors import UserError
-from cascade.eval.benchmarks import demo, gpu, sampling
+from cascade.eval.benchmarks import demo, gpu, points, sampling, serve
+from cascade.eval.sweeps import points as sweep_points
+from cascade.runs.cascade_file import stage_runs
 from cascade.training.rehearsal import rehearsed
 from tests.small import SR
 
@@ -79,3 +82,38 @@ def test_training_rates_on_a_gpu_are_measured_at_tiny_sizes():
     training, _, shown = text(gpu.table({"prior": found}, rate))[:3]
     assert training == ["prior", "prior"]
     assert float(shown[0].replace(",", "")) == pytest.approx(found["eager"][0], abs=0.06)
+
+
+def test_a_points_cells_are_measured_and_compared(tmp_path):
+    model = tmp_path / "demo"
+    model.mkdir()
+    (model / "cascade.yaml").write_text("stages:\n  decoder: {steps: 6}\n  sr64:\n")
+    choices = points.axes(["decoder.scale=1,2", "sr64.level=0,0.1"])
+    asked = sweep_points.Grid(**OmegaConf.load(points.point(tmp_path / "point", model, choices, 3)))
+    made = [sets for _, sets in sweep_points.cells(asked.choices)]
+    assert made == [
+        ["decoder.scale=1", "sr64.level=0"],
+        ["decoder.scale=1", "sr64.level=0.1"],
+        ["decoder.scale=2", "sr64.level=0"],
+        ["decoder.scale=2", "sr64.level=0.1"],
+    ]
+    runs = stage_runs(tmp_path / "point/cascade.yaml")
+    assert runs == {"decoder": model / "decoder", "sr64": model / "sr64"}
+    cell = {"frechet": 2.0, "one": {"whole": 0.5}, "seconds": 9.0}
+    other = {"frechet": 2.0, "one": {"whole": 0.4}, "seconds": 3.0}
+    assert points.difference(cell, other) == pytest.approx(0.2)
+    for wrong in ("decoder=1", "decoder.scale", "decoder.scale=1,"):
+        with pytest.raises(UserError, match="OPTION=VALUE"):
+            points.axes([wrong])
+
+
+def test_the_page_is_compared_with_painting_alone():
+    found = serve.Found(
+        address=4.0, usable=5.0, alone=[0.2, 0.4, 0.3], step=[0.03, 0.06, 0.9],
+        preview=[0.15, 0.1, 0.2], finished=[0.6, 0.3, 0.45], swipe=[0.01, 0.02], menu=[0.03],
+    )  # fmt: skip
+    names, seconds, ratios = text(serve.table(found))
+    assert dict(zip(names, ratios))["click to finished"] == "1.50"
+    assert dict(zip(names, ratios))["click to first picture so far"] == "0.50"
+    assert dict(zip(names, ratios))["first step in this process"] == "0.20"
+    assert seconds[-2:] == ["0.020", "0.030"]

@@ -69,7 +69,7 @@ def test_choices_are_those_of_the_file_and_of_the_command_line(runs):
 @pytest.mark.parametrize(
     ("choice", "says"),
     [
-        ("large.sclae=2", "the choices of a stage are text_embedding, sampler, scale"),
+        ("large.sclae=2", "the choices of a stage are text_embedding, length, sampler"),
         ("large.steps=many", "give a whole number"),
         ("large.steps=2.5", "give a whole number"),
         ("large.scale=[1, 2]", "give a number"),

@@ -209,6 +209,8 @@ def test_captions_of_a_file_are_one_a_line_and_ids_are_not_painted(form, tmp_pat
         ("data precompute x --clip c", "--text-out=o", "--text"),
         ("data precompute x --clip c", "--length=256", "--text"),
         ("data precompute x --clip c", "--bf16", "--text"),
+        ("data precompute x --clip c", "--layer=mean", "--text"),
+        ("sweep sweep=captions", "--price=2", "--dry-run"),
         ("data precompute x", "--checkpoint=c.pt", "--clip or --text"),
         ("data precompute x", "--quick-gelu=true", "--clip or --text"),
     ],

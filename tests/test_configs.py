@@ -35,6 +35,16 @@ def test_every_stage_builds(stage):
     assert module.batch == config.batch
 
 
+@pytest.mark.parametrize("control", choices("control"))
+def test_every_control_builds(control):
+    more = ["control.extension=x.png"] if control == "column" else []
+    config, module = on_meta(["stage=decoder", f"control={control}", *more])
+    assert list(module.control) == list(built(config.data.pictures).conditions) == [control]
+    assert all(
+        p.requires_grad == name.startswith("control.") for name, p in module.named_parameters()
+    )
+
+
 @pytest.mark.parametrize("experiment", choices("experiment"))
 def test_every_recipe_builds(experiment):
     config, module = on_meta([f"experiment={experiment}"])
@@ -126,3 +136,8 @@ def test_a_file_that_is_no_yaml_is_one_line():
     ):
         yaml.safe_load("base: [net.multipliers=[1], a=1]")
     assert "\n" not in str(error.value)
+
+
+def test_a_group_that_is_no_name_is_refused():
+    with pytest.raises(UserError, match="~GROUP leaves a group out"):
+        composed("train", ["stage=decoder", "logger=null", "data.path=x"])

@@ -27,6 +27,7 @@ from cascade.doctor.finding import Budget, guarded
 from cascade.encoders.clip import FrozenCLIP, save_clip
 from cascade.encoders.text import FrozenT5
 from cascade.errors import UserError
+from cascade.files import processors
 from cascade.files.locks import ClaimFiles, Holder
 from cascade.training import fit
 from tests import small
@@ -580,22 +581,14 @@ def test_what_the_environment_says_is_told(place, ask, monkeypatch):
     assert any(what.startswith("SLURM_MEM_PER_CPU: srun") for what in said)
 
 
-def test_threads_are_compared_with_the_quota(tmp_path, monkeypatch):
+def test_threads_are_compared_with_the_quota(monkeypatch):
     """A container with all CPUs in its mask, and time of one and a half."""
-    monkeypatch.setattr(machine, "_quota", lambda: 1.5)
+    monkeypatch.setattr(processors, "quota", lambda: 1.5)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {*range(64)})
-    assert machine.processors() == 1.5
-    (_, found) = machine.threads({})
-    assert found.what == "torch will start 64 threads, and the cgroup's quota is of 1.5 CPUs"
-    assert found.remedy == "export OMP_NUM_THREADS=1"
     assert len([*machine.threads({"OMP_NUM_THREADS": "2"})]) == 1
-    for text, cpus in (("150000 100000\n", 1.5), ("max 100000\n", float("inf"))):
-        (tmp_path / "cpu.max").write_text(text)
-        assert machine._limit(tmp_path) == cpus
-    (tmp_path / "cpu.max").unlink()
-    (tmp_path / "cpu.cfs_quota_us").write_text("200000\n")
-    (tmp_path / "cpu.cfs_period_us").write_text("100000\n")
-    assert machine._limit(tmp_path) == 2
+    _, found = machine.threads({"OMP_NUM_THREADS": "3"})
+    assert found.what == "OMP_NUM_THREADS=3, and 1.5 CPUs may be used: threads wait for each other"
+    assert found.remedy == "export OMP_NUM_THREADS=1"
 
 
 def test_room_is_compared_with_what_will_be_written(place, ask, monkeypatch):

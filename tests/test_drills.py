@@ -6,7 +6,6 @@ bit: no sample was lost, and none was seen twice. The last lines of the output a
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,12 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cascade import cli
 from cascade.data.scenes.generate import write_scenes
 from cascade.files.lease import NAME
 from cascade.files.locks import RELEASED, ClaimFiles
 from tests import small
-from tests.processes import Job
+from tests.processes import Job, cascade_in_group
 
 pytestmark = pytest.mark.slow
 
@@ -104,14 +102,6 @@ def faulty(fault):
     return [f"faults=[{','.join(name for name, *_ in parts)}]", *options]
 
 
-def command(argv):
-    """A process group of its own, Ctrl-C as in a terminal, and workers that start at once."""
-    os.setpgrp()
-    multiprocessing.set_start_method("fork", force=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    return cli.main(argv)
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
@@ -127,7 +117,7 @@ def start(shards, tmp_path):
     def begin(run, ranks, *overrides):
         argv = ["train", *SMALL, f"data.path={shards}", f"run={run}"]
         argv += [f"trainer.devices={ranks}", *overrides]
-        jobs.append(Job(command, (argv,), out=tmp_path / f"out{len(jobs)}", ranks=ranks))
+        jobs.append(Job(cascade_in_group, (argv,), out=tmp_path / f"out{len(jobs)}", ranks=ranks))
         return jobs[-1]
 
     yield begin
@@ -148,7 +138,7 @@ def clean(shards, tmp_path_factory):
     for ranks in (1, 2):
         argv = ["train", *SMALL, f"data.path={shards}", f"run={folder / str(ranks)}"]
         argv += [f"trainer.devices={ranks}"]
-        jobs[ranks] = Job(command, (argv,), out=folder / f"out{ranks}", ranks=ranks)
+        jobs[ranks] = Job(cascade_in_group, (argv,), out=folder / f"out{ranks}", ranks=ranks)
     for ranks, job in jobs.items():
         assert job.wait() == ranks * [0], job.output()
     return {ranks: weights(folder / str(ranks)) for ranks in jobs}
@@ -233,6 +223,22 @@ def test_two_ranks_end_together_when_another_process_takes_their_run(start, clea
     assert again.wait() == [0, 0], again.output()
     assert equal(weights(run), clean[2])
     table(*row("taken over by another process", codes, run))
+
+
+def absent(argv):
+    """`cascade ARGV`, of which rank 1 dies before the ranks have found each other."""
+    return 1 if os.environ["RANK"] == "1" else cascade_in_group(argv)
+
+
+def test_a_rank_does_not_wait_for_one_that_never_came(shards, tmp_path, table):
+    run = tmp_path / "run"
+    argv = ["train", *SMALL, f"data.path={shards}", f"run={run}", "trainer.devices=2"]
+    job = Job(absent, ([*argv, "watchdog=2.0"],), out=tmp_path / "out", ranks=2)
+    codes = job.wait()
+    assert codes == [75, 1], job.output()
+    (hung,) = timeline(run)
+    assert (hung["event"], hung["phase"]) == ("hung", "start")
+    table(*("a rank dies before the others found it", 2, "75 1", "hung", 0))
 
 
 def test_two_ranks_go_back_behind_a_jump_of_the_loss(start, table, tmp_path):

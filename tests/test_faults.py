@@ -403,6 +403,7 @@ def test_a_signal_to_another_rank_counts_and_ranks_at_different_samples_fail(tmp
 def watched(run, how):
     watchdog = Watchdog(Path(run), 0.4)
     trainer = SimpleNamespace(global_rank=1, global_step=7)
+    watchdog.start(1)
     watchdog.setup(trainer, None, "fit")
     watchdog.on_train_batch_end(trainer, None, None, None, 0)
     hangs = signal.pause

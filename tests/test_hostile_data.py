@@ -24,8 +24,8 @@ from cascade.config.compose import built, composed
 from cascade.data.shards import Shards
 from cascade.data.stream import Stream
 from cascade.data.tars import tar as tars
-from cascade.data.tars.corpus import OpenTar
 from cascade.data.tars.index import scan
+from cascade.data.tars.open_tar import OpenTar
 from cascade.data.tars.pack import fitted
 from cascade.data.tars.urls import groups
 from cascade.data.transforms import BadSample, Pictures, decode

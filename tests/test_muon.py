@@ -58,3 +58,36 @@ def test_its_state_can_be_saved_and_loaded():
     then.load_state_dict(first.state_dict())
     steps(then, half, range(2, 4))
     assert torch.equal(whole, half)
+
+
+def test_matrices_step_as_by_torchs_own_muon():
+    """Which computes in bfloat16, and takes matrices alone."""
+    start = torch.randn(24, 10, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    given = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9}
+    one = Muon([ours], **given)
+    other = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **given)
+    for k in range(4):
+        for p in (ours, theirs):
+            p.grad = torch.randn(24, 10, generator=torch.Generator().manual_seed(10 + k))
+        before = ours.detach().clone(), theirs.detach().clone()
+        one.step()
+        other.step()
+        moved, expected = ours - before[0], theirs - before[1]
+        assert (moved - expected).norm() < 0.02 * expected.norm()
+
+
+def test_convolutions_can_be_left_to_adamw():
+    start = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    parameters = [torch.nn.Parameter(start.clone()) for _ in range(3)]
+    left, adamw, reshaped = parameters
+    optimizers = [
+        Muon([left], lr=0.01, convolutions=False),
+        torch.optim.AdamW([adamw], lr=0.01, betas=(0.9, 0.99), weight_decay=0.0),
+        Muon([reshaped], lr=0.01),
+    ]
+    for p, optimizer in zip(parameters, optimizers):
+        p.grad = torch.ones_like(p).triu()
+        optimizer.step()
+    assert torch.equal(left, adamw)
+    assert not torch.allclose(reshaped, adamw, atol=1e-3)

@@ -234,7 +234,7 @@ def test_a_shard_of_which_nothing_is_good_has_no_rows_and_is_done(tmp_path):
     ("options", "words"),
     [
         ([], "choose what to precompute: --clip CLIP or --text ENCODER"),
-        (["--text", "ViT-L-14", "--length", "9"], "are for a T5: ViT-L-14 is a CLIP"),
+        (["--text", "ViT-L-14", "--length", "9"], "--length is not for a CLIP, which ViT-L-14 is"),
         (["--text", "nowhere"], "neither a directory nor in the local Hugging Face cache"),
         (["--clip", "nowhere"], "neither a directory nor a CLIP"),
     ],

@@ -26,7 +26,7 @@ from cascade.errors import UserError
 from cascade.stage import Stage
 from cascade.training.devices import Bfloat16
 from cascade.training.module import Training
-from cascade.training.sharding import Sharded, divided, replicated, sharded
+from cascade.training.sharding import Sharded, divided, mean_by_rank, replicated, sharded
 from tests.processes import Job
 
 SMALL = [
@@ -246,6 +246,58 @@ def test_each_goes_on_from_the_checkpoint_of_another(trained, ways):
         run = trained("changing", way, f"images={images}", "grids=0")
     assert seen(run) == list(range(48))
     assert_alike(whole, run)
+
+
+class Crossed(nn.Module):
+    """Registers its layers in another order than that of their gradients."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.c, self.a, self.b = nn.Linear(40, 7), nn.Linear(30, 50), nn.Linear(50, 40)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def went_on(hook):
+    """Whether weights depend on when DDP began: 0 if not."""
+    torch.distributed.init_process_group("gloo")
+    rank, found = torch.distributed.get_rank(), []
+    for begins in ({0}, {0, 4}):
+        net = Crossed()
+        for step in range(8):
+            if step in begins:
+                ddp = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+                if hook:
+                    ddp.register_comm_hook(None, hook)
+                optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            x = torch.randn(3, 30, generator=torch.Generator().manual_seed(100 * step + rank))
+            ddp(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(nn.utils.parameters_to_vector(net.parameters()).detach())
+    torch.distributed.destroy_process_group()
+    return int(not torch.equal(*found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("hook", "code"), [(mean_by_rank, 0), (None, 1)], ids=["ours", "DDP's"])
+def test_sums_over_four_ranks_do_not_depend_on_how_long_they_have_run(hook, code, tmp_path):
+    """DDP's own do: once they do not, ours can go."""
+    job = Job(went_on, (hook,), out=tmp_path, ranks=4)
+    assert job.wait(120) == [code] * 4, job.output()
+
+
+@pytest.mark.slow
+def test_four_ranks_that_go_on_equal_four_that_never_stopped(trained):
+    """Bit for bit, although DDP arranges its gradients anew after the first step of a process."""
+    four = 4, ["trainer.devices=4"]
+    whole = trained("whole", four, "images=32", "grids=0")
+    for images in (8, 16, 32):
+        run = trained("going", four, f"images={images}", "grids=0")
+    a, b = (load_file(folder / "weights.safetensors") for folder in (whole, run))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")

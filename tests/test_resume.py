@@ -37,6 +37,7 @@ from cascade.training.callbacks.saving import Checkpoints
 from cascade.training.checkpoint import newest_checkpoint
 from cascade.training.module import Training
 from tests.processes import Job
+from tests.small import EMBEDDED, PRIOR
 
 STEPS, BATCH = 4, 4
 COMMON = [f"batch={BATCH}", f"images={STEPS * BATCH}", "warmup=8", "grids=0", "ema=0.9"]
@@ -44,14 +45,12 @@ COMMON += ["save_seconds=0.0", "optim.lr=1e-3"]
 NET = ["net.net.channels=8", "net.net.patch=2", "net.net.embed=16"]
 NET += ["net.net.multipliers=[1]", "net.net.blocks=1"]
 SR = ["stage=sr256", "size=16", "low=8", "crop=null", *NET]
-TINY_CLIP = ["vision_layers=[1,1,1,1]", "vision_width=8", "text_width=16", "text_layers=1"]
-CLIP = [f"clip.model.{value}" for value in (*TINY_CLIP, "text_heads=2", "dim=16")]
 KINDS = {
     # Two micro-batches to a step, and what torch draws itself.
     "a stage with dropout": [*SR, "micro_batch=2", "+net.net.dropout=0.5"],
     # Statistics that are taken from the data before the first step.
-    "a prior": ["stage=prior", *CLIP, "net.width=16", "net.layers=1", "net.heads=2"],
-    "a CLIP": ["stage=clip", "optim=clip", *CLIP],
+    "a prior": PRIOR,
+    "a CLIP": ["stage=clip", "optim=clip", *EMBEDDED],
 }
 
 
@@ -69,7 +68,7 @@ def shards(tmp_path_factory):
     """Scenes, a CLIP, and its embeddings of them."""
     folder = tmp_path_factory.mktemp("shards")
     write_scenes(folder, "plain", "train", 20, 32, seed=0, shard_size=10)
-    model = built(composed("train", ["stage=clip", f"data.path={folder}", *CLIP]).clip.model)
+    model = built(composed("train", ["stage=clip", f"data.path={folder}", *EMBEDDED]).clip.model)
     torch.manual_seed(0)
     save_clip(model, model.build(), folder / "clip")
     assert cli.main(["data", "precompute", str(folder), "--clip", str(folder / "clip")]) == 0

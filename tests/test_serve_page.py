@@ -1,167 +1,35 @@
-"""The page of `cascade serve` in a real browser, as wide as a phone and as a desktop."""
+"""Each part of the page of `cascade serve` in a real browser, by day and by night.
 
-import asyncio
+As wide as a phone and as a desktop; see `browsing` for what is checked wherever a test looks.
+"""
+
 import base64
 import io
-import json
 import re
-import shutil
-import socket
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from tests import made_sweeps, models
+from tests.browsing import (
+    NARROW,
+    NEEDS,
+    TABS,
+    WIDE,
+    check,
+    choose,
+    done,
+    opened,
+    paint,
+    picture,
+    settings,
+    tab,
+)
 
-api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core reads the page")
-
-CHROMIUM = shutil.which("chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-FLAGS += ["--disable-component-update", "--no-first-run"]
-WIDTHS = (390, 1280)
-PATIENCE = 120_000  # milliseconds, of a slow machine
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="Debian's package chromium is not here"),
-    pytest.mark.skipif(find_spec("gradio") is None, reason="the extra `web` is not installed"),
-]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A model, the same in other choices, a sweep, and a run that trains."""
-    root = tmp_path_factory.mktemp("page") / "runs"
-    models.write_model(root / "one")
-    shutil.copytree(root / "one", root / "two")
-    text = (root / "two/cascade.yaml").read_text()
-    (root / "two/cascade.yaml").write_text(text.replace("scale: 2.0", "scale: 3.0"))
-    told = made_sweeps.about({"text": ["small", "large"]}, {"scale": [1.0, 3.0]})
-    made_sweeps.write(root / "sweep", told, lambda text, scale: 0.5, pictures=True)
-    run = root / "training"
-    (run / "samples").mkdir(parents=True)
-    (run / "config.yaml").write_text("images: 4000\n")
-    (run / "status.json").write_text('{"images": 2000, "total": 4000}')
-    lines = "".join(f"{n},{1 / n},50\n" for n in range(100, 2001, 100))
-    (run / "metrics.csv").write_text("images,loss,images_per_second\n" + lines)
-    Image.new("RGB", (64, 32), "green").save(run / "samples" / "0000002000.png")
-    (run / "heartbeats").mkdir()
-    return root
-
-
-@pytest.fixture(scope="module")
-def base(root, tmp_path_factory):
-    """The address of a server in a process of its own."""
-    out = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["serve", str(root), "--port", str(port), "--most-steps", "1000"]
-    log = out / "log.txt"
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "cascade", *words], stdout=file, stderr=subprocess.STDOUT
-        )
-    try:
-        end, found = time.monotonic() + 600, None
-        while not found:
-            assert time.monotonic() < end, log.read_text()
-            assert server.poll() is None, log.read_text()
-            time.sleep(0.2)
-            found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
-        yield found[0]
-        assert server.poll() is None, log.read_text()
-    finally:
-        server.kill()
-        server.wait()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with api.sync_playwright() as playing:
-        found = playing.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield found
-        found.close()
-
-
-@pytest.fixture(params=WIDTHS)
-def page(request, base, browser):
-    with opened(base, browser, request.param) as found:
-        yield found
-
-
-class opened:
-    """A page in a context of its own, which asks no other host for anything."""
-
-    def __init__(self, base, browser, width):
-        self.base, self.context = (
-            base,
-            browser.new_context(viewport={"width": width, "height": 900}),
-        )
-        self.context.set_default_timeout(PATIENCE)
-        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
-
-    def __enter__(self):
-        page = self.context.new_page()
-        page.asked, page.faults = [], []
-        page.on("request", lambda request: page.asked.append(request.url))
-        page.on("pageerror", lambda error: page.faults.append(str(error)))
-        page.goto(self.base)
-        page.get_by_role("button", name="Paint", exact=True).wait_for()
-        return page
-
-    def __exit__(self, kind, *_):
-        (page,) = self.context.pages
-        if kind is None:
-            own = (self.base, "data:", "blob:")
-            assert [url for url in page.asked if not url.startswith(own)] == []
-            assert page.faults == []
-        self.context.close()
-
-
-def tab(page, name):
-    page.get_by_role("tab", name=name).click()
-
-
-def done(page, place, words="Done."):
-    page.locator(f"{place} .note", has_text=words).first.wait_for()
-
-
-def choose(page, label, text):
-    page.get_by_label(label, exact=True).click()
-    page.get_by_role("option", name=text, exact=True).click()
-
-
-def settings(page, **values):
-    """Opens the fields of the stages, and fills some in."""
-    page.get_by_role("button", name="Guidance and steps of each stage").click()
-    for name, value in values.items():
-        page.get_by_label(name.replace("_", ": "), exact=True).fill(str(value))
-
-
-def check(page):
-    """Nothing is wider than the page, and axe-core finds nothing serious."""
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    found = axe.Axe().run(page).response["violations"]
-    serious = [one for one in found if one["impact"] in ("serious", "critical")]
-    assert not serious, json.dumps(serious, indent=1)[:4000]
-
-
-def picture(color, shape="ellipse"):
-    image = Image.new("RGB", (48, 48), "lightgrey")
-    getattr(ImageDraw.Draw(image), shape)((12, 12, 34, 34), fill=color)
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return {"name": f"{color}.png", "mimeType": "image/png", "buffer": out.getvalue()}
+pytest_plugins = "tests.browsing"
+pytestmark = NEEDS
 
 
 def test_keyboard_alone_paints(page, root):
@@ -204,14 +72,14 @@ def test_keyboard_alone_paints(page, root):
 def test_pictures_appear_as_they_are_denoised_and_can_be_cancelled(page):
     settings(page, decoder_steps=1000)
     check(page)
-    page.get_by_role("button", name="Paint", exact=True).click()
+    paint(page)
     page.locator("#easel [role=progressbar]").wait_for()
     page.locator("#easel .sheet img").wait_for()
     page.get_by_role("button", name="Cancel", exact=True).click()
     done(page, "#easel", "Cancelled.")
     page.get_by_label("decoder: steps", exact=True).fill("2")
     page.get_by_label("Number of pictures", exact=True).fill("3")
-    page.get_by_role("button", name="Paint", exact=True).click()
+    paint(page)
     done(page, "#easel")
     assert page.locator("#easel figure").count() == 3
 
@@ -327,113 +195,20 @@ def test_a_training_is_watched(page, root):
     check(page)
 
 
-def test_a_tab_that_closes_leaves_the_device_to_others(base, browser):
-    with opened(base, browser, 1280) as page:
-        settings(page, decoder_steps=1000)
-        page.get_by_label("Number of pictures", exact=True).fill("16")
-        page.get_by_role("button", name="Paint", exact=True).click()
-        page.locator("#easel .sheet img").first.wait_for()
-    begin = time.monotonic()
-    with opened(base, browser, 1280) as page:
-        page.get_by_role("button", name="Paint", exact=True).click()
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+def test_screens(base, browser, width, scheme, tmp_path):
+    """All parts at once, and as pictures, for a person to look at."""
+    with opened(base, browser, width, scheme) as page:
+        settings(page)
+        paint(page)
         done(page, "#easel")
-    assert time.monotonic() - begin < 60
-
-
-def test_nothing_of_one_visitor_is_shown_to_another(base, browser):
-    with opened(base, browser, 1280) as one, opened(base, browser, 1280) as two:
-        one.get_by_label("Caption", exact=True).fill("a secret circle")
-        one.get_by_role("button", name="Paint", exact=True).click()
-        done(one, "#easel")
-        assert "Nothing is painted yet." in two.locator("#easel").inner_text()
-        two.reload()
-        two.get_by_role("button", name="Paint", exact=True).wait_for()
-        assert "secret" not in two.content()
-        addresses = [url for url in one.asked if "file=" in url or "upload" in url]
-        assert addresses == []
-
-
-def test_a_hundred_requests_at_once(base, browser):
-    """Each is done, or told that too many wait; and then the server still paints."""
-    with httpx.Client(base_url=base, trust_env=False) as client:
-        config = client.get("/config").json()
-    named = {one["id"]: one["props"].get("label") for one in config["components"]}
-    paint = next(
-        one for one in config["dependencies"]
-        if [named.get(i) for i in one["inputs"]][:3] == ["Model", "Caption", "Negative caption"]
-    )  # fmt: skip
-    values = {one["id"]: one["props"].get("value") for one in config["components"]}
-    data = [values.get(i) for i in paint["inputs"]]
-
-    async def ask(client, i):
-        session = f"visitor{i:05}"
-        event = {"data": data, "fn_index": paint["id"], "session_hash": session}
-        answer = await client.post("/gradio_api/queue/join", json=event)
-        if answer.status_code != 200:
-            return answer.status_code
-        url = f"/gradio_api/queue/data?session_hash={session}"
-        async with client.stream("GET", url) as stream:
-            async for line in stream.aiter_lines():
-                told = json.loads(line[5:]) if line.startswith("data:") else {}
-                if told.get("msg") == "process_completed":
-                    return str(told["output"])
-        return None
-
-    async def everyone():
-        limits = httpx.Limits(max_connections=None)
-        options = {"base_url": base, "timeout": 300, "limits": limits, "trust_env": False}
-        async with httpx.AsyncClient(**options) as client:
-            return await asyncio.gather(*(ask(client, i) for i in range(100)))
-
-    with ThreadPoolExecutor(1) as pool:  # this thread's loop is playwright's
-        answers = pool.submit(asyncio.run, everyone()).result()
-    fine = [one for one in answers if isinstance(one, str)]
-    assert len(fine) + answers.count(503) == 100
-    assert len(fine) > 50
-    with opened(base, browser, 1280) as page:
-        page.get_by_role("button", name="Paint", exact=True).click()
-        done(page, "#easel")
-
-
-def test_a_model_that_is_removed_while_it_is_shown(base, browser, root):
-    shutil.copytree(root / "one", root / "gone")
-    with opened(base, browser, 1280) as page:
-        choose(page, "Model", f"{root}/gone")
-        page.get_by_role("button", name="Paint", exact=True).click()
-        done(page, "#easel")
-        shutil.rmtree(root / "gone")
-        page.get_by_role("button", name="Paint", exact=True).click()
-        page.locator("#easel [role=alert]", has_text="not there any more").wait_for()
-        choose(page, "Model", f"{root}/one")
-        page.get_by_role("button", name="Paint", exact=True).click()
-        done(page, "#easel")
-
-
-def test_fifty_hostile_files_are_refused_on_the_page(base, browser):
-    from tests.test_serve_editing import hostile
-
-    with opened(base, browser, 1280) as page:
-        tab(page, "Edit")
-        for i, data in enumerate(hostile()):
-            file = {"name": f"file{i}.png", "mimeType": "image/png", "buffer": data}
-            page.locator("input.pick").first.set_input_files(file)
-            page.locator(".told", has_text=f"file{i}.png").wait_for()
-            page.locator("#edited").evaluate("e => e.querySelector('[role=alert]')?.remove()")
-            page.get_by_role("button", name="Edit", exact=True).click()
-            page.locator("#edited [role=alert]").wait_for()  # the same words, drawn anew
-        page.locator("input.pick").first.set_input_files(picture("red"))
-        page.locator(".told", has_text="red.png").wait_for()
-        page.get_by_role("button", name="Edit", exact=True).click()
-        page.locator("#edited .copied").first.wait_for()
-
-
-def test_screens(page, tmp_path):
-    """The pages as pictures, for a person to look at."""
-    page.get_by_role("button", name="Paint", exact=True).click()
-    done(page, "#easel")
-    for name in ("Paint", "Edit", "Compare", "Watch"):
-        tab(page, name)
-        time.sleep(1)
-        shot = Path(tmp_path, f"{name}.png")
-        page.screenshot(path=shot, full_page=True)
-        assert len(np.unique(np.asarray(Image.open(shot, formats=["PNG"])))) > 20
+        for name in TABS:
+            tab(page, name)
+            time.sleep(1)
+            check(page)
+            shot = Path(tmp_path, f"{name}.png")
+            page.screenshot(path=shot, full_page=True)
+            shades = np.asarray(Image.open(shot, formats=["PNG"]).convert("L"))
+            assert len(np.unique(shades)) > 20
+            assert (np.median(shades) < 128) == (scheme == "dark")

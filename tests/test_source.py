@@ -155,6 +155,7 @@ READERS = {
         cascade/formats/texts
     """,
     "from_pretrained": """
+        cascade/encoders/published/language_models
         cascade/encoders/t5
         eval/metrics/dinov2
     """,
@@ -173,12 +174,10 @@ READERS = {
         eval/metrics/statistics
     """,
     "open": """
-        cascade/data/tars/corpus
-        cascade/data/tars/index
         cascade/data/tars/listing
-        cascade/data/tars/tar
         cascade/encoders/sources
         cascade/encoders/weights
+        cascade/files/stores/reading
         cascade/formats/kinds
         eval/metrics/features
         eval/pictures/sets
@@ -228,6 +227,7 @@ OWN = {
         cascade/edit/inversion
         cascade/edit/windows
         cascade/export/priors
+        cascade/losses/alignment
         cascade/pipeline
         cascade/serve/page/guard
         cascade/serve/page/pieces
@@ -254,6 +254,9 @@ OWN = {
         cascade/data/tars/pack
         cascade/doctor/probe
         cascade/files/locks
+        cascade/files/stores/client
+        cascade/files/stores/server
+        cascade/formats/tensors
         cascade/runs/done
         cascade/runs/run
         cascade/serve/comparing
@@ -263,6 +266,7 @@ OWN = {
         eval/benchmarks/demo
         eval/pictures/identity
         eval/sweeps/folder
+        eval/sweeps/rungs
         slurm/queue
         slurm/state
     """,
@@ -272,12 +276,14 @@ OWN = {
     "open": """
         cascade/export/card
         cascade/export/tokenizer
+        cascade/files/stores/objects
         cascade/runs/done
         cascade/runs/resumable
         cascade/runs/run
         cascade/training/callbacks/skips
         cascade/training/checkpoint
         cascade/training/faults
+        eval/benchmarks/bucket
         eval/pages/curves
         eval/pictures/generation
         eval/sweeps/folder
@@ -286,6 +292,11 @@ OWN = {
     """,
     "read_bytes": """
         cascade/config/signatures
+        cascade/data/embeddings
+        cascade/data/tars/dataset
+        cascade/data/tars/index
+        cascade/files/stores/places
+        cascade/runs/resumable
         cascade/serve/page/compare
         cascade/serve/watching
         cascade/training/callbacks/skips
@@ -294,11 +305,8 @@ OWN = {
         slurm/code
     """,
     "read_text": """
-        cascade/data/embeddings
-        cascade/data/tars/dataset
-        cascade/data/tars/pack
-        cascade/doctor/machine
         cascade/files/locks
+        cascade/files/processors
         cascade/runs/done
         cascade/runs/run
         cascade/serve/comparing
@@ -306,12 +314,14 @@ OWN = {
         cascade/training/callbacks/guard
         eval/benchmarks/demo
         eval/benchmarks/nets
+        eval/benchmarks/store
         eval/metrics/statistics
         eval/pages/report
         eval/pictures/identity
         eval/sweeps/findings
         eval/sweeps/folder
         eval/sweeps/plan
+        eval/sweeps/rungs
         slurm/local
         slurm/plan
         slurm/queue
@@ -319,8 +329,8 @@ OWN = {
     """,
     "safe_open": """
         cascade/data/embeddings
-        cascade/data/tars/index
         cascade/doctor/model
+        cascade/runs/averages
         cascade/stage
     """,
     "tarfile.open": """

@@ -217,16 +217,18 @@ def test_bad_samples_are_passed_over_and_named_and_nothing_is_unpickled(tmp_path
         ("deep/a7.Txt", b"7"),
         ("deep/a7.pth", canary),
         ("a8.jpg", picture(8)),
-        ("a8.jpg", picture(9)),  # twice in a row: which caption is whose?
+        ("a8.jpg", picture(9)),  # twice in a row: whose is the caption?
         ("a8.txt", b"9"),
+        *sample("b0", 10),
     ]
     items = read(in_order(write(tmp_path / "0.tar", members)))
-    assert keys(items) == ["0/a0", "0/deep/a7", "0/a8"]
+    assert keys(items) == ["0/a0", "0/deep/a7", "0/b0"]
     assert_paired(items)
     bad = {"a1": "broken picture", "a2": "no caption", "a3": "no picture", "a4": "no caption"}
     bad |= {"a0": "duplicate key", "a5": "huge file", "'../a6'": "hostile name"}
     assert items[1]["skipped"] == [Skip(1, f"0/{key}", reason) for key, reason in bad.items()]
-    assert items[2]["skipped"] == [Skip(2, "0/a8", "no caption")]
+    twice = [Skip(2, "0/a8", "no caption"), Skip(2, "0/a8", "duplicate key")]
+    assert items[2]["skipped"] == twice
     assert not (tmp_path / "ran").exists()
 
 

@@ -45,7 +45,8 @@ def test_every_part_of_every_sweep_builds(name, tmp_path):
     config = composed("sweep", [f"sweep={name}", f"home={tmp_path}", "run=${home}/x"])
     links = by_name(grid(config, [], launcher("launcher=slurm")))
     configs = [task.config for link in links.values() for task in link.tasks if task.config]
-    stages = [yaml.safe_load(text).get("stage") for text in configs]
+    whole = [yaml.safe_load(text) for text in configs]
+    stages = [of.get("stage") for of in whole]
     with torch.device("meta"):
         for stage in {json.dumps(stage): stage for stage in stages if stage}.values():
             built(stage)
@@ -56,8 +57,9 @@ def test_every_part_of_every_sweep_builds(name, tmp_path):
     assert config.along in {**config.axes, **config.choices}
     runs = {(of or {}).get("run", stage) for stage, of in config.cascade.items()}
     assert {"judge", *runs} - {config.train} <= set(config.needs)
-    # Who judges conditions no stage.
-    assert not any(str(config.judge) in json.dumps(stage) for stage in stages)
+    # Who judges conditions no stage, and teaches none.
+    taught = [[of.get("alignment"), of.get("perceptual")] for of in whole]
+    assert not any(str(config.judge) in json.dumps(part) for part in [*stages, *taught])
     for sets in (sets for axis in config.choices.values() for sets in axis.values()):
         assert all(choice.partition(".")[0] in config.cascade for choice in sets)
 

@@ -33,6 +33,7 @@ class Cond:
     tokens: Float[Tensor, "b n w"] | None = None  # attended to
     mask: Mask | None = None  # which of the `tokens` are attended to, or how much
     image: Float[Tensor, "b c height width"] | None = None  # concatenated to x_t
+    added: tuple[Tensor, ...] = ()  # to the skip connections and the middle of a U-Net
     # Parts of them.
     sketch: Float[Tensor, "b p height width"] | None = None  # the first channels of `image`
     after_text: int = 0  # number of tokens after the text, whose length varies by batch

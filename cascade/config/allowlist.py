@@ -22,12 +22,19 @@ from cascade.errors import UserError
 
 PURE = ("cascade.diffusion", "cascade.conditioning")
 ROOMS = (
-    *("cascade.autoregressive", "cascade.codecs", "cascade.encoders", "cascade.nets"),
-    *("cascade.data.bsr", "cascade.data.degradations", "cascade.training.faults"),
+    *("cascade.autoregressive", "cascade.codecs", "cascade.encoders", "cascade.losses"),
+    "cascade.nets",
+    *("cascade.data.bsr", "cascade.data.conditions", "cascade.data.degradations"),
+    "cascade.training.faults",
     "cascade.training.loggers",
 )
 NAMES = frozenset(
     {
+        "cascade.data.conditions.depth",
+        "cascade.data.conditions.edges",
+        "cascade.data.conditions.lines",
+        "cascade.data.conditions.scribble",
+        "cascade.data.conditions.segmentation",
         "cascade.data.degradations.indexed_cosine",
         "cascade.data.embeddings.Embeddings",
         "cascade.data.shards.Shards",
@@ -38,7 +45,9 @@ NAMES = frozenset(
         "cascade.slurm.local.Local",
         "cascade.stage.Stage",
         "cascade.stage.warmup_constant",
+        "cascade.training.callbacks.averages.PowerAverages",
         "cascade.training.muon.Muon",
+        "cascade.training.soap.soap",
         "cascade.stage.warmup_cosine",
         "cascade.training.sharding.replicated",
         "cascade.training.sharding.sharded",

@@ -69,7 +69,10 @@ def composed(name: str, overrides: Sequence[str]) -> DictConfig:
         one_line_errors(),
         initialize_config_dir(str(Path(cascade.conf.__path__[0]).resolve()), version_base="1.3"),
     ):
-        config = compose(name, before := [one.tentative for one in given])
+        try:
+            config = compose(name, before := [one.tentative for one in given])
+        except ValueError as error:  # Hydra's, for a group that is null or a number
+            raise UserError(f"configuration: {error}; ~GROUP leaves a group out") from error
         meant = [one.meant(type_at(config, keys, one.path)) for one in given]
         for one, text in zip(given, meant):
             if r"\${" in text:

@@ -28,6 +28,11 @@ class Data:
     path: str
 
 
+class Control:
+    size: int
+    extension: str
+
+
 class Train:
     name: str
     run: str
@@ -51,6 +56,7 @@ class Train:
     crop: int | None
     classes: int
     embeddings: str
+    control: Control
     clip: CLIP
     text: Text
     trainer: Trainer
@@ -121,6 +127,9 @@ class Sweep(Common):
     base: Sequence[str]
     axes: Mapping[str, Mapping[str, Sequence[str]]]
     control: str | None
+    instead: Mapping[str, Mapping[str, "cascade.runs.choices.SamplingChoices | None"]]
     seeds: Sequence[int]
+    rungs: Sequence[float]
+    rung_measure: str
     choices: Mapping[str, Mapping[str, Sequence[str]]]
     along: str | None

@@ -71,7 +71,9 @@ def _annotated(module: str, node: ast.AST) -> Iterator[tuple[str, Type]]:
                 if found := _found(module, base):
                     yield from _annotated(*found)
             for line in node.body:
-                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
+                    continue
+                if not ast.unparse(line.annotation).startswith("ClassVar"):
                     yield line.target.id, _type(module, line.annotation)
             return
         node = of[0]

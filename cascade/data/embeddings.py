@@ -10,7 +10,6 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
-from cascade.files.atomic import write_atomically, write_text
+from cascade.files.stores import places
+from cascade.files.stores.places import Place, Remote, place
+from cascade.files.stores.reading import opened
+from cascade.formats.tensors import RangedTensors
 
 MANIFEST = "manifest.json"
 EMBEDDINGS, TEXT = "embeddings", "text"  # default folders next to shards, as in conf/
@@ -56,20 +58,20 @@ class Manifest:
     length: int | None = None
     several: str | None = None
 
-    def write(self, folder: Path) -> None:
-        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
+    def write(self, folder: Place) -> None:
+        places.write_text(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: Place) -> Manifest | None:
     """Read the manifest of a folder, None if it has none. Raises UserError if it is damaged."""
     path = folder / MANIFEST
-    if not path.exists():
-        return None
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(places.read_bytes(path))
         if not (isinstance(about["sizes"], dict) and isinstance(about["hash"], str)):
             raise TypeError(about)
         return Manifest(**about)
+    except FileNotFoundError:
+        return None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged or old: remove {folder}, then {COMMAND}") from error
 
@@ -77,8 +79,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 class Embeddings:
     """The rows of a folder. Files are opened on first use, and few are open at a time."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Place):
+        self.folder = place(folder)
         self._files: dict[str, _Rows] = {}  # least recently used first
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,8 +92,13 @@ class Embeddings:
         return read_manifest(self.folder)
 
     def require(self, shards: Collection[str]) -> None:
-        """Raise UserError if some shards have no file. Lists the folder without opening files."""
-        there = {path.stem for path in self.folder.glob("*.safetensors")}
+        """Raise UserError if some shards have no file. Lists the folder without opening files.
+
+        (A web server lists none: there, what is missing is found when it is needed.)
+        """
+        if isinstance(self.folder, Remote) and not self.folder.is_listed:
+            return
+        there = {one.stem for one in places.files_of(self.folder, ".safetensors")}
         if lacking := sorted(set(shards) - there):
             raise UserError(
                 f"{self.folder} lacks {len(lacking)} of {len(shards)} shards, such as "
@@ -133,10 +140,11 @@ class Embeddings:
 class _Rows:
     """An open file: the `names` of its tensors, and their rows by key."""
 
-    def __init__(self, path: Path, about: Manifest | None):
+    def __init__(self, path: Place, about: Manifest | None):
         self.path = path
         try:
-            self._file = safe_open(path, framework="pt")
+            remote = isinstance(path, Remote)
+            self._file = RangedTensors(opened(path)) if remote else safe_open(path, framework="pt")
             metadata = self._file.metadata()
             keys = json.loads(metadata["keys"])
             self._place = {key: row for row, key in enumerate(keys)}
@@ -190,7 +198,7 @@ def _count(length: int, offsets: Tensor | None) -> int:
 
 
 def write_embeddings(
-    folder: Path,
+    folder: Place,
     shard: str,
     keys: Sequence[str],
     tensors: Mapping[str, Tensor],
@@ -209,7 +217,7 @@ def write_embeddings(
     rows = {name: tensor.contiguous() for name, tensor in tensors.items()}
     about = {**metadata, "keys": json.dumps(list(keys))}
     path = folder / f"{shard}.safetensors"
-    write_atomically(path, lambda partial: save_file(rows, partial, about))
+    places.write(path, lambda partial: save_file(rows, partial, about))
 
 
 def padded(

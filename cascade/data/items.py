@@ -58,7 +58,10 @@ class Sample(Protocol):
     def key(self) -> str: ...
 
     def read(self, member: str) -> bytes:
-        """Return the bytes of "picture", "txt" or "json", b"" if absent. May raise BadSample."""
+        """Return the bytes of "picture", "txt" or "json", b"" if absent. May raise BadSample.
+
+        Samples of indexed tars also have further files, by extension.
+        """
 
 
 class Items:
@@ -104,7 +107,7 @@ class Items:
             picture = decoded() if decoded else self.decoded(sample)
             drawn = self.pictures.crop or self.pictures.degrade
             item |= self.pictures.views(
-                picture, generator(self.seed, "crop", n) if drawn else UNUSED
+                picture, generator(self.seed, "crop", n) if drawn else UNUSED, sample
             )
         for store in self.embeddings:
             item |= store.row(sample.shard, key, field)
@@ -190,9 +193,12 @@ def _chosen(value: Any, several: str | None) -> list[str]:
 
 def _text(sample: Sample, member: str, what: str) -> str:
     try:
-        return text_of(sample.read(member))
+        text = text_of(sample.read(member))
     except BadText as error:
         raise BadSample(f"{what} is {error}") from error
+    if "\0" in text:
+        raise BadSample(f"{what} holds a zero byte, and so more than it should")
+    return text
 
 
 def fields_of(sample: Sample) -> dict[str, Any]:

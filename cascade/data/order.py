@@ -67,17 +67,29 @@ class Order:
             t = int(np.searchsorted(starts, at, side="right")) - 1
             yield int(dealt[b][t]), at - int(starts[t])
 
+    def ahead(self, n: int) -> tuple[tuple[int, int], list[int]]:
+        """Return the first and end number of sample n's block, and its tars and the next's."""
+        epoch, place = divmod(n, len(self))
+        dealt, ends = self._dealt(epoch)
+        b = int(np.searchsorted(ends, place, side="right"))
+        end = epoch * len(self) + int(ends[b])
+        later, after = divmod(epoch * self.blocks + b + 1, self.blocks)
+        now, then = dealt[b], (dealt if later == epoch else self._deal(later)[0])[after]
+        return (end - int(self.counts[now].sum()), end), [*now.tolist(), *then.tolist()]
+
     def _dealt(self, epoch: int) -> tuple[list[Places], Places]:
         """Return the tars of each block, and the place in the epoch where it ends."""
         if self._epoch is None or self._epoch[0] != epoch:
-            tars = np.arange(len(self.counts))
-            if self.shuffle and self.blocks > 1:
-                tars = generator(self.seed, "shards", epoch).permutation(tars)
-            # Sorted within a block, which is why a single block needs no permutation above.
-            dealt = [np.sort(tars[i : i + self.block]) for i in range(0, len(tars), self.block)]
-            ends = np.cumsum([self.counts[block].sum() for block in dealt])
-            self._epoch = epoch, dealt, ends
+            self._epoch = epoch, *self._deal(epoch)
         return self._epoch[1:]
+
+    def _deal(self, epoch: int) -> tuple[list[Places], Places]:
+        tars = np.arange(len(self.counts))
+        if self.shuffle and self.blocks > 1:
+            tars = generator(self.seed, "shards", epoch).permutation(tars)
+        # Sorted within a block, which is why a single block needs no permutation above.
+        dealt = [np.sort(tars[i : i + self.block]) for i in range(0, len(tars), self.block)]
+        return dealt, np.cumsum([self.counts[block].sum() for block in dealt])
 
     def _shuffled(self, epoch: int, b: int) -> tuple[Places, Places]:
         """Return the order of a block's samples, and the index at which each of its tars starts."""

@@ -6,6 +6,7 @@ would have computed for the same samples: from the whole centre square, and from
 training draws them, truncated to what the encoder reads.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,30 +18,34 @@ from torch.utils.data import DataLoader, Dataset
 
 from cascade.data.embeddings import MANIFEST, OFFSETS, Manifest, read_manifest, write_embeddings
 from cascade.data.items import UNUSED, captions_of, picture_of
-from cascade.data.tars.corpus import OpenTar, Placed
 from cascade.data.tars.dataset import read_dataset
 from cascade.data.tars.index import scan
 from cascade.data.tars.keys import FIRST_DOT
+from cascade.data.tars.open_tar import OpenTar, Placed
 from cascade.data.tars.tar import tars_of
 from cascade.data.transforms import BadSample, Pictures
+from cascade.draws import generator
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.identity import Encoder, differs
 from cascade.errors import UserError
 from cascade.files.locks import Claims
+from cascade.files.stores.places import Place, Remote, files_of
 from cascade.formats.rgb import suspicious, warn_of_white
 
-Rows = Callable[[Path], tuple[list[str], dict[str, Tensor]]]  # tar -> keys, tensors by name
+Rows = Callable[[Place], tuple[list[str], dict[str, Tensor]]]  # tar -> keys, tensors by name
 Progress = Callable[[int, int], None]  # (shards done, shards in all)
 
 BATCH = 64
 
 
 def precompute(
-    data: Path, out: Path, about: Manifest, rows: Rows, progress: Progress = lambda *_: None
+    data: Place, out: Place, about: Manifest, rows: Rows, progress: Progress = lambda *_: None
 ) -> None:
     """Write the rows of every shard into a folder; return when all are there.
 
-    Shards that other processes are encoding are left for last, and encoded here if those die.
+    Shards that other processes are encoding are left for last, and encoded here if those die. In a
+    store nothing can be locked: processes begin at different shards there, and what two of them
+    encode at the same time is written twice.
 
     Args:
         rows: encodes a tar.
@@ -53,10 +58,14 @@ def precompute(
     tars = tars_of(data)
     if not tars:
         raise UserError(f"{data} holds no .tar shards")
-    if read_manifest(out) and all((out / f"{tar.stem}.safetensors").exists() for tar in tars):
+    if read_manifest(out) and {tar.stem for tar in tars} <= _there(out):
         _check_manifest(out, about)  # without writing: the folder may be read-only
         return
     try:
+        if isinstance(out, Remote):
+            _check_manifest(out, about)
+            _alone(tars, out, about, rows, progress)
+            return
         with Claims(out) as claims:
             with claims.held(MANIFEST, wait=True):
                 _check_manifest(out, about)
@@ -65,10 +74,31 @@ def precompute(
         raise UserError(f"cannot write to {out}: {error}") from error
 
 
-def _share(
-    tars: Sequence[Path], out: Path, about: Manifest, rows: Rows, claims: Claims, progress: Progress
+def _there(out: Place) -> set[str]:
+    """Return the names of the tars whose rows are there."""
+    return {one.stem for one in files_of(out, ".safetensors")}
+
+
+def _alone(
+    tars: Sequence[Place], out: Remote, about: Manifest, rows: Rows, progress: Progress
 ) -> None:
-    there = {path.stem for path in out.glob("*.safetensors")}
+    start = int(generator(os.getpid(), "precompute", 0).integers(len(tars)))
+    for tar in [*tars[start:], *tars[:start]]:
+        if tar.stem not in (there := _there(out)):
+            keys, tensors = rows(tar)
+            write_embeddings(out, tar.stem, keys, tensors, {"hash": about.hash})
+        progress(len(there | {tar.stem}), len(tars))
+
+
+def _share(
+    tars: Sequence[Place],
+    out: Path,
+    about: Manifest,
+    rows: Rows,
+    claims: Claims,
+    progress: Progress,
+) -> None:
+    there = _there(out)
     left = [tar for tar in tars if tar.stem not in there]
     progress(len(tars) - len(left), len(tars))
     for wait in (False, True):
@@ -80,7 +110,7 @@ def _share(
                     progress(len(tars) - len(left), len(tars))
 
 
-def _check_manifest(out: Path, about: Manifest) -> None:
+def _check_manifest(out: Place, about: Manifest) -> None:
     """Write the manifest, or raise UserError if the folder has a different one."""
     before = read_manifest(out)
     if before is None:
@@ -96,7 +126,7 @@ def _check_manifest(out: Path, about: Manifest) -> None:
             )
 
 
-def _make(tar: Path, out: Path, about: Manifest, rows: Rows) -> None:
+def _make(tar: Place, out: Path, about: Manifest, rows: Rows) -> None:
     path = out / f"{tar.stem}.safetensors"
     if path.exists():  # another process wrote it, and then released the lock
         return
@@ -107,14 +137,14 @@ def _make(tar: Path, out: Path, about: Manifest, rows: Rows) -> None:
     write_embeddings(out, tar.stem, keys, tensors, {"hash": about.hash})
 
 
-def about_pictures(clip: FrozenCLIP, out: Path | None = None) -> Manifest:
+def about_pictures(clip: FrozenCLIP, out: Place | None = None) -> Manifest:
     """Return the manifest of `picture_rows`, with the encoder's hash as `out` records it."""
     sizes, kind = {"clip_image": clip.dim}, {"clip_image": "float32"}
     unit = ["clip_image"] if clip.unit else []
     return Manifest(clip.name, _recorded_hash(clip, out), sizes, kind, unit)
 
 
-def _recorded_hash(encoder: Encoder, out: Path | None) -> str:
+def _recorded_hash(encoder: Encoder, out: Place | None) -> str:
     """Return an encoder's hash, in the form of an earlier version if that one began the folder.
 
     Raises:
@@ -130,7 +160,7 @@ def _recorded_hash(encoder: Encoder, out: Path | None) -> str:
 
 @torch.inference_mode()
 def picture_rows(
-    tar: Path, clip: FrozenCLIP, captions: Sequence[str], workers: int = 0
+    tar: Place, clip: FrozenCLIP, captions: Sequence[str], workers: int = 0
 ) -> tuple[list[str], dict[str, Tensor]]:
     """Encode `clip_image` of each sample with a picture and a caption; warn of white pictures."""
     keys, rows, white = [], [torch.empty(0, clip.dim)], []
@@ -145,7 +175,7 @@ def picture_rows(
 
 
 def about_captions(
-    encoder: Encoder, captions: Sequence[str], several: str | None = None, out: Path | None = None
+    encoder: Encoder, captions: Sequence[str], several: str | None = None, out: Place | None = None
 ) -> Manifest:
     """Return the manifest of `caption_rows`, with the encoder's hash as `out` records it."""
     embeddings = sorted(encoder.sizes.keys() & {"clip_text"})
@@ -157,7 +187,7 @@ def about_captions(
 
 @torch.inference_mode()
 def caption_rows(
-    tar: Path,
+    tar: Place,
     encoder: Encoder,
     captions: Sequence[str],
     workers: int = 0,
@@ -198,7 +228,7 @@ def _encoded(encoder: Encoder, captions: Sequence[str | None]) -> dict[str, Tens
 class _Samples(Dataset):
     """The samples of a tar: key, captions by field, and picture if a size is given; None if bad."""
 
-    def __init__(self, tar: Path, captions: Sequence[str], several: str | None, size: int | None):
+    def __init__(self, tar: Place, captions: Sequence[str], several: str | None, size: int | None):
         members = {"txt" if field == "txt" else "json" for field in captions}
         dataset = read_dataset(tar.parent)
         self.tar = OpenTar(scan(tar, dataset.keys if dataset else FIRST_DOT), members)
@@ -221,7 +251,7 @@ class _Samples(Dataset):
 
 
 def _samples(
-    tar: Path, captions: Sequence[str], several: str | None, size: int | None, workers: int
+    tar: Place, captions: Sequence[str], several: str | None, size: int | None, workers: int
 ) -> Iterator[list[tuple[str, dict[str, str], Tensor | None]]]:
     """Yield the good samples of a tar, some at a time."""
     samples = _Samples(tar, captions, several, size)

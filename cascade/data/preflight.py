@@ -4,13 +4,15 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cascade.data.items import CHOOSE, Items, fields_of
-from cascade.data.tars.corpus import Corpus, Placed
+from cascade.data.tars.corpus import Corpus
 from cascade.data.tars.index import counted
+from cascade.data.tars.open_tar import Placed
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
 from cascade.formats.rgb import suspicious, warn_of_white
@@ -33,7 +35,8 @@ def preflight(corpus: Corpus, make_item: Items, batch: int) -> None:
         UserError: unreadable tars, fewer samples than a batch, over a quarter of the samples read
             are bad (damaged pictures, no embeddings), or fields that none of them has.
     """
-    if closed := [tar for tar in corpus.paths if not os.access(tar, os.R_OK)]:
+    on_disk = (tar for tar in corpus.paths if isinstance(tar, Path))
+    if closed := [tar for tar in on_disk if not os.access(tar, os.R_OK)]:
         raise UserError(
             f"cannot read {closed[0]} ({len(closed)} such tars): change their permissions"
         )

@@ -1,4 +1,4 @@
-"""Training samples from WebDataset tars on disk, indexed by sample number.
+"""Training samples from WebDataset tars on a disk or in a store, indexed by sample number.
 
 The sample number alone determines what is read, independently of batch size, ranks and workers, so
 one integer suffices to resume a run. Embeddings are joined by (shard, key), never by row. A bad
@@ -22,11 +22,14 @@ from cascade.data.embeddings import Embeddings
 from cascade.data.items import MAX_BAD_IN_A_ROW, Items, Skip
 from cascade.data.order import Order
 from cascade.data.preflight import preflight
-from cascade.data.tars.corpus import Corpus, Placed
+from cascade.data.tars.corpus import Corpus
 from cascade.data.tars.index import counted
+from cascade.data.tars.open_tar import Placed
 from cascade.data.tars.tar import Paths
 from cascade.data.transforms import BadSample, Pictures
 from cascade.errors import UserError
+from cascade.files.stores.cache import GB
+from cascade.files.stores.places import Place
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class Shards(Dataset):
     replaces.
 
     Args:
-        path: a folder, a glob, or a list of tars.
+        path: a folder, a glob, or a list of tars, on a disk or in a store (s3://BUCKET/FOLDER).
         pictures: sizes, crop and degradation.
         split, keys, hold_out: see `Corpus`.
         captions: the rate at which each caption field ("txt", or a field of the JSON) is used. A
@@ -58,6 +61,7 @@ class Shards(Dataset):
         several: which captions of a list in the JSON, or of several lines of a `txt`, are used:
             "first", "drawn" (one for each sample number), or "all" joined into one. None: a `txt`
             is one caption, however many lines it has, and a list is ignored.
+        index, cache_gb: see `Corpus`.
 
     Attributes:
         skipped: how many samples were left out of the order, by reason.
@@ -83,13 +87,15 @@ class Shards(Dataset):
         keys: str | None = None,
         hold_out: float | None = None,
         several: str | None = None,
+        index: str | Place | None = None,
+        cache_gb: float | int = GB,
     ):
         self.make_item = Items(pictures, captions, embeddings, json_fields, seed, several)
         self.embeddings, self.max_skip_fraction = self.make_item.embeddings, max_skip_fraction
         members = {"txt" if field == "txt" else "json" for field in self.make_item.captions}
         if block < 1:
             raise UserError(f"data.block={block}: shuffle at least 1 tar at a time")
-        self.corpus = Corpus(path, split, members, block, keys, hold_out)
+        self.corpus = Corpus(path, split, members, block, keys, hold_out, index, cache_gb)
         self.held_out = self.corpus.share
         self.order = Order(self.corpus.counts, seed, block, shuffle)
         self.skipped = self.corpus.left_out
@@ -103,6 +109,7 @@ class Shards(Dataset):
             )
         for store in self.embeddings:
             store.require([tar.stem for tar in self.corpus.paths])
+        self._fetched = (0, 0)  # the sample numbers of the block that is being fetched
         self._cache = _cache(self.corpus.counts, pictures.largest) if cache else None
 
     def __len__(self) -> int:
@@ -114,6 +121,7 @@ class Shards(Dataset):
         return len(self)
 
     def __getitem__(self, n: int) -> dict[str, Any]:
+        self._fetch_ahead(n)
         skipped = []
         for tar, place in islice(self.order.places(n), MAX_BAD_IN_A_ROW):
             try:
@@ -123,6 +131,13 @@ class Shards(Dataset):
                 skipped.append(Skip(n, f"{opened.shard}/{opened.key(place)}", str(reason)))
         reasons = counted(skip.reason for skip in skipped)
         raise UserError(f"all samples are bad from {skipped[0].key} on ({reasons}): check them")
+
+    def _fetch_ahead(self, n: int) -> None:
+        """Where tars are in a store, begin to fetch the block of sample n, and the next one."""
+        first, end = self._fetched
+        if self.corpus.is_remote and not first <= n < end:
+            self._fetched, tars = self.order.ahead(n)
+            self.corpus.fetch_ahead(tars)
 
     def items(
         self, numbers: Iterable[int], part: int = 0, parts: int = 1, start: int = 0

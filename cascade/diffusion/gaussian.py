@@ -72,11 +72,15 @@ class Diffusion:
         prediction: which quantity F predicts, as coefficients (`prediction`).
         weight: weight of |x0_hat - x0|^2 as a function of logsnr (`weighting`); None: plain MSE on
             F.
+        most: the greatest weight of |F - F*|^2 that `weight` may lead to; None: there is none. It
+            is unbounded where prediction and loss live in different spaces. JiT's is 400, as it
+            clips denominators at 0.05 (2511.13720).
     """
 
     schedule: Schedule = cosine
     prediction: Callable[[Tensor], Coeffs] = v
     weight: Callable[[Tensor], Tensor] | None = None
+    most: float | None = None
 
     def loss(
         self, net: Net, x0: Float[Tensor, "b *d"], cond: Any, noise: Noise
@@ -115,7 +119,9 @@ class Diffusion:
         if self.weight is None:
             return loss
         c_out = self.prediction(logsnr).c_out
-        return loss * (self.weight(logsnr) * c_out.square()).to(loss.dtype)
+        weight = self.weight(logsnr) * c_out.square()
+        weight = weight if self.most is None else weight.clamp(max=self.most)
+        return loss * weight.to(loss.dtype)
 
     def denoise(
         self, net: Net, x_t: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""], cond: Any

@@ -19,3 +19,21 @@ def clipped_v(logsnr: Float[Tensor, "*b"], *, gamma: float = 5.0) -> Float[Tenso
     only thing to learn from.
     """
     return (1 + logsnr.exp()).clamp(max=gamma)
+
+
+def x0(logsnr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """1: the loss in the space of x0."""
+    return logsnr.new_ones(logsnr.shape)
+
+
+def eps(logsnr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """SNR: the loss in the space of the noise."""
+    return logsnr.exp()
+
+
+def flow(logsnr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """(1 + SNR^1/2)^2: the loss in the space of the velocity of straight paths, x0 - eps.
+
+    At time t, with SNR = (t / (1 - t))^2, it is 1 / (1 - t)^2 (JiT, 2511.13720).
+    """
+    return (1 + (logsnr / 2).exp()).square()

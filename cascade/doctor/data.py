@@ -11,35 +11,39 @@ from pathlib import Path
 from cascade.data.embeddings import EMBEDDINGS, MANIFEST, Embeddings
 from cascade.data.tars import index as indexes
 from cascade.data.tars.corpus import MEND
-from cascade.data.tars.dataset import Dataset, read_dataset, total
+from cascade.data.tars.dataset import Dataset, read_dataset, tars_in, total
 from cascade.data.tars.index import CUT, Index, Summary, counted, remedy, scan
 from cascade.data.tars.keys import CAPTIONS, DOTTED, PICTURES, REMEDY
 from cascade.data.tars.splits import HELD_OUT, TRAIN, chosen, lacking, split_of
-from cascade.data.tars.tar import tars_of
 from cascade.doctor.finding import Budget, Finding, note, problem, some, spread, told, warning
 from cascade.doctor.looks import looks
 from cascade.errors import UserError
+from cascade.files.stores.places import Place, exists, is_folder
 
 TARS = 8  # read without --full
 
 
-def data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
+def data(path: Place, full: bool, budget: Budget) -> Iterator[Finding]:
     """Check a folder of shards, or one tar.
 
     Args:
         full: read all tars.
         budget: for reading headers without an index, and for comparing copied tars.
     """
-    folder = path if path.is_dir() else path.parent
-    tars = tars_of(folder) if path.is_dir() else [path]
+    whole = is_folder(path)
+    folder = path if whole else path.parent
+    tars = tars_in(path, None)
+    if not tars:
+        yield problem(f"{path} has no tars", "give the folder of the shards")
+        return
     dataset = None
     try:
         dataset = read_dataset(folder)
     except UserError as error:
         yield told(error)
     else:
-        yield from index(tars, dataset, path.is_dir(), budget)
-    if path.is_dir():
+        yield from index(tars, dataset, whole, budget)
+    if whole:
         yield from splits(tars, dataset)
     asked = [*tars] if full else spread(tars, TARS)
     read, bad = _read(asked, dataset, full, budget)
@@ -51,13 +55,19 @@ def data(path: Path, full: bool, budget: Budget) -> Iterator[Finding]:
         whole = {tar.name: listed[tar.name] for tar in tars if tar.name in listed}
         yield from samples(whole or {i.tar.name: i.summary() for i in read}, len(tars), len(read))
         yield from looks(read)
-    for place in sorted({folder / EMBEDDINGS, *(p.parent for p in folder.glob(f"*/{MANIFEST}"))}):
-        if place.is_dir():
-            yield from embeddings(place, [tar.stem for tar in tars])
+    for place in _embeddings_of(folder):
+        yield from embeddings(place, [tar.stem for tar in tars])
+
+
+def _embeddings_of(folder: Place) -> list[Place]:
+    if not isinstance(folder, Path):
+        return [folder / EMBEDDINGS] if exists(folder / EMBEDDINGS / MANIFEST) else []
+    found = {folder / EMBEDDINGS, *(path.parent for path in folder.glob(f"*/{MANIFEST}"))}
+    return sorted(path for path in found if path.is_dir())
 
 
 def index(
-    tars: Sequence[Path], dataset: Dataset | None, whole: bool, budget: Budget
+    tars: Sequence[Place], dataset: Dataset | None, whole: bool, budget: Budget
 ) -> Iterator[Finding]:
     """Check that the folder's index matches the tars.
 
@@ -92,10 +102,10 @@ def index(
 
 
 def _changed(
-    tars: Sequence[Path], listed: Mapping[str, Summary], budget: Budget
+    tars: Sequence[Place], listed: Mapping[str, Summary], budget: Budget
 ) -> Iterator[Finding]:
     errors: list[UserError] = []
-    compared: list[Path] = []
+    compared: list[Place] = []
 
     def compare() -> None:
         for tar in tars:
@@ -117,7 +127,7 @@ def _changed(
         yield problem(f"{first.what} ({some(len(errors), 'such tar')})", first.remedy)
 
 
-def splits(tars: Sequence[Path], dataset: Dataset | None) -> Iterator[Finding]:
+def splits(tars: Sequence[Place], dataset: Dataset | None) -> Iterator[Finding]:
     """List the splits, and check that something is held out."""
     folder = tars[0].parent
     shares = {tar.stem: dataset.share(tar.stem) if dataset else 0.0 for tar in tars}
@@ -149,7 +159,7 @@ def splits(tars: Sequence[Path], dataset: Dataset | None) -> Iterator[Finding]:
 
 
 def _read(
-    tars: Sequence[Path], dataset: Dataset | None, full: bool, budget: Budget
+    tars: Sequence[Place], dataset: Dataset | None, full: bool, budget: Budget
 ) -> tuple[list[Index], list[Finding]]:
     """The indexes of some tars, and a problem for each tar that cannot be read."""
     read, bad = [], []
@@ -163,14 +173,15 @@ def _read(
     return read, bad
 
 
-def _index_of(tar: Path, dataset: Dataset | None, full: bool) -> Index:
+def _index_of(tar: Place, dataset: Dataset | None, full: bool) -> Index:
     """Index a tar. Raises UserError if the result differs from the folder's index."""
     if dataset is None or tar.name not in dataset.tars:
         return scan(tar)
     noted = dataset.tars[tar.name]
     again = full and noted.digest
     found = indexes.read_through(scan(tar, dataset.keys)) if again else indexes.load(tar)
-    now = replace(found.summary(dataset.share(tar.stem)), mtime_ns=noted.mtime_ns)
+    times = {"mtime_ns": noted.mtime_ns, "version": noted.version}
+    now = replace(found.summary(dataset.share(tar.stem)), **times)
     if now != noted:
         raise UserError(f"{tar.name} is not what the index says: {remedy(tar.parent)}")
     return found
@@ -204,7 +215,7 @@ def samples(summaries: Mapping[str, Summary], tars: int, read: int) -> Iterator[
         )
 
 
-def embeddings(folder: Path, shards: Sequence[str]) -> Iterator[Finding]:
+def embeddings(folder: Place, shards: Sequence[str]) -> Iterator[Finding]:
     """Check that every tar has precomputed embeddings."""
     try:
         rows = Embeddings(folder)

@@ -1,14 +1,18 @@
-"""Check a CLIP or a T5 in a folder: whether it loads, and what its hash is.
+"""Check a CLIP, a T5 or another language model in a folder: whether it loads, and what its hash is.
 
-Only the headers of safetensors are read, until the hash is computed.
+Of a CLIP and a T5, only the headers of safetensors are read, until the hash is computed.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from cascade.doctor.finding import Budget, Finding, note
 from cascade.encoders.clip import FrozenCLIP
+from cascade.encoders.llm import FrozenLLM
 from cascade.encoders.published import hugging_face
+from cascade.encoders.published.language_models import files_of, is_language_model, network_of
 from cascade.encoders.published.state import clip_state
 from cascade.encoders.sources import CLIP_CONFIG, clip_source
 from cascade.encoders.t5 import check_t5, t5_source, t5_tokenizer
@@ -24,7 +28,11 @@ def encoder(folder: Path, budget: Budget) -> Iterator[Finding]:
     Raises:
         UserError: the encoder cannot be loaded.
     """
-    check, files = (clip, "weights") if _is_clip(folder) else (t5, "files")
+    check, files = t5, "files"
+    if _is_clip(folder):
+        check, files = clip, "weights"
+    elif is_language_model(folder):
+        check = language_model
     try:
         yield from check(folder, budget)
     except TimeoutError:
@@ -56,3 +64,13 @@ def t5(folder: Path, budget: Budget) -> Iterator[Finding]:
     encoder = FrozenT5(str(folder))
     yield note(f"a T5 with states of {encoder.width} numbers; its weights and tokenizer fit")
     yield note(f"hash {budget.within(lambda: encoder.hash)}")
+
+
+def language_model(folder: Path, budget: Budget) -> Iterator[Finding]:
+    """Check any other language model in transformers' format."""
+    encoder, files = FrozenLLM(str(folder)), files_of(folder)
+    width, count = encoder.sizes["text"], encoder.parameters
+    budget.within(lambda: encoder.tokenized(["a"]))
+    yield note(f"a language model with states of {width} numbers and {count:,} parameters")
+    budget.within(lambda: network_of(files, torch.bfloat16))
+    yield note(f"hash {budget.within(lambda: encoder.hash)}; its weights and tokenizer fit")

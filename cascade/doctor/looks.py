@@ -6,9 +6,9 @@ from itertools import compress
 
 from cascade.data.items import CHOOSE, Items, captions_of, fields_of, picture_of, stated_orientation
 from cascade.data.preflight import several, too_many
-from cascade.data.tars.corpus import OpenTar, Placed
 from cascade.data.tars.index import Index
 from cascade.data.tars.keys import CAPTIONS
+from cascade.data.tars.open_tar import OpenTar, Placed
 from cascade.data.transforms import Pictures
 from cascade.doctor.finding import Finding, note, problem, some, spread, warning
 from cascade.formats.rgb import BadSample, opened, orientation, suspicious

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from cascade.doctor.finding import Finding, note, problem, warning
+from cascade.files import processors
 from cascade.files.locks import NO_LOCKS
 
 GIB = 2**30
@@ -17,7 +18,6 @@ FULL, TIGHT = 1 * GIB, 10 * GIB  # free bytes of a disk: a problem, a warning
 SHARED = 256 * 2**20  # bytes of /dev/shm; a container has 64 MiB by default
 FILES = 1024  # open files: tars, embeddings, and the workers' pipes
 
-_GROUPS = Path("/sys/fs/cgroup")
 # The SLURM_* variables that locate Slurm. All others are read by srun and sbatch as options.
 _HARMLESS = {"SLURM_CONF", "SLURM_ROOT", "SLURM_TIME_FORMAT"}
 
@@ -30,46 +30,12 @@ def machine(environment: Mapping[str, str]) -> Iterator[Finding]:
     yield from caches(environment)
 
 
-def processors() -> float:
-    """The number of CPUs in this process's affinity mask, and the limit of its cgroups."""
-    return min(float(len(os.sched_getaffinity(0))), _quota())
-
-
-def _quota() -> float:
-    """The number of CPUs that the strictest cgroup of this process allows; infinity: no limit."""
-    found = [math.inf]
-    for line in _lines("/proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = _GROUPS / controllers
-        inner = root / path.lstrip("/")
-        for folder in [inner, *inner.parents]:
-            found.append(_limit(folder))
-            if folder == root:
-                break
-    return min(found)
-
-
-def _limit(folder: Path) -> float:
-    """The number of CPUs that one cgroup allows (versions 1 and 2)."""
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-            quota, period = ((folder / name).read_text() for name in names)
-        return int(quota) / int(period) if int(quota) > 0 else math.inf
-    except (OSError, ValueError):  # "max", or no quota
-        return math.inf
-
-
 def threads(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Compare the number of threads that torch will start with the CPUs available."""
-    allowed, mask = processors(), len(os.sched_getaffinity(0))
+    """Compare the number of threads that was asked for with the CPUs available."""
+    allowed = processors.available(environment)
     whole = max(1, math.floor(allowed))
     yield note(f"{allowed:g} of {os.cpu_count()} CPUs may be used")
-    given = {k: environment[k] for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if k in environment}
+    given = {name: environment[name] for name in processors.COUNTS if name in environment}
     for name, value in given.items():
         count = value.split(",")[0].strip()
         if not count.isdigit() or int(count) < 1:
@@ -79,11 +45,6 @@ def threads(environment: Mapping[str, str]) -> Iterator[Finding]:
                 f"{name}={count}, and {allowed:g} CPUs may be used: threads wait for each other",
                 f"export {name}={whole}",
             )
-    if not given and mask > math.ceil(allowed):
-        yield warning(
-            f"torch will start {mask} threads, and the cgroup's quota is of {allowed:g} CPUs",
-            f"export OMP_NUM_THREADS={whole}",
-        )
 
 
 def memory() -> Iterator[Finding]:
@@ -196,16 +157,9 @@ def locks(folder: Path) -> Iterator[Finding]:
 def _mount(folder: Path) -> tuple[str, str]:
     """The type and the mount options of a folder's file system."""
     best, found = -1, ("", "")
-    for _, where, kind, options, *_ in (line.split(" ") for line in _lines("/proc/self/mounts")):
+    mounts = (line.split(" ") for line in processors.lines_of("/proc/self/mounts"))
+    for _, where, kind, options, *_ in mounts:
         place = Path(where.replace("\\040", " "))
         if folder.resolve().is_relative_to(place) and len(place.parts) > best:
             best, found = len(place.parts), (kind, options)
     return found
-
-
-def _lines(path: str) -> list[str]:
-    """The lines of a file of Linux's; none elsewhere."""
-    try:
-        return [line for line in Path(path).read_text().split("\n") if line]
-    except OSError:
-        return []

@@ -15,6 +15,7 @@ from cascade.data.tars.tar import tars_of
 from cascade.doctor import installation, machine, probe
 from cascade.doctor.finding import Budget, Finding, problem, told
 from cascade.errors import UserError
+from cascade.files.stores.places import Place, Remote
 from cascade.formats.kinds import kind_of
 from cascade.runs.run import CASCADE
 
@@ -28,7 +29,7 @@ Subject = tuple[str, Callable[[], Iterable[Finding]]]
 
 
 def subjects(
-    paths: Iterable[Path], full: bool, answer: Callable[[], dict | str | None]
+    paths: Iterable[Place], full: bool, answer: Callable[[], dict | str | None]
 ) -> Iterator[Subject]:
     """The checks to run, with the name of what they check.
 
@@ -36,15 +37,19 @@ def subjects(
         answer: waits for the result of `probe`.
     """
     paths, budget = list(paths), Budget(None if full else READING)
+    disks = [path for path in paths if isinstance(path, Path)] or [Path()]
     yield "installation", installation.packages
-    yield "machine", lambda: [*machine.machine(os.environ), *machine.disks(paths or [Path()])]
+    yield "machine", lambda: [*machine.machine(os.environ), *machine.disks(disks)]
     for path in paths:
         yield from _subjects_of(path, full, budget)
     yield "imports", lambda: probe.imports(answer())
 
 
-def _subjects_of(path: Path, full: bool, budget: Budget) -> Iterator[Subject]:
-    """The checks of one path, which may be a run and a cascade at once."""
+def _subjects_of(path: Place, full: bool, budget: Budget) -> Iterator[Subject]:
+    """The checks of one path, which may be a run and a cascade at once; in a store, of shards."""
+    if isinstance(path, Remote):
+        yield f"data {path}", partial(_check, "data", "data", path, full, budget)
+        return
     if not path.is_dir() and (wrong := list(_file(path))):
         yield str(path), lambda: wrong
         return

@@ -154,11 +154,31 @@ class FrozenCLIP(OfCaptions):
     @torch.no_grad()
     def image(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Embeds pictures of any size, resized (anti-aliased bicubic) and normalised for it."""
+        return self._model.encode_image(self._normalised(x), normalize=self.unit)
+
+    @torch.no_grad()
+    def patches(self, x: Float[Tensor, "b 3 h w"], layer: int = -1) -> Float[Tensor, "b d H W"]:
+        """The states of pictures of any size at each position, after a block of the vision tower.
+
+        Args:
+            layer: the block, counted from the end; a residual network has five stages.
+
+        Raises:
+            UserError: there is no such block.
+        """
+        found = self._model.forward_intermediates(
+            image=self._normalised(x), intermediates_only=True, normalize_intermediates=True
+        )["image_intermediates"]
+        if not -len(found) <= layer < 0:
+            raise UserError(f"layer={layer}: {self.name} has the blocks -{len(found)} to -1")
+        return found[layer]
+
+    def _normalised(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 H W"]:
         x, size = x.to(self.device).float(), (self.image_size, self.image_size)
         if x.shape[2:] != size:
             x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in self._source[1:3])
-        return self._model.encode_image(((x + 1) / 2 - mean) / std, normalize=self.unit)
+        return ((x + 1) / 2 - mean) / std
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ class Encoder(Protocol):
     * `former`: the hash that earlier versions recorded (`Former`);
     * `reads` and `writes`: its batch keys;
     * `sizes`: the last dimension of what it writes, by key, as far as known without loading it;
+    * `parameters`, where it can be told without the weights: their number, or NotHere;
     * `length`, where it is a choice: the greatest number of tokens;
     * `tokenized(captions)`, for weighted phrases: the tokens of each caption, the last of which is
       end-of-text, in the places that their states have.

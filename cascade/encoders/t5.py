@@ -65,7 +65,8 @@ def t5_source(path_or_name: str) -> T5Source:
     if kind != "t5":
         raise UserError(
             f"{folder / 'config.json'} has model_type {kind}, not t5, and is not read as a T5 (a "
-            "UMT5, say, has positions in every block): choose a T5, such as google/t5-v1_1-xl"
+            "UMT5, say, has positions in every block): choose a T5, such as google/t5-v1_1-xl, or "
+            "read it with text=llm"
         )
     return T5Source(folder, weights)
 
@@ -97,6 +98,16 @@ def _config(folder: Path) -> Any:
         raise UserError(
             f"{folder / 'config.json'} is no T5's ({reason}): fetch it again"
         ) from error
+
+
+def t5_parameters(path_or_name: str) -> int:
+    """The number of an encoder's parameters. Raises UserError as `t5_width`."""
+    from transformers import T5EncoderModel
+
+    t5_width(path_or_name)
+    with torch.device("meta"):
+        network = T5EncoderModel(_config(_t5_directory(path_or_name)))
+    return sum(p.numel() for p in network.parameters())
 
 
 def check_t5(source: T5Source, name: str) -> None:

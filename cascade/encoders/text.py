@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from cascade.encoders.identity import Former, OfCaptions, identity
 from cascade.encoders.sources import module_file
-from cascade.encoders.t5 import T5Source, t5_network, t5_source, t5_tokenizer, t5_width
+from cascade.encoders.t5 import (
+    T5Source,
+    t5_network,
+    t5_parameters,
+    t5_source,
+    t5_tokenizer,
+    t5_width,
+)
 from cascade.encoders.weights import NotHere, weights_hash
 from cascade.nets.attention import TransformerBlock
 from cascade.nets.layers import run
@@ -184,6 +191,11 @@ class FrozenT5(OfCaptions):
     def width(self) -> int:
         """w, the width of the states. Raises UserError if config.json is missing."""
         return t5_width(self.name)
+
+    @property
+    def parameters(self) -> int:
+        """The number of its parameters. Raises UserError if config.json is missing."""
+        return t5_parameters(self.name)
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -46,6 +46,15 @@ def weights_hash(files: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def tensors_hash(tensors: Mapping[str, Tensor], about: bytes = b"") -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of named tensors, after some more bytes."""
+    digest = hashlib.sha256(about)
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 @contextmanager
 def reading(weights: Sequence[Path], whose: str) -> Iterator[None]:
     """Turns a loader's errors into UserErrors that name the file at fault.
@@ -159,6 +168,11 @@ def tensors_of(files: Iterable[Path]) -> dict[str, Tensor]:
         else:
             found |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return found
+
+
+def tensors_in(path: Path) -> dict[str, Tensor]:
+    """Reads a file of torch's, of any age, without running code in it."""
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_tensors(

@@ -124,7 +124,7 @@ def _encoders(encoders: Mapping[str, Any]) -> Iterator[str]:
     yield "## Encoders"
     yield ""
     for name, encoder in encoders.items():
-        kind = {"t5": "a T5"}.get(kind_of(encoder) or "", encoder.name)
+        kind = {"t5": "a T5", "llm": "a language model"}.get(kind_of(encoder) or "", encoder.name)
         if isinstance(encoder, FrozenCLIP):
             quick = encoder.choices["quick_gelu"]
             kind = f"a CLIP with {'QuickGELU' if quick else 'GELU'}"

@@ -8,7 +8,9 @@ from typing import Any
 from safetensors.torch import save_file
 
 from cascade.encoders.clip import FrozenCLIP
+from cascade.encoders.llm import FrozenLLM
 from cascade.encoders.published.byte_pairs import BytePairs
+from cascade.encoders.published.language_models import CONFIG, INDEX, TOKENIZER, files_of
 from cascade.encoders.published.state import clip_state
 from cascade.encoders.sources import CLIP_CONFIG, CLIP_WEIGHTS, clip_source
 from cascade.encoders.t5 import t5_source
@@ -24,7 +26,7 @@ _T5_FILES = (
 
 def kind_of(encoder: Any) -> str | None:
     """What the folder of an encoder is called; None: it has no files, as CLIP's tokenizer."""
-    kinds = {FrozenCLIP: "clip", FrozenT5: "t5", BytePairs: "byte_pairs"}
+    kinds = {FrozenCLIP: "clip", FrozenT5: "t5", FrozenLLM: "llm", BytePairs: "byte_pairs"}
     return kinds.get(type(encoder))
 
 
@@ -47,6 +49,10 @@ def write_encoder(encoder: Any, folder: Path) -> None:
         return
     if isinstance(encoder, BytePairs):
         files = encoder.files
+    elif isinstance(encoder, FrozenLLM):
+        own = files_of(Path(encoder.name))
+        present = [f for name in (CONFIG, TOKENIZER, INDEX) if (f := own.folder / name).exists()]
+        files = [*present, *own.weights]
     else:
         source = t5_source(encoder.name)
         present = [f for name in _T5_FILES if (f := source.directory / name).exists()]

@@ -12,6 +12,7 @@ Paths of encoders count from the stage's directory (`../clip`). What is unknown 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
 from cascade.export.encoders import Place, kind_of, place_of, write_encoder
 from cascade.export.tokenizer import write_tokenizer
+from cascade.runs.averages import averaged
 from cascade.runs.cascade_file import CASCADE, stage_choices, stage_runs
 from cascade.runs.resumable import PLACES
 from cascade.runs.run import Run
@@ -66,19 +68,30 @@ def parts_of(model: Path) -> list[Part]:
     runs, found = stage_runs(file), {}
     for name, given in stage_choices(file, ()).items():
         choices = {key: value for key, value in (given or {}).items() if key != "run"}
-        found[name] = Part(name, run := Run(runs[name]), run.load(), choices or None)
+        stage = (run := Run(runs[name])).load()
+        if length := choices.pop("length", None):
+            averaged(stage, run, length)
+        found[name] = Part(name, run, stage, choices or None)
+        beside = partial(_beside, runs, found, run)
         if weaker := choices.get("weaker"):
-            other = Run(run.path.parent / weaker)
-            choices["weaker"] = other.path.name
-            if other.path.name not in runs:
-                found[other.path.name] = Part(other.path.name, other, other.load(), None, False)
-            elif runs[other.path.name].resolve() != other.path.resolve():
-                raise UserError(
-                    f"{name}.weaker={weaker} has the name of another stage: rename its directory"
-                )
+            choices["weaker"] = beside(f"{name}.weaker", weaker)
+        if controls := choices.get("controls"):
+            choices["controls"] = [beside(f"{name}.controls", one) for one in controls]
     if wrong := [name for name in found if not _NAME.fullmatch(name)]:
         raise UserError(f"{file}: a stage named {wrong[0]!r} cannot be a folder: rename it")
     return list(found.values())
+
+
+def _beside(
+    runs: Mapping[str, Path], found: dict[str, Part], run: Run, where: str, name: str
+) -> str:
+    """Adds a run that a sampling choice names, if no stage is it; returns its directory's name."""
+    other = Run(run.path.parent / name)
+    if (own := other.path.name) not in runs:
+        found[own] = Part(own, other, other.load(), None, False)
+    elif runs[own].resolve() != other.path.resolve():
+        raise UserError(f"{where}={name} has the name of another stage: rename its directory")
+    return own
 
 
 def write_model(parts: Sequence[Part], folder: Path) -> dict[str, Any]:

@@ -33,6 +33,8 @@ def sampled(part: Part, whole: bool) -> Any:
     choices = part.choices or {}
     if other := [key for key, value in choices.items() if value and key not in _CHOICES]:
         raise refused(part.name, other[0], choices[other[0]], "it to be left out")
+    if part.stage.control:
+        raise refused(part.name, "stage.control", list(part.stage.control), "no ControlNets")
     stage: Any = SamplingChoices.of(part.name, choices).applied(part.stage, part.run)
     sampler = stage.sampler
     wanted: dict[str, Sequence[Any]] = {"solver": (ancestral, ddim), "guide": (extrapolate,)}

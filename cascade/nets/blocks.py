@@ -61,7 +61,7 @@ class Block(nn.Module):
         scale: float = 1.0,
     ):
         super().__init__()
-        self.resample, self.shift_only = resample, shift_only
+        self.channels, self.resample, self.shift_only = channels, resample, shift_only
         self.activation, self.scale = activation, scale
         self.norm_in = norm(channels_in)
         self.conv_in = nn.Conv2d(channels_in, channels, 3, padding=1)

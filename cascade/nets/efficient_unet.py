@@ -16,7 +16,7 @@ from cascade.conditioning import Cond
 from cascade.errors import UserError
 from cascade.nets.attention import Attention, CrossAttention
 from cascade.nets.layers import NoiseLevel, convolve_enlarged, run, zero
-from cascade.nets.unet import Block, check_sides, joined, numbers_of_blocks
+from cascade.nets.unet import Block, check_sides, joined, numbers_of_blocks, steered
 
 
 class EfficientUNet(nn.Module):
@@ -39,9 +39,14 @@ class EfficientUNet(nn.Module):
         pixels: channels of x.
         checkpoint: store only the inputs of blocks, and recompute them in the backward pass.
 
+    Attributes:
+        joins: channels of each skip connection, and of the middle.
+
     Raises:
         UserError: sizes that do not fit together.
     """
+
+    WAY_UP = ("up", "unstride", "conv_out")
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class EfficientUNet(nn.Module):
 
         self.noise_level = NoiseLevel(embed)
         self.conv_in = nn.Conv2d(pixels + image_channels, channels, 3, padding=1)
+        self.patch, self.joins = 1, (*levels, levels[-1])
         finer = [channels, *levels[:-1]]
         self.stride = nn.ModuleList(
             nn.Conv2d(f, c, 3, stride=2, padding=1) for f, c in zip(finer, levels)
@@ -91,20 +97,33 @@ class EfficientUNet(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], logsnr: Float[Tensor, " b"], cond: Cond
     ) -> Float[Tensor, "b c h w"]:
-        check_sides(self, *x.shape[2:])
-        emb = self.noise_level(logsnr)
-        emb = F.silu(emb if cond.vector is None else emb + cond.vector)
-        h = x if cond.image is None else torch.cat([x, cond.image], 1)
-        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
-        skips = []
-        for stride, blocks in zip(self.stride, self.down):
-            h = stride(h)
-            for block in blocks:
-                h = run(self, block, h, emb, cond)
-            skips.append(h)
+        emb, *skips, h = steered(self.encoded(x, logsnr, cond), cond)
         for unstride, blocks in zip(reversed(self.unstride), reversed(self.up)):
             h = joined(h, skips.pop(), 2**-0.5)
             for block in blocks:
                 h = run(self, block, h, emb, cond)
             h = convolve_enlarged(unstride, h)
         return self.conv_out(h)
+
+    def encoded(
+        self,
+        x: Float[Tensor, "b c h w"],
+        logsnr: Float[Tensor, " b"],
+        cond: Cond,
+        hint: Float[Tensor, "b c0 h w"] | None = None,
+    ) -> list[Tensor]:
+        """The way down, as that of a `UNet`; the last level's output is its middle."""
+        check_sides(self, *x.shape[2:])
+        emb = self.noise_level(logsnr)
+        emb = F.silu(emb if cond.vector is None else emb + cond.vector)
+        h = x if cond.image is None else torch.cat([x, cond.image], 1)
+        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
+        if hint is not None:
+            h = h + hint
+        done = [emb]
+        for stride, blocks in zip(self.stride, self.down):
+            h = stride(h)
+            for block in blocks:
+                h = run(self, block, h, emb, cond)
+            done.append(h)
+        return [*done, h]

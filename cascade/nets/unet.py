@@ -55,9 +55,14 @@ class UNet(nn.Module):
         level: features of the noise level; None: Fourier features of logsnr itself.
         checkpoint: store only the inputs of blocks, and recompute them in the backward pass.
 
+    Attributes:
+        joins: channels of each skip connection, and of the middle.
+
     Raises:
         UserError: sizes that do not fit together.
     """
+
+    WAY_UP = ("up", "norm_out", "conv_out")
 
     def __init__(
         self,
@@ -134,6 +139,7 @@ class UNet(nn.Module):
                 skips.append(c)
         last = len(levels) - 1
         self.middle = nn.ModuleList([block(c, c, last), block(c, c, last, attend=False)])
+        self.joins = (*skips, c)
         self.up = nn.ModuleList()
         for i, c_level in reversed(list(enumerate(levels))):
             for _ in range(numbers[i] + 1):
@@ -148,6 +154,26 @@ class UNet(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], logsnr: Float[Tensor, " b"], cond: Cond
     ) -> Float[Tensor, "b d h w"]:
+        emb, *skips, h = steered(self.encoded(x, logsnr, cond), cond)
+        for block in self.up:
+            if block.resample == 1:
+                h = joined(h, skips.pop(), self.skip_scale)
+            h = layers.run(self, block, h, emb, cond)
+        h = self.norm_out.activated(h, activation=self.activation)
+        return F.pixel_shuffle(self.conv_out(h), self.patch)
+
+    def encoded(
+        self,
+        x: Float[Tensor, "b c h w"],
+        logsnr: Float[Tensor, " b"],
+        cond: Cond,
+        hint: Float[Tensor, "b c0 h0 w0"] | None = None,
+    ) -> list[Tensor]:
+        """The way down: the blocks' embedding, then the skip connections, and last the middle.
+
+        Args:
+            hint: added to the output of the first convolution.
+        """
         check_sides(self, *x.shape[2:])
         emb = self.noise_level(logsnr)
         emb = self.activation(emb if cond.vector is None else emb + cond.vector)
@@ -156,18 +182,23 @@ class UNet(nn.Module):
         h = self.conv_in(h)
         if self.positions:
             h = h + self.positions(*h.shape[2:])
-        skips = [h]
+        if hint is not None:
+            h = h + hint
+        done = [emb, h]
         for block in self.down:
             h = layers.run(self, block, h, emb, cond)
-            skips.append(h)
+            done.append(h)
         for block in self.middle:
             h = layers.run(self, block, h, emb, cond)
-        for block in self.up:
-            if block.resample == 1:
-                h = joined(h, skips.pop(), self.skip_scale)
-            h = layers.run(self, block, h, emb, cond)
-        h = self.norm_out.activated(h, activation=self.activation)
-        return F.pixel_shuffle(self.conv_out(h), self.patch)
+        return [*done, h]
+
+
+def steered(encoded: list[Tensor], cond: Cond) -> list[Tensor]:
+    """What a network's `encoded` returned, with what is `added` to skip connections and middle."""
+    if not cond.added:
+        return encoded
+    emb, *found = encoded
+    return [emb, *(h + more for h, more in zip(found, cond.added, strict=True))]
 
 
 def joined(x: Tensor, skip: Tensor, scale: float) -> Tensor:

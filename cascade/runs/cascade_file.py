@@ -51,6 +51,16 @@ def stage_runs(file: Path, choices: Sequence[str] = ()) -> dict[str, Path]:
     }
 
 
+def companions(file: Path, choices: Sequence[str] = ()) -> dict[str, Path]:
+    """The further runs that sampling choices name: STAGE.weaker, and each STAGE.controls.RUN."""
+    runs, found = stage_runs(file, choices), {}
+    for name, of in stage_choices(file, choices).items():
+        beside, of = runs[name].parent, of or {}
+        found |= {f"{name}.weaker": beside / of["weaker"]} if of.get("weaker") else {}
+        found |= {f"{name}.controls.{one}": beside / one for one in of.get("controls") or ()}
+    return found
+
+
 def stage_choices(file: Path, choices: Sequence[str]) -> dict[str, dict[str, Any] | None]:
     """The choices of each stage (None: it has none): those of the file, overridden by `choices`."""
     stages = loaded(file).stages

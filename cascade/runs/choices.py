@@ -5,6 +5,7 @@
 applies them to a stage.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -15,6 +16,8 @@ from cascade.config.overrides import assigned
 from cascade.diffusion import guidance
 from cascade.errors import UserError
 from cascade.pipeline import BestOf, Link, TextEmbedding, Without
+from cascade.runs.averages import averaged
+from cascade.runs.control import joined
 from cascade.runs.run import Run
 from cascade.stage import Stage
 
@@ -54,6 +57,12 @@ def _sources(names: Sequence[str]) -> tuple[str, ...]:
     if not set(names) <= {"caption", "clip_image"}:
         raise UserError(f"without={names}: give [caption] or [clip_image]")
     return tuple(names)
+
+
+def _average(stage: Stage, length: float, run: Run) -> Stage:
+    other = stage.altered(**{name: copy.deepcopy(m) for name, m in stage.named_children()})
+    averaged(other, run, length)
+    return other
 
 
 def _other_sampler(stage: Stage, name: str, run: Run | None) -> Stage:
@@ -97,6 +106,7 @@ class SamplingChoices:
 
     Args:
         text_embedding: sample nothing and use the caption's CLIP embedding; no other choice counts.
+        length: of the average of the weights, for runs that keep averages (`averages=power`).
         sampler: another sampler than the run's, by its name in conf/sampler/.
         scale: of guidance.
         steps: of the sampler.
@@ -105,6 +115,7 @@ class SamplingChoices:
         percentile: of dynamic thresholding, in (0, 1].
         level: of the noise in the low-resolution picture.
         weaker: the run next to this one that guidance leads away from (autoguidance).
+        controls: further runs next to this one, whose ControlNets steer its network as well.
         without: the sources ("caption", "clip_image") to drop.
         best_of: number of draws, of which the closest to the caption is kept.
         run: the run's directory, from cascade.yaml; by default it has the stage's name.
@@ -116,6 +127,7 @@ class SamplingChoices:
     text_embedding: bool | None = _choice(
         lambda stage, on, _: TextEmbedding(_of_prior(stage)) if on else stage
     )
+    length: float | None = _choice(_average, float)
     sampler: str | None = _choice(_other_sampler)
     scale: float | None = _option("scale", float)
     steps: int | None = _option("steps", int)
@@ -126,6 +138,7 @@ class SamplingChoices:
     )
     level: float | None = _choice(_noise_level, float)
     weaker: str | None = _choice(_weaker)
+    controls: tuple[str, ...] | None = _choice(joined, tuple)
     without: tuple[str, ...] | None = _choice(
         lambda stage, sources, _: Without(stage, sources) if sources else stage, _sources
     )

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cascade.config.compose import differences
 from cascade.errors import UserError
+from cascade.files.stores.places import Place, Remote, place, read_bytes
 from cascade.runs.run import Run
 
 # What may change from one start of a run to the next. The totals follow from `images`.
@@ -28,7 +29,9 @@ FREE = (
     # Encoders are compared by their hashes.
     *("clip.checkpoint", "clip.quick_gelu", "text.reader.quick_gelu"),
     *("stage.encoders.0.quick_gelu", "stage.encoders.1.quick_gelu"),
+    "alignment.teacher.quick_gelu",
     *("learning_rate.total", "stage.learning_rate.total", "data.max_skip_fraction", "data.cache"),
+    *("data.cache_gb", "data.index"),
 )
 
 
@@ -36,7 +39,7 @@ FREE = (
 # (`cascade.training.provenance`).
 PLACES = re.compile(
     r"data\.path|start|teacher\.run|embeddings|data\.embeddings\.\w+\.folder|clip\.(path|checkpoint)|"
-    r"text\.\w+\.(path_or_name|checkpoint|folder)"
+    r"(text\.\w+|alignment\.teacher)\.(path_or_name|checkpoint|folder)|perceptual\.teacher\.file"
 )
 
 
@@ -81,19 +84,27 @@ def _same_place(before: Any, now: Any, compared: bool) -> bool:
     a, b = ([x] if isinstance(x, str) else _plain(x) for x in (before, now))
     if not (isinstance(a, list) and isinstance(b, list) and len(a) == len(b)):
         return False
-    return all(_same_path(Path(x), Path(y), compared) for x, y in zip(a, b))
+    return all(_same_path(place(x), place(y), compared) for x, y in zip(a, b))
 
 
-def _same_path(before: Path, now: Path, compared: bool) -> bool:
-    if before.resolve() == now.resolve():
+def _same_path(before: Place, now: Place, compared: bool) -> bool:
+    if _resolved(before) == _resolved(now):
         return True
-    if not now.exists():
+    if isinstance(now, Path) and not now.exists():
         return False
-    return compared or not before.exists() or _marks(before) == _marks(now) != {}
+    gone = isinstance(before, Path) and not before.exists()
+    return compared or gone or _marks(before) == _marks(now) != {}
 
 
-def _marks(path: Path) -> dict[str, str]:
+def _resolved(where: Place) -> Place:
+    return where if isinstance(where, Remote) else where.resolve()
+
+
+def _marks(path: Place) -> dict[str, str]:
     """Hashes of the files that identify the weights or the embeddings in a place."""
+    if isinstance(path, Remote):
+        manifest = path / "manifest.json"
+        return {manifest.name: hashlib.sha256(read_bytes(manifest)).hexdigest()}
     if path.is_file():
         return {"": _digest(path)}
     manifest = path / "manifest.json"

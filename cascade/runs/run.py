@@ -26,6 +26,7 @@ STATUS = "status.json"
 METRICS = "metrics.csv"
 EVENTS = "events.jsonl"
 CHECKPOINTS = "checkpoints"
+AVERAGES = "averages"
 SAMPLES = "samples"
 TENSORBOARD, WANDB, MLFLOW = "tensorboard", "wandb", "mlflow"  # folders of loggers
 HEARTBEATS = "heartbeats"
@@ -33,9 +34,9 @@ LOGGED = "logged.json"
 
 
 class Saved(NamedTuple):
-    """A checkpoint on disk, whole or damaged: its optimizer step and its directory.
+    """A checkpoint on disk, whole or damaged, or a snapshot of averages: its step and its place.
 
-    The first versions wrote a file instead of a directory.
+    The first versions wrote a checkpoint as a file instead of a directory.
     """
 
     step: int
@@ -140,8 +141,20 @@ class Run:
 
     def checkpoints(self) -> list[Saved]:
         """All checkpoints, oldest first, without a look inside; those set aside are left out."""
-        named = ((re.match(r"step-(\d+)", p.name), p) for p in self.checkpoint_folder.glob("*"))
-        return sorted(Saved(int(name[1]), path) for name, path in named if name)
+        return _saved(self.checkpoint_folder)
+
+    @property
+    def averages(self) -> Path:
+        """The folder of the snapshots of averages whose length is chosen after training."""
+        return self.path / AVERAGES
+
+    def snapshot(self, step: int) -> Path:
+        """Where the averages at an optimizer step are written."""
+        return self.averages / f"step-{step:08d}.safetensors"
+
+    def snapshots(self) -> list[Saved]:
+        """All snapshots of averages, oldest first."""
+        return _saved(self.averages)
 
     def stage(self) -> Any:
         """Build the module that this run trains, with fresh weights.
@@ -217,6 +230,11 @@ class Position:
     def at(self, step: int) -> "Position":
         """Return the position after another number of steps, with no further rollback."""
         return replace(self, step=step)
+
+
+def _saved(folder: Path) -> list[Saved]:
+    named = ((re.match(r"step-(\d+)", path.name), path) for path in folder.glob("*"))
+    return sorted(Saved(int(name[1]), path) for name, path in named if name)
 
 
 def event(run: Path, kind: str, **facts: Any) -> None:

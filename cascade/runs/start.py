@@ -20,7 +20,7 @@ from cascade.runs.run import Run
 
 _GROUPS = (
     *("data", "clip", "text", "net", "process", "sampler", "optim", "learning_rate"),
-    *("precomputed", "sketch"),
+    *("precomputed", "sketch", "alignment", "perceptual", "averages"),
 )
 _NOT_CONTINUED = ("run", "start", "trainer", "logger", "faults")  # each run has its own
 # What refers to what in the configuration of a training, where both have the same value.
@@ -54,12 +54,13 @@ def training(overrides: Sequence[str]) -> DictConfig:
     given = {one.path: one for one in map(parse, overrides)}
     start = given["start"].text if "start" in given else None
     if not start or start == "null":
-        return composed("train", overrides)
+        return _uncontrolled(composed("train", overrides))
     run = Run(Path(v if isinstance(v := given["start"].value, str) else start))
     if not run.weights:
         raise UserError(f"start={run.path}: no weights there; give the directory of a trained run")
     if not {"stage", "experiment"} & given.keys():
-        if kept := [name for name in _SIZES if name in given]:
+        sizes = _SIZES if "control" in given else (*_SIZES, "control.size")
+        if kept := [name for name in sizes if name in given]:
             raise UserError(
                 f"start={run.path} keeps the {kept[0]} of that run: leave {kept[0]}= out, or name "
                 "the stage with stage= or experiment="
@@ -70,6 +71,13 @@ def training(overrides: Sequence[str]) -> DictConfig:
     config = composed("train", overrides)
     if Path(config.run).resolve() == run.path.resolve():
         raise UserError(f"start={run.path} is the run itself: choose another run=...")
+    return config
+
+
+def _uncontrolled(config: DictConfig) -> DictConfig:
+    """A configuration without `start`. UserError if it has ControlNets: they steer a network."""
+    if named := list(config.stage.get("control") or {}):
+        raise UserError(f"control={named[0]} steers a trained network: name its run with start=RUN")
     return config
 
 

@@ -93,6 +93,13 @@ def png(picture: Any, about: Mapping[str, str] | None = None) -> bytes:
     return out.getvalue()
 
 
+def jpeg(picture: Any) -> bytes:
+    """A picture [h, w, 3] as a small JPEG."""
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "JPEG", quality=80)
+    return out.getvalue()
+
+
 def about_picture(
     command: str, choices: str, caption: str, seed: int, number: int
 ) -> dict[str, str]:

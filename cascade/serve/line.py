@@ -28,6 +28,7 @@ class Job:
 
     Attributes:
         work: is given what the worker opened, and the job itself, to `report` to.
+        told: is called by the worker after each report, and at the end.
         steps: what was last reported.
         result: what `work` returned, once `state` is "done".
         error: why it failed, in one line, if `state` is "failed".
@@ -35,6 +36,7 @@ class Job:
 
     work: Callable[[Any, "Job"], Any]
     patience: float
+    told: Callable[[], None] = lambda: None
     state: str = "waiting"  # then running, and done, failed or cancelled
     steps: Any = None
     count: int = 0
@@ -59,6 +61,7 @@ class Job:
         self.check()
         self.steps = steps
         self.count += 1
+        self.told()
 
     def check(self) -> None:
         """Raise Cancelled if the job is to end."""
@@ -89,19 +92,26 @@ class Line:
 
     def start(self, workers: int = 1) -> None:
         """Start the workers that are missing, up to this number."""
-        for number in range(self._workers, workers):
+        with self._changed:
+            missing = range(self._workers, workers)
+            self._workers = max(self._workers, workers)
+        for number in missing:
             threading.Thread(
                 target=self._serve, args=(number,), name=f"device {number}", daemon=True
             ).start()
-        self._workers = max(self._workers, workers)
 
-    def submit(self, work: Callable[[Any, Job], Any]) -> Job:
+    def submit(
+        self, work: Callable[[Any, Job], Any], told: Callable[[], None] = lambda: None
+    ) -> Job:
         """Put a job at the end of the line.
+
+        Args:
+            told: as of `Job`.
 
         Raises:
             UserError: too many wait.
         """
-        job = Job(work, self.patience)
+        job = Job(work, self.patience, told)
         with self._changed:
             self._forget()
             if len(self._jobs) >= self.most:
@@ -158,3 +168,4 @@ class Line:
             log.exception("a request failed")
             job.error = f"the server could not do this ({type(error).__name__}); its log says more"
             job.state = "failed"
+        job.told()

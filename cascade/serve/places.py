@@ -7,7 +7,7 @@ them, so that they also work on the command line.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +210,19 @@ def reads(run: Path) -> set[str]:
     return {source(key) for key in conditioner}
 
 
+@lru_cache(maxsize=256)
+def _config(file: Path, _changed: int, _size: int) -> Any:
+    return read_yaml(file)
+
+
 def _stage(run: Path) -> Mapping[str, Any]:
-    config = read_yaml(Run(run).config_file)
+    """The configuration of a run's stage, which is read again if its file was changed."""
+    file = Run(run).config_file
+    try:
+        at = file.stat()
+    except OSError:
+        return {}
+    config = _config(file, at.st_mtime_ns, at.st_size)
     return (config.get("stage") if isinstance(config, dict) else None) or {}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cascade.batch import image_size
 from cascade.errors import UserError
 from cascade.pipeline import Cascade, innermost
-from cascade.runs.cascade_file import parsed_choice, stage_choices, stage_runs
+from cascade.runs.cascade_file import companions, parsed_choice, stage_choices, stage_runs
 from cascade.runs.choices import SamplingChoices
 from cascade.runs.model import device, load_cascade
 from cascade.runs.run import Run
@@ -78,17 +78,15 @@ class Store:
         return kept.what
 
     def _loaded(self, place: Place, sets: Sequence[str]) -> Kept:
-        runs, weaker = [Run(place.path)], []
+        runs, more = [Run(place.path)], []
         if place.kind != "run":
             of = stage_runs(place.file, sets)
             runs = [Run(path) for path in of.values()]
-            told = stage_choices(place.file, sets)
-            named = {name: (choices or {}).get("weaker") for name, choices in told.items()}
-            weaker = [Run(of[name].parent / other) for name, other in named.items() if other]
+            more = list(map(Run, companions(place.file, sets).values()))
         files = [] if place.kind == "run" else [place.file]
-        files += [file for run in [*runs, *weaker] for file in _files(run)]
+        files += [file for run in [*runs, *more] for file in _files(run)]
         before = stamp(files)
-        self._make_room([run.path for run in [*runs, *weaker]], place.name)
+        self._make_room([run.path for run in [*runs, *more]], place.name)
         if place.kind == "run":
             options = {option: value for _, option, value in map(parsed_choice, sets)}
             cascade = _alone(runs[0], self._stage(runs[0]).to(device()), options)

@@ -19,7 +19,13 @@ from cascade.runs.choices import SamplingChoices
 from cascade.runs.run import CASCADE, Run
 from cascade.stage import Stage
 
-_OTHER = ("run", "best_of", "without", "text_embedding")  # choices that concern no sampler
+_OTHER = (
+    "run",
+    "best_of",
+    "without",
+    "text_embedding",
+    "controls",
+)  # choices that concern no sampler
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ def student(config: DictConfig) -> DictConfig:
         sampler = OmegaConf.to_container(composed("sampler", [assigned("sampler", name)]).sampler)
     if not (sampler and process and str(sampler["_target_"]).endswith(".DiffusionSampler")):
         raise UserError(f"{run.path} is no diffusion stage: distil a prior, decoder or sr stage")
+    if stage.get("control"):
+        raise UserError(f"{run.path} is steered by ControlNets: distil the run that it began with")
     while "process" in process:  # Analytic-DPM's, whose variance a deterministic teacher lacks
         process = process["process"]
     if not process["_target_"].endswith(".Diffusion"):

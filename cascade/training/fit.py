@@ -53,6 +53,8 @@ from cascade.training.loggers.tensorboard import TensorBoard
 from cascade.training.module import Training
 from cascade.training.provenance import Provenance
 
+FURTHER_LOSSES = ("alignment", "perceptual")  # groups in conf/
+
 
 def train(config: DictConfig) -> Path:
     """Train the module that `config` describes, or resume it. Returns the run directory.
@@ -91,6 +93,7 @@ def _attempt(config: DictConfig, held: Lease | None) -> Path:
     checkpoint = newest_checkpoint(folder)
     samples = training_samples(config, module, checkpoint)
     begun = _begin(config, module, samples, fresh=not checkpoint)
+    attach(config, module)
     rank_zero_only(saved)(config, Run(folder).config_file)
 
     step, consumed = (checkpoint.step, checkpoint.consumed) if checkpoint else (0, 0)
@@ -98,7 +101,10 @@ def _attempt(config: DictConfig, held: Lease | None) -> Path:
     start = Position(step, config.batch, offset=consumed - step * config.batch)
 
     provenance = Provenance(module, samples, begun)
-    trainer = _trainer(config, _callbacks(config, held, module, samples, start, provenance))
+    watchdog = Watchdog(folder, config.watchdog)
+    callbacks = _callbacks(config, held, module, samples, start, provenance)
+    # First: once a step is done, the others' work counts as between steps, with a longer limit.
+    trainer = _trainer(config, [watchdog, *callbacks])
     share, trainer.accumulate_grad_batches = accumulation(
         config.batch, config.micro_batch, trainer.world_size
     )
@@ -106,12 +112,15 @@ def _attempt(config: DictConfig, held: Lease | None) -> Path:
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     module.to(memory_format=torch.channels_last)
+    watchdog.start(trainer.global_rank)
     try:
         trainer.fit(
             Training(module), data, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True
         )
     except SystemExit:  # how Lightning ends after Ctrl-C
         raise KeyboardInterrupt from None
+    finally:  # an error may precede what Lightning tells callbacks
+        watchdog.stop()
     return folder
 
 
@@ -133,6 +142,19 @@ def _begin(config: DictConfig, module: Trainable, samples: Samples, fresh: bool)
     return None
 
 
+def attach(config: DictConfig, module: Trainable) -> None:
+    """Attach the further losses that a configuration asks for, after the weights to begin with.
+
+    Raises:
+        UserError: they do not fit the module.
+    """
+    for name in FURTHER_LOSSES:
+        if given := config.get(name):
+            if not isinstance(module, Stage):
+                raise UserError(f"{name}: {config.name} is no generative stage: leave it out")
+            module.attach(name, built(given))
+
+
 def _callbacks(
     config: DictConfig,
     held: Lease | None,
@@ -145,8 +167,6 @@ def _callbacks(
     folder, ema = Path(config.run), EMA(config.ema)
     checkpoints = Checkpoints(folder, ema, start, config.images, config.save_seconds)
     callbacks = [
-        # First: once a step is done, the others' work counts as between steps, with a longer limit.
-        Watchdog(folder, config.watchdog),
         # Faults for drills, before whatever must cope with them.
         *built(config.get("faults") or {}).values(),
         # Before any other callback restores its state from a checkpoint that does not belong here.
@@ -156,6 +176,9 @@ def _callbacks(
         # Before all that uses the average: measures, grids and checkpoints.
         ema,
     ]
+    if config.get("averages"):
+        kept = built(config.averages)
+        callbacks.append(kept(run=folder, ema=ema, start=start, total=config.images))
     if hasattr(getattr(module, "process", None), "measure"):
         # Before the last checkpoint, which holds what it measures.
         callbacks.append(Measure(ema, loader(samples, 64)))

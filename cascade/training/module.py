@@ -31,6 +31,7 @@ class Training(L.LightningModule):
         return self.trained.encoded(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.trained.done = self.trainer.global_step / self.trainer.max_steps
         return self.trained.training_step(batch, batch_idx)
 
     def on_after_backward(self) -> None:

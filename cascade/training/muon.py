@@ -19,13 +19,15 @@ class Muon(torch.optim.AdamW):
     """Muon (Jordan, 2024) for matrices and convolutions, scaled to AdamW's steps (2502.16982).
 
     A convolution is a matrix with one row per output channel. Vectors, and tables with many more
-    rows than columns, whose rows are looked up rather than multiplied, take AdamW's step.
+    rows than columns, whose rows are looked up rather than multiplied, take AdamW's step. (torch's
+    own Muon refuses all but matrices, and steps alike: `tests/test_muon.py`.)
 
     Args:
         params: parameters, or groups of them.
         lr, weight_decay: of all parameters.
         momentum: of the matrices' gradients, with Nesterov's look-ahead.
         betas, eps, fused: of AdamW.
+        convolutions: whether convolutions are matrices; otherwise they take AdamW's step.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class Muon(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         fused: bool | None = None,
+        convolutions: bool = True,
     ):
         super().__init__(params, lr, betas, eps, weight_decay, fused=fused)
-        self.momentum = momentum
+        self.momentum, self.dimensions = momentum, (2, 3, 4, 5) if convolutions else (2,)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -48,7 +51,7 @@ class Muon(torch.optim.AdamW):
             loss = closure() if closure else None
         gradients = {}
         for group in self.param_groups:
-            for p in filter(_is_matrix, group["params"]):
+            for p in filter(self._is_matrix, group["params"]):
                 if p.grad is not None:
                     gradients[p], p.grad = p.grad, None  # which AdamW therefore skips
             self._step_matrices(group, {p: gradients[p] for p in group["params"] if p in gradients})
@@ -56,6 +59,9 @@ class Muon(torch.optim.AdamW):
         for p, gradient in gradients.items():
             p.grad = gradient
         return loss
+
+    def _is_matrix(self, p: Tensor) -> bool:
+        return p.ndim in self.dimensions and p.shape[0] < _TABLE * p[0].numel()
 
     def _step_matrices(self, group: dict[str, Any], gradients: dict[Tensor, Tensor]) -> None:
         shapes = defaultdict(list)
@@ -86,7 +92,3 @@ def orthogonal(matrices: Float[Tensor, "k n m"]) -> Float[Tensor, "k n m"]:
         gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
-
-
-def _is_matrix(p: Tensor) -> bool:
-    return p.ndim > 1 and p.shape[0] < _TABLE * p[0].numel()

@@ -26,7 +26,7 @@ class Provenance(L.Callback):
     """Records in each checkpoint what its run is trained with, and refuses to resume with others.
 
     Args:
-        module: its frozen encoders, if any, are recorded by their hashes.
+        module: its frozen encoders, and those that its losses read, are recorded by their hashes.
         samples: recorded by content or fingerprint, and by the encoders of their embeddings.
         start: the hash of another run's weights that a new run begins with; None: it begins with
             none, or from a checkpoint, which recorded it.
@@ -34,7 +34,9 @@ class Provenance(L.Callback):
 
     def __init__(self, module: Trainable, samples: Samples, start: str | None = None):
         self.start = start
-        named = {encoder.name: encoder for encoder in getattr(module, "encoders", ())}
+        teachers = [further.teacher for further in module.further.values()]
+        frozen = [*getattr(module, "encoders", ()), *teachers]
+        named = {encoder.name: encoder for encoder in frozen}
         self.encoders = list(named.values())  # one of each name, which is the key in checkpoints
         self.hashes = {encoder.name: encoder.hash for encoder in self.encoders}
         self.samples = samples.provenance()

@@ -20,6 +20,11 @@ def rehearsed(overrides: list[str]) -> tuple[DictConfig, Rehearsal]:
         UserError: a batch is not a whole number above 0, or the network does not fit the stage.
     """
     config = composed("train", ["data.path=none", *overrides])
+    return config, rehearsal_of(config)
+
+
+def rehearsal_of(config: DictConfig) -> Rehearsal:
+    """Tries the forward pass of a resolved configuration. Raises UserError as `rehearsed`."""
     for key, value in (("batch", config.batch), ("micro_batch", config.micro_batch or 1)):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{key}={value}: choose a whole number above 0")
@@ -34,7 +39,7 @@ def rehearsed(overrides: list[str]) -> tuple[DictConfig, Rehearsal]:
     except Exception as error:  # any of torch's functions may find shapes that do not fit
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"net does not fit stage {config.name}: {reason}") from error
-    return config, rehearsal
+    return rehearsal
 
 
 def batches(config: DictConfig, module: Trainable) -> Callable[[int], Batch]:

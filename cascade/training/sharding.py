@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import strategies
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -42,7 +42,7 @@ def replicated(
         return "auto"
     # Every parameter gets a gradient on every rank, so there is no search for unused ones.
     # Gradients are views of the buckets that are reduced, rather than copies.
-    return strategies.DDPStrategy(timeout=timedelta(seconds=seconds), gradient_as_bucket_view=True)
+    return Replicated(timeout=timedelta(seconds=seconds), gradient_as_bucket_view=True)
 
 
 def sharded(
@@ -59,6 +59,34 @@ def _several(devices: int | str | Sequence[int], num_nodes: int) -> bool:
     if devices == "auto":
         devices = kind.auto_device_count()
     return num_nodes * len(kind.get_parallel_devices(kind.parse_devices(devices))) > 1
+
+
+class Replicated(strategies.DDPStrategy):
+    """DDP whose sums do not depend on how far a run has got, on CPUs.
+
+    A reduction adds the numbers of more than two ranks in an order that depends on their places in
+    DDP's buckets. DDP fills these anew after the first step of each process, so a run that was
+    resumed would differ in the last bits from one that was not. Lightning registers hooks on GPUs
+    alone, where the libraries promise no order anyway.
+    """
+
+    def _register_ddp_hooks(self) -> None:
+        if self.root_device.type == "cpu":
+            self.model.register_comm_hook(None, mean_by_rank)
+
+
+def mean_by_rank(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket of gradients over the ranks, added in their order (a hook of DDP)."""
+    world, whole = dist.get_world_size(), bucket.buffer()
+    # Divided first, as DDP itself does: two ranks get the same bits from either.
+    parts = [torch.empty_like(whole) for _ in range(world)]
+    dist.all_gather(parts, whole.div_(world))
+    whole.copy_(parts[0])
+    for part in parts[1:]:
+        whole += part
+    done = torch.futures.Future()
+    done.set_result(whole)
+    return done
 
 
 class Sharded(strategies.ModelParallelStrategy):
@@ -110,14 +138,15 @@ class Sharded(strategies.ModelParallelStrategy):
         """Set the optimizers up, which must not need whole rows and columns.
 
         Raises:
-            UserError: Adafactor.
+            UserError: Adafactor, or SOAP.
         """
         super().setup_optimizers(trainer)
-        if any(isinstance(optimizer, torch.optim.Adafactor) for optimizer in self.optimizers):
-            raise UserError(
-                "trainer=fsdp: torch's Adafactor cannot work on shards of a weight; set "
-                "optim=adamw, or omit trainer=fsdp (DDP)"
-            )
+        for name in (type(optimizer).__name__ for optimizer in self.optimizers):
+            if name in ("Adafactor", "SOAP"):
+                raise UserError(
+                    f"trainer=fsdp: {name} cannot work on shards of a weight; set optim=adamw, or "
+                    "omit trainer=fsdp (DDP)"
+                )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return whole(self.lightning_module.state_dict())

@@ -1,6 +1,7 @@
 """`cascade data`: write scenes, index or pack shards, precompute embeddings."""
 
 import argparse
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,16 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from cascade.data.embeddings import EMBEDDINGS, MANIFEST, TEXT
-from cascade.data.scenes.generate import write_scenes
+from cascade.data.scenes.generate import write_captions, write_scenes
 from cascade.data.tars.corpus import MEND
 from cascade.data.tars.dataset import index_folder, total
-from cascade.data.tars.index import CUT, Summary, counted
+from cascade.data.tars.index import CUT, Summary, counted, remedy
 from cascade.data.tars.keys import CAPTIONS, DOTTED, REMEDY
 from cascade.data.tars.listing import Row, captioned_by_files, usable
 from cascade.data.tars.pack import held_out, pack
 from cascade.data.tars.splits import HELD_OUT, split_of
 from cascade.errors import UserError, explained
 from cascade.files.atomic import check_writable
+from cascade.files.stores.places import Place, on_disk, place
 from cascade.formats.parquet import Stored
 from cascade.formats.tables import Caption, as_one, columns, rows_of_table, table
 from cascade.formats.texts import brief
@@ -34,10 +36,13 @@ def main(args: argparse.Namespace) -> Sequence[Path]:
     if args.kind == "scenes":
         if not 16 <= args.size <= 1024:
             raise UserError(f"--size {args.size}: choose 16 to 1024")
+        if args.captions_only is not None:
+            return [make_captions(Path(args.out), args.level, args.captions_only, args.seed)]
         counts = {"train": args.train, "val": args.val, "unseen": args.unseen}
-        return make_scenes(Path(args.out), args.level, counts, args.size, args.seed)
+        out = on_disk(args.out, "scenes are written and read")
+        return make_scenes(out, args.level, counts, args.size, args.seed)
     elif args.kind == "index":
-        index_shards(Path(args.data), args.keys, args.val)
+        index_shards(place(args.data), args.keys, args.val, args.index and place(args.index))
     elif args.kind == "pack":
         pack_pictures(args)
     else:
@@ -62,30 +67,42 @@ def make_scenes(
     return shards
 
 
+def make_captions(out: Path, level: str, count: int, seed: int) -> Path:
+    """Write a corpus of captions; return its file. UserError if another one is there."""
+    if count < 1:
+        raise UserError(f"--captions-only {count}: give 1 or more")
+    path = out / "captions.txt"
+    if path.exists():
+        raise UserError(f"{path} exists: choose another folder, or remove it")
+    check_writable(out)
+    write_captions(path, level, count, seed)
+    return path
+
+
 def precompute_rows(args: argparse.Namespace) -> Sequence[Path]:
     """Precompute the rows of pictures, of captions, or both."""
-    outputs: list[Path] = []
-    data, captions = Path(args.data), [f.strip() for f in args.captions.split(",") if f.strip()]
+    outputs: list[Place] = []
+    data, captions = place(args.data), [f.strip() for f in args.captions.split(",") if f.strip()]
     if not (args.clip or args.text) or not captions:
         raise UserError("choose what to precompute: --clip CLIP or --text ENCODER, and --captions")
     named = _named(args)
     raw = {"unit": False} if args.raw else {}
     if args.clip:
-        out = Path(args.out) if args.out else data / EMBEDDINGS
+        out = place(args.out) if args.out else data / EMBEDDINGS
         embed(data, args.clip, out, named.get(args.clip, {}) | raw, captions, args.workers)
         outputs.append(out / MANIFEST)
     if args.text:
         from cascade.data.precompute import about_captions, caption_rows, precompute
         from cascade.runs.model import device
 
-        out = Path(args.text_out) if args.text_out else data / TEXT
+        out = place(args.text_out) if args.text_out else data / TEXT
         encoder = text_encoder(args, named.get(args.text, {}) | raw).to(device())
         about = about_captions(encoder, captions, args.several, out)
         rows = partial(caption_rows, encoder=encoder, captions=captions, several=args.several)
         with shown("text", "shards") as progress:
             precompute(data, out, about, partial(rows, workers=args.workers), progress)
         outputs.append(out / MANIFEST)
-    return outputs
+    return [output for output in outputs if isinstance(output, Path)]
 
 
 def _named(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -105,9 +122,9 @@ def _named(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def embed(
-    data: Path,
+    data: Place,
     clip: str,
-    out: Path,
+    out: Place,
     named: Mapping[str, Any] | None = None,
     captions: Sequence[str] = ("txt",),
     workers: int = 0,
@@ -129,29 +146,36 @@ def embed(
 
 
 def text_encoder(args: argparse.Namespace, named: Mapping[str, Any]) -> Any:
-    """Load the CLIP, or else the T5, of this name or in this directory."""
+    """Load the CLIP, the language model, or else the T5, of this name or in this directory."""
     from cascade.encoders.clip import FrozenCLIP
+    from cascade.encoders.llm import FrozenLLM
+    from cascade.encoders.published.language_models import is_language_model
     from cascade.encoders.sources import clip_model
     from cascade.encoders.text import FrozenT5
 
-    if clip_model(args.text) is None:
-        options = {"length": args.length, "bf16": args.bf16, "padded": args.padded}
-        given = {key: value for key, value in options.items() if value is not None}
-        if args.raw and not args.clip:
-            raise UserError(f"--raw is for a CLIP: {args.text} is a T5, omit it")
-        return FrozenT5(args.text, **given)
-    if args.length is not None or args.bf16 or args.padded:
-        raise UserError(
-            f"--length, --bf16 and --padded are for a T5: {args.text} is a CLIP, omit them"
-        )
-    return FrozenCLIP(args.text, **named)
+    both, t5, llm = ("length", "bf16"), ("padded",), ("layer", "instruction", "side")
+    given = {o: v for o in (*both, *t5, *llm) if (v := getattr(args, o)) is not None}
+    if is_language_model(Path(args.text)):
+        kind, what, takes, more = FrozenLLM, "a language model", {*both, *llm}, given
+    elif clip_model(args.text) is None:
+        kind, what, takes, more = FrozenT5, "a T5", {*both, *t5}, given
+    else:
+        kind, what, takes, more = FrozenCLIP, "a CLIP", set(), named
+    if wrong := [option for option in given if option not in takes]:
+        raise UserError(f"--{wrong[0]} is not for {what}, which {args.text} is: omit it")
+    if args.raw and not args.clip and kind is not FrozenCLIP:
+        raise UserError(f"--raw is for a CLIP: {args.text} is {what}, omit it")
+    return kind(args.text, **more)
 
 
-def index_shards(folder: Path, keys: str | None = None, val: str | None = None) -> None:
-    """Index a folder of shards, and report its content and damage."""
-    check_writable(folder, "index a copy, or train without an index, which searches at each start")
+def index_shards(
+    folder: Place, keys: str | None = None, val: str | None = None, out: Place | None = None
+) -> None:
+    """Index a folder of shards, into `out` or itself, and report its content and damage."""
+    if isinstance(out or folder, Path):
+        check_writable(out or folder, "give another folder with --index, and as +data.index=")
     with shown("index", "tars") as progress:
-        dataset, unreadable = index_folder(folder, progress, keys, val)
+        dataset, unreadable = index_folder(folder, progress, keys, val, out)
     splits: dict[str, list[Summary]] = {}
     for name, summary in dataset.tars.items():
         splits.setdefault(split_of(Path(name).stem) or NO_SPLIT, []).append(summary)
@@ -171,7 +195,8 @@ def index_shards(folder: Path, keys: str | None = None, val: str | None = None) 
     if dotted := sums.left_out.get(DOTTED):
         print(f"{dotted:,} samples such as {sums.such_as[DOTTED]} are left out: {REMEDY}")
     if not dataset.held_out and HELD_OUT not in splits:
-        print(f"nothing is held out: `cascade data index {folder} --val 1%` holds pictures out")
+        again = remedy(folder, out)[4:-1]
+        print(f"nothing is held out: {again} --val 1%` holds pictures out")
     if unreadable:
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         raise UserError(f"{unreadable[0]}{more}: repair or remove it, then index again")
@@ -181,16 +206,17 @@ def index_shards(folder: Path, keys: str | None = None, val: str | None = None) 
 
 def pack_pictures(args: argparse.Namespace) -> None:
     """Pack a folder of pictures into shards, and report what was left out and why."""
-    out = Path(args.out)
+    out = place(args.out)
     if not (args.pictures or args.captions):
         raise UserError("choose what to pack: --pictures FOLDER, or --captions TABLE with pictures")
     listed = Path(args.captions or "")
     folder = Path(args.pictures or (listed if listed.is_dir() else listed.parent))
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the folder of the pictures")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: give a folder to write to")
-    check_writable(out)
+    if isinstance(out, Path):
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out} is a file: give a folder to write to")
+        check_writable(out)
     if min(args.size or 1, args.per_shard) < 1:
         raise UserError("--size and --per-shard: give 1 or more")
     if args.lines and args.captions:
@@ -235,7 +261,9 @@ def _joined(rows: Sequence[Row]) -> list[Row]:
 
 
 def _captioned(args: argparse.Namespace) -> Iterator[tuple[str | Stored, dict[str, Caption]]]:
-    room = next(parent for parent in Path(args.out).absolute().parents if parent.is_dir())
+    out = place(args.out)
+    near = out if isinstance(out, Path) else Path(tempfile.gettempdir()) / "spill"
+    room = next(parent for parent in near.absolute().parents if parent.is_dir())
     rows = table(Path(args.captions), spill=room)
     given = [name.strip() for name in (args.caption_columns or "").split(",") if name.strip()]
     file, captions = columns(rows, args.file_column, given)

@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from cascade.encoders.identity import Encoder
+from cascade.encoders.weights import NotHere
 from cascade.errors import UserError
 from cascade.nets.cost import GIB, Rehearsal, Way, parameters, parts
 from cascade.trainable import Trainable
@@ -134,8 +136,18 @@ def _notes(rehearsal: Rehearsal, micro_batch: int, gpus: GPUs) -> str:
         f"{_number(cpu.activations / GIB)}."
     )
     encoders = getattr(rehearsal.module, "encoders", ())
-    frozen = [encoder.name for encoder in encoders if "text" in encoder.writes]
-    return notes + "".join(f" Not counted: {name}, frozen, on each GPU." for name in frozen)
+    frozen = [encoder for encoder in encoders if "text" in encoder.writes]
+    return notes + "".join(
+        f" Not counted: {encoder.name}{_size(encoder)}, frozen, on each GPU." for encoder in frozen
+    )
+
+
+def _size(encoder: Encoder) -> str:
+    """The number of an encoder's parameters, if it is known and its files are here."""
+    try:
+        return f" ({encoder.parameters:,} parameters)" if hasattr(encoder, "parameters") else ""
+    except NotHere:
+        return ""
 
 
 def _number(x: float) -> str:

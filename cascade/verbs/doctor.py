@@ -9,13 +9,13 @@ import sys
 from collections import Counter
 from contextlib import redirect_stdout
 from functools import partial
-from pathlib import Path
 
 from cascade.doctor import probe
 from cascade.doctor.finding import guarded, some
 from cascade.doctor.output import as_json, text
 from cascade.doctor.subjects import subjects
 from cascade.errors import UserError
+from cascade.files.stores.places import place
 
 IMPORTING, ANY = 15.0, 600.0  # limit of imports in seconds: without --full, and with it
 
@@ -26,7 +26,7 @@ def main(args: argparse.Namespace) -> None:
     answer = partial(probe.answer, process, ANY if args.full else IMPORTING)
     found, out = [], sys.stdout
     with redirect_stdout(sys.stderr):  # a check that timed out may still print
-        for name, check in subjects([Path(p) for p in args.paths], args.full, answer):
+        for name, check in subjects([place(p) for p in args.paths], args.full, answer):
             found.append((name, list(guarded(check))))
             if not args.json:
                 print(text(*found[-1]), flush=True, file=out)

@@ -13,6 +13,7 @@ from cascade.eval.metrics.features import CLEAN, PYTORCH_FID, TENSORFLOW, Featur
 from cascade.eval.pictures.share import share, whole
 from cascade.files.atomic import beside, check_writable
 from cascade.files.lease import lease
+from cascade.files.stores.places import on_disk
 from cascade.runs.model import device
 
 RESIZES = {"clean": CLEAN, "pytorch": PYTORCH_FID, "tensorflow": TENSORFLOW}
@@ -43,13 +44,15 @@ def evaluate_cascade(args: argparse.Namespace) -> Sequence[Path]:
         raise UserError(f"--bound {bound}: give a number of steps above 1, or leave it out")
     if (edits := args.edits or 0) < 0:
         raise UserError(f"--edits {edits}: give a number of pictures, or leave it out")
+    if (control := args.control or 0) < 0:
+        raise UserError(f"--control {control}: give a number of scenes, or leave it out")
     model = Path(args.model)
     out = Path(args.out) if args.out else model.parent if model.suffix == ".yaml" else model
     check_writable(out, "choose another --out")
     with lease(out):
         evaluate(
             model,
-            Path(args.data),
+            on_disk(args.data, "cascades are measured"),
             Path(args.judge),
             {args.split or "val": 320 if args.count is None else args.count},
             guidance,
@@ -60,6 +63,7 @@ def evaluate_cascade(args: argparse.Namespace) -> Sequence[Path]:
             bound=bound,
             typographic=bool(args.typographic),
             edits=edits,
+            control=control,
         )
     print(f"{out / 'metrics.json'}, {out / 'report.html'}")
     return [out / "metrics.json", out / "report.html"]

@@ -10,6 +10,7 @@ from cascade.eval.pictures.prompts import read_prompts
 from cascade.files.atomic import check_writable
 from cascade.grids import grid, to_uint8
 from cascade.runs.checker import Checker
+from cascade.runs.control import controls_of
 from cascade.runs.model import (
     captions_asked,
     check_asked,
@@ -37,8 +38,11 @@ def main(args: argparse.Namespace) -> None:
         checker.check(asked["caption"])
     cascade = load_cascade(Path(args.model), args.set)
     check_asked(cascade, asked)
+    controls = controls_of(cascade, args.control)
     asked = {key: [one for one in of for _ in range(args.n)] for key, of in asked.items()}
     captions = [text for text in texts for _ in range(args.n)]
+    for one in controls:
+        asked |= one.rows(len(captions))
     batch = paint(cascade, asked["caption"], args.seed, args.batch, asked)
     pictures = to_uint8(batch[cascade.stages[-1].writes])
     if checker:

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from cascade.errors import UserError
 from cascade.serve.limits import Limits, bytes_of, check_address
 from cascade.serve.line import Line
 from cascade.serve.places import Places
+
+LATEST = 5.0  # seconds after which a device is opened though nobody loaded a page
 
 
 def main(args: argparse.Namespace) -> None:
@@ -31,7 +34,10 @@ def main(args: argparse.Namespace) -> None:
 
     def told(url: str) -> None:
         print(f"{url} (end it with Ctrl-C)", flush=True)
-        line.start()
+        # The first page starts the devices once it is loaded, which importing torch would delay.
+        later = threading.Timer(LATEST, line.start)
+        later.daemon = True
+        later.start()
 
     run(line, places, limits, args.host, args.port, password, told)
 

@@ -12,19 +12,18 @@ a row with more true outputs shares more of the reference's sampling error. Inte
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from scipy import stats
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from cascade.batch import Batch, image_size
+from cascade.batch import image_size
 from cascade.conditioning import enlarge
 from cascade.eval.cascades import protocol
-from cascade.eval.cascades.protocol import KINDS, HeldOut, Metrics, Paint
+from cascade.eval.cascades.protocol import KINDS, HeldOut, Looked, Metrics, Paint
 from cascade.eval.metrics.features import CLIPFeatures
 from cascade.eval.metrics.measures import ATTRIBUTION, Measure, Sample, measures
 from cascade.pipeline import Cascade
@@ -33,19 +32,12 @@ SMALL = "image_64"  # the smallest judged size, shown next to the final one
 BLOCKS = 20  # of the jackknife
 
 
-class Looked(NamedTuple):
-    """What is measured of pictures of one size, by caption."""
-
-    features: Float[Tensor, "n d"]
-    cosines: Float[Tensor, " n"]  # with their captions
-    verdicts: Sequence[Mapping[str, bool]]  # of the recognizer; empty at sizes it does not judge
-
-
 def attribution(
     cascade: Cascade,
     names: Sequence[str],
     data: HeldOut,
-    painted: Batch,
+    begun: Mapping[str, Looked],
+    truth: Mapping[str, Looked],
     features: CLIPFeatures,
     paint: Paint,
 ) -> Metrics:
@@ -56,38 +48,31 @@ def attribution(
 
     Args:
         names: of the stages.
-        data: true values of all keys that the stages write.
-        painted: the cascade's output for the captions of `data`.
+        data: true values of all keys that the stages write but the last.
+        begun: what the cascade painted of the captions of `data`.
+        truth: the true pictures.
         paint: called for one row at a time, whose pictures are dropped once measured.
     """
     keys = [stage.writes for stage in cascade.stages]
     shown = [key for key in dict.fromkeys((SMALL, keys[-1])) if key in keys]
-    texts = protocol.encoded(features.clip.text, data.captions)
-
-    def looked(pictures: Batch, sizes: Sequence[str]) -> dict[str, Looked]:
-        rows = {key: protocol.embedded(features, pictures[key]) for key in sizes}
-        return {
-            key: Looked(x, cosine_similarity(x, texts), protocol.verdicts(pictures[key], data))
-            for key, x in rows.items()
-        }
-
-    truth = looked(data.truth, shown)
-    looks, rows = [looked(painted, shown)], [{"given": ["caption"]}]
+    look = protocol.looking(data, features)
+    truth = {key: truth[key] for key in shown}
+    looks, rows = [{key: begun[key] for key in shown}], [{"given": ["caption"]}]
     for i, name in enumerate(names, start=1):
-        given = {key: data.truth[key] for key in keys[:i]}
-        if left := [key for key in shown if key not in given]:
+        if left := [key for key in shown if key not in keys[:i]]:
+            given = {key: data.truth[key] for key in keys[:i]}
             done = paint(cascade, data.captions, given, f"true {keys[i - 1]}")
-            looks.append({**truth, **looked(done, left)})
+            looks.append({**truth, **look({key: done[key] for key in left})})
         else:
             looks.append(truth)
-        rows.append({"given": ["caption", *given], "stage": name})
+        rows.append({"given": ["caption", *keys[:i]], "stage": name})
     dearest = {}
     for key in shown:
-        of_size = [look[key] for look in looks]
+        of_size = [seen[key] for seen in looks]
         samples = [_sample(look, truth[key], features) for look in of_size]
         costs, dearest[key] = _costs(samples, data, names)
-        for row, look, of, cost in zip(rows, of_size, samples, [None, *costs]):
-            row[key] = protocol.measured(of) | protocol.by_kind(look.verdicts, data)
+        for row, seen, of, cost in zip(rows, of_size, samples, [None, *costs]):
+            row[key] = protocol.measured(of) | protocol.by_kind(seen.verdicts, data)
             if cost is not None:
                 row.setdefault("cost", {})[key] = cost
     return {"count": len(data), "sizes": shown, "rows": rows, "dearest": dearest}
@@ -96,9 +81,7 @@ def attribution(
 def _sample(look: Looked, truth: Looked, features: CLIPFeatures) -> Sample:
     right = torch.tensor([verdict["whole"] for verdict in look.verdicts]) if look.verdicts else None
     # No bootstrap: its interval assumes a reference of other pictures than those of the captions.
-    return protocol.sample_of(
-        features, look.features, truth.features, look.cosines, right=right, draws=0
-    )
+    return protocol.sample_of(features, look.rows, truth.rows, look.cosines, right=right, draws=0)
 
 
 def _costs(
@@ -176,11 +159,15 @@ def sentence(table: Metrics) -> str:
 
 
 def superresolution(
-    cascade: Cascade, data: HeldOut, table: Metrics, features: CLIPFeatures
+    cascade: Cascade,
+    data: HeldOut,
+    truth: Mapping[str, Looked],
+    table: Metrics,
+    features: CLIPFeatures,
 ) -> dict[str, Any] | None:
     """The table's row for the true smallest picture, with the distance of bicubic enlargement.
 
-    None for a cascade that generates one size.
+    None for a cascade that generates one size. `truth` is what was looked at in the true pictures.
     """
     keys = [stage.writes for stage in cascade.stages if image_size(stage.writes)]
     small, large = keys[0], keys[-1]
@@ -189,7 +176,9 @@ def superresolution(
     row = next(row for row in table["rows"] if row["given"][-1] == small)[large]
     out = {"from": small, "to": large, **row}
     if row["frechet"] is not None:
-        bicubic = enlarge(data.truth[small], image_size(large) // image_size(small)).clamp(-1, 1)
-        out["frechet_bicubic"] = protocol.distance(features, bicubic, data.truth[large])
+        factor = image_size(large) // image_size(small)
+        parts = (enlarge(x, factor).clamp(-1, 1) for x in data.truth[small].split(64))
+        bicubic = torch.cat([protocol.embedded(features, part) for part in parts])
+        out["frechet_bicubic"] = protocol.distance(features, bicubic, truth[large].rows)
         out["frechet_ratio"] = row["frechet"] / out["frechet_bicubic"]
     return out

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,22 @@ from cascade.batch import Batch, image_size
 from cascade.config.checks import check_split
 from cascade.data.embeddings import EMBEDDINGS
 from cascade.data.tars.splits import described
+from cascade.data.transforms import Condition
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
 from cascade.eval.cascades import attribution, held_out, likelihood, prior, summary, typographic
+from cascade.eval.cascades.concepts import concepts_of
+from cascade.eval.cascades.control import check as check_control
+from cascade.eval.cascades.control import measure_control
 from cascade.eval.cascades.edits import measure_edits
 from cascade.eval.cascades.protocol import (
     KINDS,
     HeldOut,
+    Looked,
     Metrics,
     against,
     distance,
+    looking,
     picture_metrics,
 )
 from cascade.eval.cascades.styles import measure_styles, pairs_of
@@ -34,6 +40,7 @@ from cascade.pipeline import Cascade, Without
 from cascade.runs.agreement import check_rows
 from cascade.runs.cascade_file import CASCADE, stage_runs
 from cascade.runs.choices import SamplingChoices
+from cascade.runs.control import conditions_of
 from cascade.runs.model import device, distilled, load_cascade, paint
 from cascade.training.checkpoint import Checkpoint, newest_checkpoint
 
@@ -54,6 +61,8 @@ class Judged:
         bound: sampler steps of the variational bound (`likelihood`); 0: it is not measured.
         typographic: whether to attack its CLIP with written words (`typographic`).
         edits: pictures for each kind of edit.
+        control: scenes to paint with each condition.
+        conditions: that the stages read, by name.
     """
 
     cascade: Cascade
@@ -66,6 +75,8 @@ class Judged:
     bound: int
     typographic: bool
     edits: int
+    control: int
+    conditions: Mapping[str, Condition]
 
     def paint(
         self, cascade: Cascade, captions: Sequence[str], given: Batch | None, what: str
@@ -88,6 +99,7 @@ def evaluate(
     bound: int = 0,
     typographic: bool = False,
     edits: int = 0,
+    control: int = 0,
 ) -> Path:
     """Measures a cascade; returns the folder of metrics.json and report.html.
 
@@ -105,6 +117,8 @@ def evaluate(
         typographic: whether to attack the cascade's CLIP on the first split (`typographic`).
         edits: pictures of the first split for each kind of edit (`measure_edits`; of data without
             scenes, `measure_styles`).
+        control: scenes of the first split to paint with each condition of its ControlNets
+            (`measure_control`).
 
     Raises:
         UserError: the data lack something that a measure needs.
@@ -120,16 +134,20 @@ def evaluate(
     writers = dict(zip((stage.writes for stage in cascade.stages), runs.values()))
     checkpoint = newest_checkpoint(writers["clip_image"]) if "clip_image" in writers else None
     features = CLIPFeatures(FrozenCLIP(str(judge)).to(device()))
-    asked = geneval, bound, typographic, edits
+    conditions = conditions_of(file, choices) if control else {}
+    asked = geneval, bound, typographic, edits, control, conditions
     of = Judged(cascade, list(runs), features, checkpoint, data, seed, *asked)
     metrics: Metrics = {"features": features.name, "captions": dict(counts), "seed": seed}
     metrics |= {"choices": list(choices)} if choices else {}
     metrics["captions_are"] = {split: described(split) for split in counts}
     shown: dict[str, Batch] = {}
+    concepts: Metrics = {}
     for split, count in counts.items():
         # Each split in a call of its own, which frees its pictures before the next are decoded.
-        metrics |= _split(of, split, count, shown, guidance)
-        guidance = None
+        found = _split(of, split, count, shown, guidance)
+        concepts |= found.pop("concepts", {})
+        metrics, guidance = metrics | found, None
+    metrics |= {"concepts": concepts} if concepts else {}
     if geneval:
         metrics["geneval"] = _geneval(of, metrics.pop("level"), out)
     metrics["seconds"] = round(time.monotonic() - begin, 1)
@@ -155,19 +173,34 @@ def _split(
     check(of.cascade, samples, of.geneval, of.data)
     if of.typographic and guidance is not None:
         typographic.check(of.cascade, samples)
+    if of.control and guidance is not None:
+        check_control(of.cascade, samples, of.conditions)
     if of.edits and not samples.scenes and guidance is not None:
         pairs_of(of.data, split, of.edits, of.seed)  # or refuse before anything is painted
+    look = looking(samples, of.features)
+    truth, sheet = look(samples.truth), _evenly(samples.truth, samples.captions)
+    last = of.cascade.stages[-1].writes
+    if guidance is None or not (of.bound or of.control or of.edits or of.typographic):
+        # The largest pictures were looked at, and no stage is given them.
+        samples = replace(samples, truth={k: v for k, v in samples.truth.items() if k != last})
     painted = of.paint(of.cascade, samples.captions, None, split)
-    shown[split] = _evenly(painted, samples.captions)
-    out: Metrics = {split: picture_metrics(painted, samples, samples.truth, of.features)}
+    shown[split], looks = _evenly(painted, samples.captions), look(painted)
+    real = {key: one.rows for key, one in truth.items()}
+    out: Metrics = {split: picture_metrics(looks, samples, real, of.features)}
     out[split]["count"] = len(samples)
+    judge = samples.shown and concepts_of(of.data, split, of.features, image_size(last), of.seed)
+    if judge:
+        out["concepts"] = {split: judge.measured(looks[last].rows, samples.shown)}
     if guidance is not None:
-        out |= _by_stage(of, samples, painted)
-        out["real_halves"] = _halves(samples.truth, of.features)
-        out["guidance"] = _guidance(of, samples, painted, guidance)
-        if batch := _few_steps(of, samples, painted):
-            shown["steps"] = batch
-        shown["truth"] = _evenly(samples.truth, samples.captions)
+        steps = _few_steps(of, samples, painted)
+        drawn = {key: painted[key] for key in ("clip_image",) if key in painted}
+        del painted  # looked at: from here on their features are enough
+        out |= _by_stage(of, samples, drawn, looks, truth)
+        out["real_halves"] = _halves(real, of.features)
+        out["guidance"] = _guidance(of, samples, drawn, looks, real, guidance)
+        if steps:
+            shown["steps"] = steps
+        shown["truth"] = sheet
         out |= {"level": level_of(samples.scenes)} if of.geneval else {}
         if of.typographic:
             found = typographic.typographic(of.cascade, samples, of.paint, of.seed)
@@ -180,6 +213,9 @@ def _split(
         elif of.edits:
             asked = of.data, split, of.features, of.seed, of.edits
             out["edits"], shown["edits"] = measure_styles(of.cascade, *asked)
+        if of.control:
+            asked = of.conditions, samples, of.paint, of.control
+            out["control"], shown["control"] = measure_control(of.cascade, *asked)
     return out
 
 
@@ -218,59 +254,81 @@ def _evenly(pictures: Batch, captions: Sequence[str]) -> Batch:
     return {**images, "caption": [captions[i] for i in rows]}
 
 
-def _by_stage(of: Judged, data: HeldOut, painted: Batch) -> Metrics:
-    """The attribution, super-resolution alone, the prior alone, and the decoder without text."""
+def _by_stage(
+    of: Judged,
+    data: HeldOut,
+    drawn: Batch,
+    looks: Mapping[str, Looked],
+    truth: Mapping[str, Looked],
+) -> Metrics:
+    """The attribution, super-resolution alone, the prior alone, and the decoder without text.
+
+    Args:
+        drawn: the embeddings that the prior drew, if there is one.
+        looks: the cascade's pictures.
+        truth: the true ones.
+    """
     cascade, features = of.cascade, of.features
     some = data.first(5 * features.dim)
-    begun = {key: value[: len(some)] for key, value in painted.items()}
-    table = attribution.attribution(cascade, of.stages, some, begun, features, of.paint)
+    first = range(len(some))
+    begun, true = ({k: one.where(first) for k, one in all.items()} for all in (looks, truth))
+    table = attribution.attribution(cascade, of.stages, some, begun, true, features, of.paint)
     out: Metrics = {"attribution": table}
-    if row := attribution.superresolution(cascade, some, table, features):
+    if row := attribution.superresolution(cascade, some, true, table, features):
         out["superresolution"] = row
-    if "clip_image" in painted:
-        drawn = painted["clip_image"]
-        out["prior"] = prior.measure_prior(cascade, data, drawn, of.paint, of.checkpoint)
+    if drawn:
+        z = drawn["clip_image"]
+        out["prior"] = prior.measure_prior(cascade, data, z, of.paint, of.checkpoint)
         rows = data.kind("one") or list(range(len(data)))
         small = cascade.upto("image_64")
-        some = data.where(rows, [stage.writes for stage in small.stages])
+        some = data.where(rows, ())
+        real = {key: one.rows[rows] for key, one in truth.items()}
         small = small.replace(Without(small.painter, ("caption",)))  # its caption is withheld
-        for name, z in (("prior", painted), ("truth", data.truth)):
+        look = looking(some, features)
+        for name, z in (("prior", drawn), ("truth", data.truth)):
             given = {"clip_image": z["clip_image"][rows]}
-            done = of.paint(small, some.captions, given, f"no text, {name}")
-            out[f"no_text_{name}"] = picture_metrics(done, some, some.truth, features)
+            done = look(of.paint(small, some.captions, given, f"no text, {name}"))
+            out[f"no_text_{name}"] = picture_metrics(done, some, real, features)
     return out
 
 
-def _halves(truth: Batch, features: CLIPFeatures) -> Metrics:
+def _halves(real: Batch, features: CLIPFeatures) -> Metrics:
     """The distance between two halves of the real pictures, by size: the noise floor."""
     out: Metrics = {}
-    for key, pictures in truth.items():
-        if image_size(key):
-            half = len(pictures) // 2
-            halves = pictures[::2][:half], pictures[1::2][:half]
-            out[key] = distance(features, *halves, min(4 * features.dim, half))
-            out["count"] = half
+    for key, rows in real.items():
+        half = len(rows) // 2
+        halves = rows[::2][:half], rows[1::2][:half]
+        out[key] = distance(features, *halves, min(4 * features.dim, half))
+        out["count"] = half
     return out
 
 
-def _guidance(of: Judged, data: HeldOut, painted: Batch, scales: Sequence[float]) -> list[Metrics]:
+def _guidance(
+    of: Judged,
+    data: HeldOut,
+    drawn: Batch,
+    looks: Mapping[str, Looked],
+    real: Batch,
+    scales: Sequence[float],
+) -> list[Metrics]:
     """The measures at each guidance scale of the first stage that generates pictures.
 
-    All scales share captions and noise.
+    All scales share captions and noise. `drawn`, `looks` and `real` are the embeddings and the
+    pictures of the cascade as it is, and the features of the true pictures.
     """
     few = 4 * of.features.dim
     rows = list(range(0, len(data), max(1, len(data) // few)))[:few]
     some = data.where(rows, ())
-    given = {k: painted[k][rows] for k in ("clip_image",) if k in painted}
+    given, look = {key: z[rows] for key, z in drawn.items()}, looking(some, of.features)
 
     def at(scale: float) -> Metrics:  # returns before the next scale, so its pictures are freed
         if scale == of.cascade.painter.sampler.scale:
-            done = {key: value[rows] for key, value in painted.items()}
+            found = {key: one.where(rows) for key, one in looks.items()}
         else:
             stage = SamplingChoices(scale=scale).applied(of.cascade.painter)
             altered = of.cascade.replace(stage)
-            done = of.paint(altered, some.captions, given, f"guidance {scale:g}")
-        return picture_metrics(done, some, data.truth, of.features)
+            found = look(of.paint(altered, some.captions, given, f"guidance {scale:g}"))
+        return picture_metrics(found, some, real, of.features)
 
     return [{"scale": scale, "count": len(some), **at(scale)} for scale in scales]
 

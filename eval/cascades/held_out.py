@@ -47,9 +47,8 @@ def held_out_split(data: Path, split: str, count: int, cascade: Cascade) -> Held
 
     def shards(sizes: Sequence[int]) -> Shards:
         pictures = Pictures(tuple(sizes))
-        return Shards(
-            data, pictures, split, shuffle=False, embeddings=stores, json_fields=("scene",)
-        )
+        fields = ("scene", "concept", "style")
+        return Shards(data, pictures, split, shuffle=False, embeddings=stores, json_fields=fields)
 
     # Choose samples before decoding pictures: those of the whole split would not fit in memory.
     bare = shards([])
@@ -61,12 +60,15 @@ def held_out_split(data: Path, split: str, count: int, cascade: Cascade) -> Held
         rows = sorted(i for kind in kinds for i in kind[:count])
     whole = shards(sizes)
     truth: dict[str, torch.Tensor] = {}
-    captions, scenes = [], []
+    captions, scenes, shown = [], [], []
     for start in range(0, len(rows), 64):
         part = collate([whole[i] for i in rows[start : start + 64]])
-        # Take captions and scenes from here: a broken picture is replaced by another sample.
+        # What they show is taken from here: a broken picture is replaced by another sample.
         captions += part["caption"]
         scenes += part["scene"]
+        shown += zip(part["concept"], part["style"])
         tensors = {k: v for k, v in part.items() if isinstance(v, torch.Tensor) and k != "sample"}
         put_rows(truth, tensors, start, len(rows))
-    return HeldOut(captions, truth, [Scene.from_json(s) for s in scenes] if all(scenes) else None)
+    named = all(isinstance(text, str) for pair in shown for text in pair)
+    drawn = [Scene.from_json(s) for s in scenes] if all(scenes) else None
+    return HeldOut(captions, truth, drawn, shown if named else None)

@@ -6,7 +6,7 @@ the feature space of a judging CLIP that neither conditions the cascade nor rera
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -27,19 +27,40 @@ from cascade.pipeline import Cascade
 Metrics = dict[str, Any]
 JUDGED = (64, 256, 1024)  # sides in pixels at which scenes are recognized
 KINDS = ("one", "two")  # of captions: how many objects they name
+# Of captions in many wordings: whether training captions use all of their words and forms.
+PHRASINGS = ("known phrasing", "held-out phrasing")
 CRITERIA = ("objects", "binding", "relations", "counts", "whole")  # of `recognizer.judge`
 DRAWS = 100  # bootstrap resamples
 # (cascade, captions, given keys, title of the progress bar) -> all keys that the cascade writes.
 Paint = Callable[[Cascade, Sequence[str], Batch, str], Batch]
 
 
+class Looked(NamedTuple):
+    """What is measured of pictures of one size, by caption; the pictures themselves can go."""
+
+    rows: Float[Tensor, "n d"]  # features
+    cosines: Float[Tensor, " n"]  # with the captions
+    verdicts: Sequence[Mapping[str, bool]]  # of the recognizer; empty at sizes it does not judge
+
+    def where(self, rows: Sequence[int]) -> "Looked":
+        """What is measured of some captions."""
+        chosen = list(rows)
+        verdicts = [self.verdicts[i] for i in chosen] if self.verdicts else ()
+        return Looked(self.rows[chosen], self.cosines[chosen], verdicts)
+
+
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out samples: captions, true values by batch key, and scenes if there are any."""
+    """Held-out samples: captions, true values by batch key, and scenes if there are any.
+
+    Attributes:
+        shown: the concept and the style of each picture, if all samples name them.
+    """
 
     captions: list[str]
     truth: Batch
     scenes: list[Scene] | None = None
+    shown: list[tuple[str, str]] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -51,6 +72,7 @@ class HeldOut:
             [self.captions[i] for i in rows],
             {key: value[rows] for key, value in self.truth.items() if key in keys},
             self.scenes and [self.scenes[i] for i in rows],
+            self.shown and [self.shown[i] for i in rows],
         )
 
     def first(self, count: int) -> "HeldOut":
@@ -59,11 +81,16 @@ class HeldOut:
             self.captions[:count],
             {key: value[:count] for key, value in self.truth.items()},
             self.scenes and self.scenes[:count],
+            self.shown and self.shown[:count],
         )
 
     def kind(self, kind: str) -> list[int]:
-        """The rows whose captions are of a kind (see `KINDS`)."""
-        return [i for i, scene in enumerate(self.scenes or []) if scene.kind == kind]
+        """The rows whose captions are of a kind (see `KINDS` and `PHRASINGS`)."""
+        return [i for i, scene in enumerate(self.scenes or []) if kind in _kinds(scene)]
+
+
+def _kinds(scene: Scene) -> set[str]:
+    return {scene.kind, *([PHRASINGS[bool(scene.wording.novel)]] if scene.wording else [])}
 
 
 @torch.no_grad()
@@ -88,22 +115,39 @@ def encoded(
     return torch.cat([encode(part)["clip_text"].float().cpu() for part in parts])
 
 
-def picture_metrics(painted: Batch, data: HeldOut, real: Batch, features: CLIPFeatures) -> Metrics:
+def looking(data: HeldOut, features: CLIPFeatures) -> Callable[[Batch], dict[str, Looked]]:
+    """A function that looks at pictures of the captions of `data`, by `image_{size}`."""
+    texts = encoded(features.clip.text, data.captions)
+
+    def look(pictures: Batch) -> dict[str, Looked]:
+        found = {}
+        for key in sorted(filter(image_size, pictures), key=image_size):
+            rows = embedded(features, pictures[key])
+            cosines = cosine_similarity(rows, texts)
+            found[key] = Looked(rows, cosines, verdicts(pictures[key], data))
+        return found
+
+    return look
+
+
+def picture_metrics(
+    looks: Mapping[str, Looked],
+    data: HeldOut,
+    real: Mapping[str, Float[Tensor, "m d"]],
+    features: CLIPFeatures,
+) -> Metrics:
     """The measures of each size of generated pictures, and scene accuracy by kind of caption.
 
     Args:
-        painted: `image_{size}` of the captions of `data`.
-        real: the reference, pictures or their features, by the same keys.
-        features: of the judge, which also gives the CLIP score of pictures of at least 64 px.
+        looks: by `image_{size}`, of the captions of `data`. The CLIP score is of pictures of at
+            least 64 px.
+        real: features of the reference, by the same keys.
     """
     out: Metrics = {}
-    texts = encoded(features.clip.text, data.captions)
-    for key in sorted(filter(image_size, painted), key=image_size):
-        rows = embedded(features, painted[key])
-        cosines = cosine_similarity(rows, texts) if image_size(key) in JUDGED else None
-        to = real[key] if real[key].ndim == 2 else embedded(features, real[key])
-        out[key] = measured(sample_of(features, rows, to, cosines))
-        out[key] |= by_kind(verdicts(painted[key], data), data)
+    for key, look in looks.items():
+        cosines = look.cosines if image_size(key) in JUDGED else None
+        out[key] = measured(sample_of(features, look.rows, real[key], cosines))
+        out[key] |= by_kind(look.verdicts, data)
     return out
 
 
@@ -117,7 +161,7 @@ def verdicts(pictures: Float[Tensor, "n 3 h w"], data: HeldOut) -> list[dict[str
 
 def by_kind(found: Sequence[Mapping[str, bool]], data: HeldOut) -> Metrics:
     """The rates of right pictures by kind of caption, from the verdicts that were `found`."""
-    kinds = {kind: data.kind(kind) for kind in KINDS if found}
+    kinds = {kind: data.kind(kind) for kind in (*KINDS, *PHRASINGS) if found}
     return {
         kind: rates(torch.stack([tally(data.scenes[i], found[i]) for i in rows]))
         for kind, rows in kinds.items()

@@ -3,6 +3,7 @@
 from operator import itemgetter
 
 from cascade.eval.cascades.protocol import Metrics, rate, within
+from cascade.eval.cascades.styles import GALLERY
 from cascade.eval.pages.report import Report
 from cascade.eval.scenes.geneval import TASKS
 
@@ -72,6 +73,24 @@ def edits(report: Report, found: Metrics) -> None:
         report.table(["text difference of", "share of the rotation", "n", "right"], rows)
 
 
+def control(report: Report, found: Metrics) -> None:
+    report.paragraph(
+        f"{found['count']} held-out scenes, painted with and without each condition of their true "
+        "pictures: agreement of the painted condition with the asked one, and scene accuracy "
+        f"(without: {within(*found['uncontrolled']['accuracy'].values())})."
+    )
+    report.targets(list(map(_target, found["targets"])))
+    rows = [
+        [
+            *(name, row["measure"], rate(row, "asked"), rate(row, "uncontrolled")),
+            within(*row["accuracy"].values()),
+        ]
+        for name, row in found.items()
+        if isinstance(row, dict) and "measure" in row
+    ]
+    report.table(["condition", "measure", "steered", "without", "scene accuracy"], rows)
+
+
 def _styles(report: Report, found: Metrics) -> None:
     style = found["style"]
     report.paragraph(
@@ -87,6 +106,36 @@ def _styles(report: Report, found: Metrics) -> None:
         for share, row in [*judged, ("the true picture", style["truth"])]
     ]
     report.table(["share of the rotation", "n", "retrieved", "in the asked style", "both"], rows)
+
+
+def concepts(report: Report, by_split: Metrics) -> None:
+    report.paragraph(
+        "Pictures painted from captions of a concept in a style, as a judge that took no part sees "
+        "them: how often the true picture is nearest among at most "
+        f"{GALLERY} of that style, whether the style is right, and how often the true picture is "
+        "nearest among those of the concept in all styles. Apart: pairs of concept and style that "
+        "training has shown, pairs that it has not, and concepts that it has not."
+    )
+    names = ("retrieval", "style", "both", "among_styles")
+    rows = [
+        [split, kind, row["count"], *(rate(row, name) for name in names)]
+        for split, found in by_split.items()
+        for kind, row in [("all", found), *found["kinds"].items()]
+    ]
+    columns = ["retrieved", "in the asked style", "both", "nearest among its styles"]
+    report.table(["split", "asked for", "n", *columns], rows)
+    report.paragraph(
+        "The nearest training picture: its cosine to the painted picture and to the true one, and "
+        "how often it shows the asked concept or style."
+    )
+    rows = [
+        [split, found["count"], near["cosine"], near.get("true_cosine")]
+        + [rate(near, name) for name in ("concept", "style")]
+        for split, found in by_split.items()
+        for near in [found["nearest"]]
+    ]
+    columns = ["cosine, painted", "cosine, true", "asked concept", "asked style"]
+    report.table(["split", "n", *columns], rows)
 
 
 def of_prior(report: Report, prior: Metrics, whose: str) -> None:

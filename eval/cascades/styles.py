@@ -152,7 +152,8 @@ class Gallery:
     def retrieved(self, rows: Float[Tensor, "n d"], own: Sequence[int]) -> Bool[Tensor, " n"]:
         """Whether each row's own true picture is the nearest among `GALLERY` of that style.
 
-        The others show other concepts, and depend on the true picture alone. A tie is wrong.
+        The others show other concepts (all there are, if they are fewer), and depend on the true
+        picture alone. A tie is wrong.
         """
         drawn = [self._drawn(j) for j in own]
         cosines = torch.stack([self.rows[of] @ row for of, row in zip(drawn, rows, strict=True)])
@@ -162,7 +163,8 @@ class Gallery:
         """The number of a true picture, then those of its rivals."""
         concepts, styles = self._codes
         rivals = ((styles == styles[j]) & (concepts != concepts[j])).nonzero()[:, 0].numpy()
-        chosen = generator(self.seed, "gallery", j).choice(rivals, GALLERY - 1, replace=False)
+        count = min(GALLERY - 1, len(rivals))
+        chosen = generator(self.seed, "gallery", j).choice(rivals, count, replace=False)
         return [j, *chosen.tolist()]
 
     def in_style(self, rows: Float[Tensor, "n d"], own: Sequence[int]) -> Bool[Tensor, " n"]:

@@ -11,7 +11,7 @@ from cascade.batch import Batch, image_size
 from cascade.data.tars.splits import described
 from cascade.eval.cascades import sections
 from cascade.eval.cascades.attribution import sentence
-from cascade.eval.cascades.protocol import KINDS, Metrics, rate, within
+from cascade.eval.cascades.protocol import KINDS, PHRASINGS, Metrics, rate, within
 from cascade.eval.metrics import measures
 from cascade.eval.metrics.measures import CLIP_SCORE, FRECHET, Measure
 from cascade.eval.pages.report import Report
@@ -28,7 +28,8 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
         model: directory of the cascade, for the loss curves of its stages.
         metrics: the content of metrics.json.
         shown: some generated pictures with their captions by split, the true ones as "truth", some
-            at few "steps", attacked ones as "typographic", and edited ones as "edits".
+            at few "steps", attacked ones as "typographic", edited ones as "edits", and steered
+            ones as "control".
     """
     report = Report("Cascade: from captions to pictures")
     space = metrics["features"]
@@ -47,6 +48,7 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
             "steps": "In few steps",
             "typographic": "Pictures with a wrong word, and their variations",
             "edits": "Text differences of the style, and the true pictures",
+            "control": "Without a condition, and for each condition: it, and what it steers",
         }
         report.heading(titles.get(split, f"Generated: {split}"))
         _pictures(report, batch, columns=4 if split == "steps" else 6)
@@ -61,6 +63,9 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     if "prior" in metrics:
         report.heading("The prior")
         sections.of_prior(report, metrics["prior"], described(next(iter(metrics["captions"]))))
+    if "concepts" in metrics:
+        report.heading("Concepts and styles")
+        sections.concepts(report, metrics["concepts"])
     if "typographic" in metrics:
         report.heading("Typographic attack")
         sections.typographic(report, metrics["typographic"])
@@ -75,6 +80,9 @@ def write_report(path: Path, model: Path, metrics: Metrics, shown: dict[str, Bat
     if "edits" in metrics:
         report.heading("Edits of pictures")
         sections.edits(report, metrics["edits"])
+    if "control" in metrics:
+        report.heading("Control")
+        sections.control(report, metrics["control"])
     report.heading("Training")
     for run in sorted(model.glob(f"*/{METRICS}")):
         report.losses(run, run.parent.name)
@@ -117,7 +125,7 @@ def _by_size(report: Report, split: str, metrics: Metrics, halves: Metrics) -> N
     kinds = [
         [key, kind, row[kind]["count"], *(rate(row[kind], name) for name in RATES)]
         for key, row in sizes.items()
-        for kind in KINDS
+        for kind in (*KINDS, *PHRASINGS)
         if kind in row
     ]
     if kinds:

@@ -209,6 +209,13 @@ CLIP_SCORE = Measure(
     reads=("cosines",),
     distance=lambda x: 1 - x,
 )
+# Of captions with words or forms that training captions never use.
+HELD_OUT_PHRASINGS = _of_scenes(
+    "accuracy_held_out", "scene accuracy, held-out phrasings", "more", places=(SWEEPS,)
+)
+# Of captions of concepts in styles.
+RETRIEVED = _of_scenes("retrieved", "retrieval of the true picture", "more", places=(SWEEPS,))
+IN_STYLE = _of_scenes("in_style", "pictures in the asked style", "more", places=(SWEEPS,))
 ACCURACY = _of_scenes("accuracy", "scene accuracy", "more", places=(SWEEPS,))
 
 MEASURES = (
@@ -254,4 +261,7 @@ MEASURES = (
     _of_scenes("one", "scenes of one object", "more", places=(ATTRIBUTION,)),
     CLIP_SCORE,
     ACCURACY,
+    HELD_OUT_PHRASINGS,
+    RETRIEVED,
+    IN_STYLE,
 )

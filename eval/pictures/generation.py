@@ -22,6 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from cascade.batch import Batch, image_size
+from cascade.data.loading import on
 from cascade.encoders import phrases
 from cascade.errors import Failed, UserError
 from cascade.eval.pictures import captions, prompts
@@ -34,6 +35,8 @@ from cascade.formats.texts import one_line
 from cascade.grids import to_uint8
 from cascade.pipeline import Cascade
 from cascade.runs.checker import Checker
+from cascade.runs.control import Control
+from cascade.runs.model import device
 
 MANY = 2**16  # upper bound on pictures per prompt
 
@@ -63,6 +66,7 @@ class Job:
         negative: what guidance leads away from, instead of from nothing.
         weights: whether the prompts have weighted phrases (`phrases.parsed`).
         checker: blackens pictures that match a concept.
+        controls: pictures of conditions, which steer all pictures alike.
 
     Raises:
         UserError: a number is out of range, or the layout cannot hold the prompts.
@@ -77,6 +81,7 @@ class Job:
     negative: str | None = None
     weights: bool = False
     checker: Checker | None = None
+    controls: Sequence[Control] = ()
 
     def __post_init__(self):
         if not 1 <= self.per_prompt < MANY or self.batch < 1 or self.seed < 0:
@@ -128,6 +133,7 @@ class Job:
             **({} if self.negative is None else {"negative": self.negative}),
             **({"weights": True} if self.weights else {}),
             **({"checker": self.checker.identity} if self.checker else {}),
+            **({"control": {c.name: c.identity for c in self.controls}} if self.controls else {}),
         }
 
 
@@ -249,6 +255,8 @@ def _settle(job: Job, settings: dict[str, Any]) -> None:
 def _painted(cascade: Cascade, job: Job, block: Sequence[Item]) -> UInt8[np.ndarray, "b h w 3"]:
     batch = {key: [of[item.prompt] for item in block] for key, of in job.asked.items()}
     batch["sample"] = torch.tensor([sample_number(item.prompt, item.image) for item in block])
+    for control in job.controls:
+        batch |= on(control.rows(len(block)), device())
     with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
         pictures = cascade(batch, job.seed)[cascade.stages[-1].writes]
     if bad := [item.id for item, x in zip(block, pictures) if not x.isfinite().all()]:

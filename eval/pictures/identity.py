@@ -12,9 +12,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cascade.encoders.identity import formerly
+from cascade.encoders.weights import tensors_hash
 from cascade.errors import UserError
 from cascade.pipeline import Cascade, TextEmbedding
 
@@ -86,11 +85,8 @@ def _link(link: Any, hash_of: Callable[[Any], str]) -> dict[str, Any]:
 
 
 def _hash(stage: Any, hash_of: Callable[[Any], str]) -> str:
-    digest = hashlib.sha256(json.dumps([hash_of(encoder) for encoder in stage.encoders]).encode())
-    for name, value in sorted(stage.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    encoders = json.dumps([hash_of(encoder) for encoder in stage.encoders]).encode()
+    return tensors_hash(stage.state_dict(), encoders)
 
 
 def _plain(value: Any) -> Any:

@@ -116,6 +116,11 @@ def point_name(values: Iterable[object], seed: int) -> str:
     return "-".join([*map(str, values), f"s{seed}"])
 
 
+def setting_of(point: str) -> str:
+    """Return the part of a point's name that its seeds share."""
+    return point.rpartition("-s")[0]
+
+
 def report_task(root: Path) -> Path:
     """Return the folder of the task that reports a sweep."""
     return root / "report"

@@ -12,7 +12,7 @@ from PIL import Image
 from cascade.eval.pages.plots import compose
 from cascade.eval.pages.report import Cell, Entry, Report, text
 from cascade.eval.pages.spread import spread
-from cascade.eval.sweeps import figures, findings, results
+from cascade.eval.sweeps import figures, findings, results, rungs
 from cascade.eval.sweeps.answers import answers, found, no_signal, short
 from cascade.eval.sweeps.folder import Point, find_sweeps, is_sweep
 from cascade.eval.sweeps.results import Sweep, Values, as_value, combinations, read_sweep, shown
@@ -74,6 +74,8 @@ def write_page(sweep: Sweep, path: Path) -> None:
     page.paragraph(findings.scale(sweep))
     if missing := findings.not_run(sweep):
         page.paragraph(f"Not run: {missing}.")
+    for name, why in sweep.about.get("cut", {}).items():
+        page.paragraph(rungs.said(name, rungs.Cut(*why)))
     if sweep.stale:
         page.paragraph(f"Left out: {sweep.stale} cells of settings that are no longer asked for.")
     if sweep.rows:

@@ -11,7 +11,7 @@ outside the sweep, where other sweeps find them.
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from cascade.config.compose import built, composed
 from cascade.config.overrides import assigned
 from cascade.data.tars.splits import HELD_OUT, described
 from cascade.errors import UserError
-from cascade.eval.sweeps.folder import Point, point_name, report_task, write_about
+from cascade.eval.sweeps import rungs
+from cascade.eval.sweeps.folder import Point, point_name, report_task, setting_of, write_about
 from cascade.files.atomic import check_writable, write_atomically
+from cascade.files.stores.places import on_disk
 from cascade.runs.cascade_file import CASCADE, parsed_choice
 from cascade.runs.done import DONE, FROZEN, finished
 from cascade.runs.run import Run
@@ -33,8 +35,17 @@ from cascade.slurm.plan import Launcher, Task, TaskGroup, launch
 # Overrides of the sweep itself; all others apply to the training of each point.
 _OWN = (
     *("sweep", LAUNCHER, "home", "run", "scenes", "shared", "needs", "base", "axes", "seeds"),
-    *("train", "cascade", "choices", "evaluate", "judge", "precompute", "resources", "data.path"),
+    *("train", "cascade", "instead", "choices", "evaluate", "judge", "precompute", "resources"),
+    *("data.path", "rungs", "rung_measure"),
 )
+
+
+def planned_sweep(given: Sequence[str]) -> tuple[list[TaskGroup], Launcher]:
+    """Return everything that a sweep consists of, and its launcher; nothing is written."""
+    own, overrides = split(given, _OWN)
+    config = composed("sweep", own)
+    launcher, root = built(config.launcher), Path(config.run)
+    return grid(config, overrides, launcher, _next(config, root), rungs.all_cut(root)), launcher
 
 
 def submit_sweep(given: Sequence[str]) -> None:
@@ -43,22 +54,72 @@ def submit_sweep(given: Sequence[str]) -> None:
     config = composed("sweep", own)
     launcher, root = built(config.launcher), Path(config.run)
     check_writable(root, "choose another run=...")
-    groups = grid(config, overrides, launcher)
-    describe(config, root)
-    launch(launcher, root, groups)
+    while True:
+        share, cut = _next(config, root), rungs.all_cut(root)
+        groups = grid(config, overrides, launcher, share, cut)
+        describe(config, root)
+        launch(launcher, root, groups)
+        if share == 1:
+            return
+        left = grid(config, overrides, launcher, share, cut)[:-1]  # but the report, which is last
+        if not all(task.done for group in left for task in group.tasks):
+            print(f"rung {share:g}: run the same command again once these tasks have finished")
+            return
+        measure = rungs.measure_named(config.rung_measure)
+        remain: dict[str, list[Path]] = {}
+        for name, *_ in points(config):
+            if setting_of(name) not in cut:
+                remain.setdefault(setting_of(name), []).append(root / name)
+        for name, why in rungs.decide(root, share, measure, remain, _controls(config)).items():
+            print(rungs.said(name, why))
 
 
-def grid(config: DictConfig, overrides: Sequence[str], launcher: Launcher) -> list[TaskGroup]:
+def _next(config: DictConfig, root: Path) -> float:
+    """The share of the images up to which points are trained now.
+
+    Raises:
+        UserError: `rungs` do not rise from 0 to 1, are not those decided before, or have nothing
+            to compare.
+    """
+    shares, before = list(config.rungs), [rung["share"] for rung in rungs.decided(root)]
+    if sorted({*shares}) != shares or not all(0 < share < 1 for share in shares):
+        raise UserError(f"rungs={shares}: give rising shares between 0 and 1")
+    if shares and not (config.train and config.cascade):
+        raise UserError("rungs compare trained points: give train and cascade as well")
+    if before != shares[: len(before)]:
+        raise UserError(f"{root} was compared at {before}: start rungs with these, or choose run=")
+    rungs.measure_named(config.rung_measure)
+    return [*shares, 1.0][len(before)]
+
+
+def _controls(config: DictConfig) -> frozenset[str]:
+    """The settings whose value of the first axis is the control."""
+    names = {
+        setting_of(name): next(iter(values.values()), "") for name, _, values, _ in points(config)
+    }
+    return frozenset(name for name, value in names.items() if value == str(config.control))
+
+
+def grid(
+    config: DictConfig,
+    overrides: Sequence[str],
+    launcher: Launcher,
+    share: float = 1.0,
+    cut: Collection[str] = (),
+) -> list[TaskGroup]:
     """Return the task groups of a sweep.
 
     Args:
         overrides: overrides of every point's training, which take precedence over the sweep's.
+        share: of their images that points are trained on.
+        cut: settings that are left out.
 
     Raises:
         UserError: the sweep needs a training that `shared` lacks, a configuration is wrong, or the
             shards lack the split to measure with.
     """
-    root, home, data = Path(config.run), Path(config.home), Path(config.data.path)
+    root, home = Path(config.run), Path(config.home)
+    data = on_disk(config.data.path, "sweeps are measured")
     if unknown := [name for name in config.needs if name not in config.shared]:
         raise UserError(f"the sweep needs {unknown[0]}, which `shared` does not define")
     if config.axes and not config.train:
@@ -75,10 +136,13 @@ def grid(config: DictConfig, overrides: Sequence[str], launcher: Launcher) -> li
     before, shared = [group.name for group in groups], [t for group in groups for t in group.tasks]
     tasks, measured = [], []
     for name, seed, values, own in points(config):
+        if setting_of(name) in cut:
+            continue
         if config.train:
             at = [assigned("run", root / name / config.train), assigned("data.path", data)]
             at.append(assigned("seed", seed))
-            tasks.append(training_task(joined(config.base, overrides, own, at), launcher)[0])
+            given = joined(config.base, overrides, own, at)
+            tasks.append(_training(given, launcher, share))
         if config.cascade:
             ready = all(task.done for task in [*shared, *tasks[-1:]])
             measured.append(_measurement(config, root / name, seed, values, ready))
@@ -91,6 +155,23 @@ def grid(config: DictConfig, overrides: Sequence[str], launcher: Launcher) -> li
         report = Task(report_task(root).absolute(), ["report", str(root)])
         groups.append(TaskGroup("report", [report], ["evaluation"], alone=True, resources=own))
     return groups
+
+
+def _training(given: Sequence[str], launcher: Launcher, share: float) -> Task:
+    """Return the task that trains a point on a share of its images, as a whole training begins."""
+    task, own = training_task(given, launcher)
+    if share == 1:
+        return task
+    images = round(share * own.images)
+    seen = Run(task.folder).status().get("images", 0)
+    if seen > images + own.batch:
+        raise UserError(
+            f"{task.folder} has seen {seen:,} images, more than at rung {share:g}: omit rungs"
+        )
+    until = [assigned("images", images)]
+    if "total" in (own.learning_rate or {}):
+        until.append(assigned("learning_rate.total", own.images))
+    return training_task(joined(given, until), launcher)[0]
 
 
 def points(config: DictConfig) -> Iterator[tuple[str, int, dict[str, str], list[str]]]:
@@ -115,19 +196,28 @@ def describe(config: DictConfig, root: Path) -> None:
     about |= {part: {axis: list(of) for axis, of in grid.items()} for part, grid in grids.items()}
     about |= {part: OmegaConf.to_container(config[part]) for part in ("at", "expected")}
     about |= {"seeds": list(config.seeds), "features": "picture embeddings of the CLIP that judges"}
+    if cut := rungs.all_cut(root):
+        about["cut"] = {name: list(why) for name, why in cut.items()}
     split = config.evaluate.split
     whose = "" if described(split) == described(HELD_OUT) else f" ({described(split)})"
     about |= {"reference": f"all pictures of the split {split}{whose}"}
     write_about(root, about)
-    for name, *_ in points(config) if config.cascade else ():
-        stages = {stage: _placed(config, stage, root / name) for stage in config.cascade}
+    for name, _, values, _ in points(config) if config.cascade else ():
+        cascade = _cascade(config, values)
+        stages = {stage: _placed(config, stage, of, root / name) for stage, of in cascade.items()}
         text = OmegaConf.to_yaml({"stages": stages})
         write_atomically(root / name / CASCADE, lambda path, text=text: path.write_text(text))
 
 
-def _placed(config: DictConfig, stage: str, point: Path) -> dict[str, Any]:
-    """Return a stage's sampling choices, with the path of its run if that is shared in `home`."""
-    choices = {"run": stage, **(config.cascade[stage] or {})}
+def _cascade(config: DictConfig, values: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return the stages of a point, with their sampling choices."""
+    other = [config.instead[value] for value in values.values() if value in config.instead]
+    return other[0] if other else config.cascade
+
+
+def _placed(config: DictConfig, stage: str, of: Any, point: Path) -> dict[str, Any]:
+    """Return a stage's sampling choices `of`, with its run's path if that is shared in `home`."""
+    choices = {"run": stage, **(of or {})}
     if stage != config.train:
         choices["run"] = os.path.relpath(Path(config.home) / choices["run"], point)
     return choices
@@ -165,7 +255,8 @@ def _measurement(
         "trained": config.train,
         **config.evaluate,
     }
-    text, runs = OmegaConf.to_yaml(asked), [_placed(config, s, point) for s in config.cascade]
+    cascade = _cascade(config, values).items()
+    text, runs = OmegaConf.to_yaml(asked), [_placed(config, s, of, point) for s, of in cascade]
     parts = [Run(point / run["run"]).status_file for run in runs]
     cells = math.prod(len(of) for of in asked["choices"].values())
     done = ready and _current(folder, text, parts, lambda: files.count >= cells)

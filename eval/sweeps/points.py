@@ -25,11 +25,12 @@ from cascade.config.compose import loaded
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.identity import differs
 from cascade.encoders.weights import weights_hash
+from cascade.eval.cascades.concepts import concepts_of
 from cascade.eval.cascades.held_out import check_unseen, held_out_split
 from cascade.eval.cascades.nearest import nearest
-from cascade.eval.cascades.protocol import HeldOut, picture_metrics
+from cascade.eval.cascades.protocol import PHRASINGS, HeldOut, looking, picture_metrics
 from cascade.eval.metrics.features import CLIPFeatures
-from cascade.eval.metrics.measures import ACCURACY
+from cascade.eval.metrics.measures import ACCURACY, HELD_OUT_PHRASINGS, IN_STYLE, RETRIEVED
 from cascade.eval.pictures.extraction import features_of_split
 from cascade.eval.sweeps.folder import SEED, Point, write_picture
 from cascade.eval.sweeps.results import JUDGES_WEIGHTS
@@ -38,7 +39,7 @@ from cascade.files.lease import lease
 from cascade.grids import grid, to_uint8
 from cascade.nets.cost import Account
 from cascade.pipeline import Cascade, Link
-from cascade.runs.cascade_file import CASCADE, stage_choices, stage_runs
+from cascade.runs.cascade_file import CASCADE, companions, stage_choices, stage_runs
 from cascade.runs.model import device, load_cascade, paint
 from cascade.runs.run import Run
 from cascade.stage import Stage
@@ -114,6 +115,8 @@ def _measure(asked: Grid, point: Point) -> None:
             point.write_cost(_cost(stage, Run(runs[asked.trained]), captions))
         features = CLIPFeatures(judge)
         real = {last: features_of_split(data, asked.split, image_size(last), features)}
+        look = looking(captions, features)
+        known = captions.shown and concepts_of(data, asked.split, features, image_size(last), 0)
     kept: dict[str, Sampled] = {}
     for i, (choices, sets, protocol) in enumerate(left):
         named = list(zip(_prefixes(protocol), load_cascade(folder, sets, load).stages))
@@ -122,7 +125,11 @@ def _measure(asked: Grid, point: Point) -> None:
         kept = {prefix: kept[prefix] for prefix in kept.keys() & later}
         painted = sampled[-1].rows
         about = {"point": dict(asked.point), SEED: asked.seed, "choices": choices}
-        row = _row(sampled, picture_metrics({last: painted}, captions, real, features)[last])
+        looks = look({last: painted})
+        row = _row(sampled, picture_metrics(looks, captions, real, features)[last])
+        if known:
+            seen = known.measured(looks[last].rows, captions.shown)
+            row |= {RETRIEVED.key: seen["retrieval"], IN_STYLE.key: seen["style"], "concepts": seen}
         done.append({**about, **row, "protocol": protocol})
         write_picture(point.grid(choices), _sheet(painted, captions))
         if len(done) == 1:
@@ -149,10 +156,7 @@ def _current_protocol(protocol: dict[str, Any], judge: FrozenCLIP) -> dict[str, 
 def _sampled_by(file: Path, sets: Sequence[str], hash_of: Callable[[Path], str]) -> dict[str, Any]:
     """Return what determines a cell's samples: every stage's sampling choices and weights."""
     stages = stage_choices(file, sets)
-    runs = stage_runs(file, sets)
-    for name, of in stages.items():
-        if weaker := (of or {}).get("weaker"):
-            runs[f"{name}.weaker"] = runs[name].parent / weaker
+    runs = stage_runs(file, sets) | companions(file, sets)
     weights = {name: hash_of(run) for name, run in runs.items()}
     return {"weights": weights, "stages": stages}
 
@@ -161,7 +165,8 @@ def _prefixes(protocol: Mapping[str, Any]) -> list[str]:
     """Return, for each stage, what determines its samples: itself and the stages before it."""
     stages, weights, prefix, found = protocol["stages"], protocol["weights"], [], []
     for name, choices in stages.items():
-        prefix.append([choices, weights[name], weights.get(f"{name}.weaker")])
+        controls = [of for one, of in weights.items() if one.startswith(f"{name}.controls.")]
+        prefix.append([choices, weights[name], weights.get(f"{name}.weaker"), *controls])
         found.append(json.dumps(prefix))
     return found
 
@@ -220,6 +225,8 @@ def _row(sampled: Sequence[Sampled], measured: Mapping[str, Any]) -> dict[str, A
     if kinds:
         right = sum(kind["whole"] * kind["count"] for kind in kinds)
         row[ACCURACY.key] = right / sum(kind["count"] for kind in kinds)
+    if novel := measured.get(PHRASINGS[1]):
+        row[HELD_OUT_PHRASINGS.key] = novel["whole"]
     return {**row, "seconds": round(sum(one.seconds for one in sampled), 2)}
 
 

@@ -142,7 +142,8 @@ def read_sweep(path: Path) -> Sweep:
         {name: tuple(map(as_value, values)) for name, values in about[kind].items()}
         for kind in ("axes", "choices")
     )
-    rows = _cells(path) if path.is_dir() else _copied_cells(path, {**axes, **choices})
+    cut = about.get("cut", {})
+    rows = _cells(path, cut) if path.is_dir() else _copied_cells(path, {**axes, **choices})
     asked = {**axes, **choices, SEED: tuple(map(int, about["seeds"]))}
     if len(asked) < len(axes) + len(choices) + 1 or (about.get("along") or SEED) not in asked:
         raise UserError(f"{file}: the names of axes, choices and 'along' do not fit together")
@@ -154,9 +155,12 @@ def read_sweep(path: Path) -> Sweep:
     return Sweep(about, axes, choices, tuple(kept), folder, len(rows) - len(kept))
 
 
-def _cells(folder: Path) -> list[dict[str, Any]]:
+def _cells(folder: Path, cut: Container[str]) -> list[dict[str, Any]]:
+    """The cells of a sweep's folder, but those of settings that were `cut` before their end."""
     rows = []
     for path in sorted(folder.iterdir()):
+        if files.setting_of(path.name) in cut:
+            continue
         cells = Point(path).cells()
         cost = _flat(Point(path).cost(), "cost.") if cells else {}
         for cell in cells:

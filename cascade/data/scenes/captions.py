@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cascade.data.scenes.language import Wording
+
 # The direction (x, y) of the first object as seen from the second, and the inverse relation.
 RELATIONS: Mapping[str, tuple[tuple[int, int], str]] = {
     "left of": ((-1, 0), "right of"),
@@ -31,6 +33,9 @@ ALIKE = (
     "{number} {size}{shape} in {color}",
 )
 RELATED = ("a {0} {relation} a {1}", "a {1} with a {0} {relation} it", "one {0} {relation} one {1}")
+
+
+_TEXTS = ("text", "form")  # of a wording
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Scene:
         phrasing: index of the short caption's phrasing.
         word: written below the object in its colour; None: nothing is.
         shown: whether the objects are drawn; otherwise the word stands for its one object.
+        wording: the short caption, if it is one of `language`; then `phrasing` is not used.
     """
 
     objects: tuple[Object, ...]
@@ -66,6 +72,7 @@ class Scene:
     phrasing: int = 0
     word: str | None = None
     shown: bool = True
+    wording: Wording | None = None
 
     @property
     def kind(self) -> str:
@@ -74,16 +81,25 @@ class Scene:
 
     def to_json(self) -> dict[str, Any]:
         fields = {**asdict(self), "objects": [asdict(o) for o in self.objects]}
-        added = {"word": None, "shown": True}  # scenes of other levels do not mention them
+        added = {
+            "word": None,
+            "shown": True,
+            "wording": None,
+        }  # scenes of other levels do not mention them
         return {k: v for k, v in fields.items() if k not in added or v != added[k]}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Scene":
-        return cls(**{**fields, "objects": tuple(Object(**o) for o in fields["objects"])})
+        objects = tuple(Object(**o) for o in fields["objects"])
+        said = fields.get("wording")
+        wording = said and Wording(**{k: v if k in _TEXTS else tuple(v) for k, v in said.items()})
+        return cls(**{**fields, "objects": objects, "wording": wording})
 
 
 def caption(scene: Scene) -> str:
     """Return the short caption: "a red circle above a blue square", "three small green stars"."""
+    if scene.wording:
+        return scene.wording.text
     sizes = [f"{o.size} " if scene.names_size else "" for o in scene.objects]
     if scene.relation:
         nouns = [f"{size}{o.color} {o.shape}" for size, o in zip(sizes, scene.objects)]

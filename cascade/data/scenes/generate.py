@@ -3,6 +3,7 @@
 A scene has one object, two in a relation, or two or three identical ones. No caption occurs in two
 splits: with several objects the *meaning* is held out, in every phrasing and mirrored; with one
 object, where there are few meanings, the phrasing. Some colour-shape pairs occur in "unseen" only.
+Scenes of the level "language" are asked for in many ways, some of which training never uses.
 """
 
 import io
@@ -21,11 +22,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from cascade.data.scenes import captions
+from cascade.data.scenes.asking import paraphrases, wording
 from cascade.data.scenes.captions import RELATIONS, Object, Scene
 from cascade.data.scenes.drawing import BACKGROUNDS, COLORS, SHAPES, blank, paint, write
 from cascade.draws import generator
 from cascade.errors import UserError
-from cascade.files.atomic import write_atomically
+from cascade.files.atomic import write_atomically, write_text
 
 # Range of the side of an object's box, as a fraction of the picture's side.
 SIZES: Mapping[str, tuple[float, float]] = {"small": (0.20, 0.25), "large": (0.32, 0.38)}
@@ -39,6 +41,7 @@ UNSEEN: Mapping[str, str] = {
     "heart": "cyan",
 }
 SPLITS = ("train", "val", "unseen")
+_SIZED = 0.3  # share of the scenes of "language" with a relation in which one object is larger
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ LEVELS: Mapping[str, Level] = {
     "written": Level(
         list(SHAPES)[:4], list(BACKGROUNDS)[:2], (0.7, 0.3, 0.0), (0.5, 0.5, 0.0), (0.6, 0.5)
     ),
+    "language": Level(list(SHAPES)[:4], list(BACKGROUNDS)[:2], (0.35, 0.4, 0.25), (0.5, 0.3, 0.2)),
 }
 
 
@@ -92,6 +96,9 @@ def sample_scene(level: str, split: str, rng: np.random.Generator) -> Scene:
     or one above the other, each jittered by at most 4 % of the side. `full`: everything. `written`:
     as plain, with more scenes of one object. Below most of these the name of its shape is written,
     in its colour; half of those show in training the word alone, so that a CLIP learns to read.
+    `language`: as plain, with several identical objects, and with one object larger than the other
+    in some scenes of two; captions are wordings, of which half in the other splits than "train" use
+    words or forms that training captions never do.
 
     Raises:
         UserError: no such level or split.
@@ -102,26 +109,45 @@ def sample_scene(level: str, split: str, rng: np.random.Generator) -> Scene:
     shares = choice.train if split == "train" else choice.held_out
     group = int(rng.choice(3, p=shares))  # first: the rejection below must not bias it
     pairs, relation, phrasing = _content(choice, group, rng)
-    while split_of(pairs, relation, phrasing) != split:
+    while not _fits(level, split, pairs, relation, phrasing):
         pairs, relation, phrasing = _content(choice, group, rng)
     sizes = ["large"] * len(pairs)
     if level == "full":
         sizes = [str(rng.choice(list(SIZES))) for _ in pairs]
         sizes = sizes if relation else sizes[:1] * len(pairs)  # identical objects have one size
+    elif level == "language" and relation and rng.random() < _SIZED:
+        sizes = [str(size) for size in rng.permutation(list(SIZES))]
     diameters = [rng.uniform(*SIZES[size]) for size in sizes]
-    places = (_free if level == "full" else _fixed)(diameters, relation, rng)
+    free = level == "full" or (len(pairs) > 1 and not relation)
+    places = (_free if free else _fixed)(diameters, relation, rng)
     objects = (
         Object(*pair, size, *map(float, xy), d)
         for pair, size, xy, d in zip(pairs, sizes, places, diameters)
     )
     background = str(rng.choice(choice.backgrounds))
     names_size = level == "full" and bool(rng.random() < 0.5)
+    names_size |= len(set(sizes)) > 1 and level == "language"
     scene = Scene(tuple(objects), background, relation, names_size, phrasing)
+    if level == "language":
+        return replace(scene, phrasing=0, wording=wording(scene, split, rng))
     named, alone = choice.written
     if len(pairs) > 1 or not named or rng.random() >= named:
         return scene
     shown = split != "train" or bool(rng.random() >= alone)
     return replace(scene, word=pairs[0][1], shown=shown)
+
+
+def _fits(
+    level: str,
+    split: str,
+    pairs: Sequence[tuple[str, str]],
+    relation: str | None,
+    phrasing: int,
+) -> bool:
+    """Whether a scene of this content may be in a split."""
+    if level == "language" and len(pairs) == 1:  # then the caption's text decides: see `asking`
+        return (UNSEEN[pairs[0][1]] == pairs[0][0]) == (split == "unseen")
+    return split_of(pairs, relation, phrasing) == split
 
 
 def _content(
@@ -227,6 +253,9 @@ def _samples(
             "width": size,
             "height": size,
         }
+        if scene.wording:
+            rng = generator(seed, f"{split}/paraphrases", number)
+            fields["paraphrases"] = paraphrases(scene, split, rng)
         yield f"{shard:05d}{index:04d}", fields
 
 
@@ -256,3 +285,18 @@ def _stored(path: Path) -> list[tuple[str, dict[str, Any]]]:
             return [(m.name, json.load(tar.extractfile(m))) for m in named]
     except (tarfile.TarError, ValueError):
         return []
+
+
+def write_captions(path: Path, level: str, count: int, seed: int) -> None:
+    """Write `count` captions of scenes of the split "train", one on each line, and no pictures.
+
+    A corpus for text encoders: of "language", words and forms are novel as in `paraphrases`, and
+    none of the captions is held out. A line depends on seed and number alone.
+    """
+    lines = []
+    for number in range(count):
+        scene = sample_scene(level, "train", generator(seed, "captions", number))
+        rng = generator(seed, "captions/paraphrases", number)
+        text = paraphrases(scene, "train", rng)[0] if scene.wording else captions.caption(scene)
+        lines.append(f"{text}\n")
+    write_text(path, "".join(lines))

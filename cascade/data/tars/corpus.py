@@ -6,84 +6,29 @@ are refused.
 
 import hashlib
 import logging
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple
 
 from cascade.data.tars import index as indexes
-from cascade.data.tars.dataset import DATASET, Dataset, read_dataset, renew, total
+from cascade.data.tars.dataset import DATASET, Dataset, read_dataset, renew, tars_in, total
 from cascade.data.tars.index import Index, Summary, check_unchanged, counted, load, remedy, scan
 from cascade.data.tars.keys import DOTTED, FIRST_DOT, REMEDY
+from cascade.data.tars.open_tar import OpenTar
 from cascade.data.tars.splits import ALL, chosen, lacking
-from cascade.data.tars.tar import Paths, listed
-from cascade.data.transforms import BadSample
-from cascade.errors import UserError, explained
+from cascade.data.tars.tar import Paths
+from cascade.errors import UserError
+from cascade.files.stores import places
+from cascade.files.stores.cache import GB, Cache
+from cascade.files.stores.places import Place, Remote, Stat, place
+from cascade.files.stores.reading import fetch_ahead
 
 log = logging.getLogger(__name__)
 
 MEND = "fetch or write it again"
 LONG = 5.0  # seconds of searching tars without an index after which a warning is logged
-
-
-class OpenTar:
-    """The samples of a part of one tar that have one of the captions, by places 0, 1, ..."""
-
-    def __init__(self, index: Index, captions: Set[str], part: str = ALL, share: float = 0.0):
-        self.shard, self._index = index.tar.stem, index
-        self._given = index, captions, part, share
-        self._rows = index.usable(captions, part, share)
-        with explained(f"cannot read {index.tar}"):
-            self._file = open(index.tar, "rb", buffering=0)  # noqa: SIM115 (kept open)
-
-    def __reduce__(self):  # open files cannot be sent to workers
-        return OpenTar, self._given
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def key(self, place: int) -> str:
-        return self._index.key(int(self._rows[place]))
-
-    def read(self, place: int, member: str) -> bytes:
-        """Return the bytes of "picture", "txt" or "json", b"" if absent.
-
-        Raises:
-            BadSample: the tar cannot be read there, or the member exceeds `index.LIMITS`.
-        """
-        offset, size = self._index.spans[self._rows[place], indexes.MEMBERS.index(member)].tolist()
-        if not 0 <= size <= indexes.LIMITS[member]:
-            raise BadSample("huge file")
-        try:
-            data = os.pread(self._file.fileno(), size, offset) if size else b""
-        except OSError as error:
-            raise BadSample("cannot be read") from error
-        if len(data) < size:
-            raise BadSample("cannot be read")
-        return data
-
-
-class Placed(NamedTuple):
-    """A sample of an open tar."""
-
-    tar: OpenTar
-    place: int
-
-    @property
-    def shard(self) -> str:
-        return self.tar.shard
-
-    @property
-    def key(self) -> str:
-        return self.tar.key(self.place)
-
-    def read(self, member: str) -> bytes:
-        """Read a member, as `OpenTar.read` does."""
-        return self.tar.read(self.place, member)
 
 
 class Corpus:
@@ -97,6 +42,8 @@ class Corpus:
         max_open: how many tars are kept open.
         keys: where a key ends in a name; None: as the folder was indexed, or at the first dot.
         hold_out: share of the pictures to hold out, instead of the index's; 0: none.
+        index: the folder with the index; None: the tars' own.
+        cache_gb: the size limit in GB of this node's cache of pieces of tars in stores; 0: none.
 
     Attributes:
         paths: of the tars.
@@ -118,15 +65,21 @@ class Corpus:
         max_open: int,
         keys: str | None = None,
         hold_out: float | None = None,
+        index: str | Place | None = None,
+        cache_gb: float | int = GB,
     ):
         self.captions, self._max_open = captions, max_open
         self._keys, self._hold_out = keys, hold_out
         self._open: dict[int, OpenTar] = {}  # least recently used first
         self._scanned: dict[int, Index] = {}
-        found = listed(path)
-        self._datasets = {folder: read_dataset(folder) for folder in {p.parent for p in found}}
+        self._index, self._cache = index and place(index), Cache.of(cache_gb)
+        found = tars_in(path, self._index)
+        folders = {tar.parent for tar in found}
+        self._datasets = {folder: read_dataset(self._index or folder) for folder in folders}
+        if self._index and None in self._datasets.values():
+            raise UserError(f"{index} has no {DATASET}: {self._remedy(found[0])}")
         if hold_out and None in self._datasets.values():
-            raise UserError(f"hold_out={hold_out}: {path} has no index; {remedy(found[0].parent)}")
+            raise UserError(f"hold_out={hold_out}: {path} has no index; {self._remedy(found[0])}")
         self.paths, self.part = self._chosen(path, found, split)
         self._summaries = self._read()
         self.counts = [summary.usable(captions, self.part) for summary in self._summaries]
@@ -158,7 +111,8 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the tars' names, sizes and sample counts, and thus of the order."""
-        found = [(p.name, p.stat().st_size, n) for p, n in zip(self.paths, self.counts)]
+        sizes = (summary.bytes for summary in self._summaries)
+        found = [(p.name, size, n) for p, size, n in zip(self.paths, sizes, self.counts)]
         return _hashed(found, self.part_of_tars)
 
     @cached_property
@@ -172,65 +126,88 @@ class Corpus:
             return None
         return _hashed(zip(digests, self.counts), self.part_of_tars)
 
-    def _share(self, folder: Path, name: str) -> float:
+    def _remedy(self, tar: Place) -> str:
+        return remedy(tar.parent, self._index)
+
+    def _share(self, folder: Place, name: str) -> float:
         if (dataset := self._datasets[folder]) is None:
             return 0.0
         if self._hold_out is not None:
             dataset = replace(dataset, held_out=self._hold_out)
         return dataset.share(name)
 
-    def _chosen(self, path: Paths, found: Sequence[Path], split: str) -> tuple[list[Path], str]:
+    def _chosen(self, path: Paths, found: Sequence[Place], split: str) -> tuple[list[Place], str]:
         """Return the tars of a split, and which part of their samples belongs to it."""
-        one_by_one = not isinstance(path, str | Path)
+        one_by_one = not isinstance(path, str | Place)
         shares = {tar.stem: self._share(tar.parent, tar.stem) for tar in found}
         names, part = chosen(shares, split, one_by_one)
         if not names:
             raise lacking(path, list(shares), split)
-        whole = not one_by_one and Path(path).is_dir() and self._datasets[Path(path)]
-        if whole:
+        folder = None if one_by_one else place(path)
+        if folder and places.is_folder(folder) and (whole := self._datasets[folder]):
             stems = (name.removesuffix(".tar") for name in whole.tars if name[0] != ".")
-            shares |= {stem: self._share(Path(path), stem) for stem in stems}
+            shares |= {stem: self._share(folder, stem) for stem in stems}
             if gone := sorted({*chosen(shares, split)[0]} - {*names}):
-                raise UserError(f"{Path(path) / gone[0]}.tar is gone: {remedy(Path(path))}")
-        return [tar for tar in found if tar.stem in names], part
+                raise UserError(f"{folder / gone[0]}.tar is gone: {self._remedy(found[0])}")
+        kept = set(names)
+        return [tar for tar in found if tar.stem in kept], part
 
     def _read(self) -> list[Summary]:
         start, moved = time.monotonic(), defaultdict(dict)
+        warned = False
         summaries = []
         for n, tar in enumerate(self.paths):
             if (dataset := self._datasets[tar.parent]) is not None:
                 summaries.append(self._noted(tar, dataset, moved[tar.parent]))
+                if isinstance(tar, Remote) and not warned and time.monotonic() - start > LONG:
+                    warned = True
+                    log.warning(
+                        "%s: tars with another ETag or time than in the index are read as a whole, "
+                        "to compare them, at each start: %s to note the new ones",
+                        *(tar.parent, self._remedy(tar)),
+                    )
                 continue
             self._scanned[n] = scan(tar, self._keys or FIRST_DOT)
             summaries.append(self._scanned[n].summary())
             if start and time.monotonic() - start > LONG:
                 log.warning(
                     "%s has no index, so all %d tars are searched at each start: %s",
-                    *(tar.parent, len(self.paths), remedy(tar.parent)),
+                    *(tar.parent, len(self.paths), self._remedy(tar)),
                 )
                 start = 0.0
-        for folder, times in moved.items():
-            if times:
-                renew(folder, self._datasets[folder], times)
+        for folder, stats in moved.items():
+            if stats and not isinstance(where := self._index or folder, Remote):
+                renew(where, self._datasets[folder], stats)
         return summaries
 
-    def _noted(self, tar: Path, dataset: Dataset, moved: dict[str, int]) -> Summary:
+    def _noted(self, tar: Place, dataset: Dataset, moved: dict[str, Stat]) -> Summary:
         """Return the summary of a tar from its folder's; add a changed time to `moved`."""
         if tar.name not in dataset.tars:
-            raise UserError(f"{tar} is not in {DATASET}: {remedy(tar.parent)}")
+            raise UserError(f"{tar} is not in {DATASET}: {self._remedy(tar)}")
         if self._keys not in (None, dataset.keys):
             raise UserError(
                 f"{tar.parent} was indexed with keys={dataset.keys}, not {self._keys}: "
-                f"{remedy(tar.parent)[:-1]} --keys {self._keys}`"
+                f"{self._remedy(tar)[:-1]} --keys {self._keys}`"
             )
         summary, share = dataset.tars[tar.name], self._share(tar.parent, tar.stem)
         if share != dataset.held_out:
-            summary = load(tar).summary(share) if share else replace(summary, held_out={})
-        now = check_unchanged(tar, summary)
-        if now == summary.mtime_ns:
+            index = load(tar, self._index) if share else None
+            summary = index.summary(share) if index else replace(summary, held_out={})
+        if isinstance(tar, Remote) and tar.known is None:
+            return summary  # not listed: to ask for each of many tars takes long
+        now = check_unchanged(tar, summary, self._index)
+        if (now.mtime_ns, now.version) == (summary.mtime_ns, summary.version):
             return summary
         moved[tar.name] = now
-        return replace(summary, mtime_ns=now)
+        return replace(summary, mtime_ns=now.mtime_ns, version=now.version)
+
+    @property
+    def is_remote(self) -> bool:
+        return any(isinstance(tar, Remote) for tar in self.paths)
+
+    def fetch_ahead(self, tars: Iterable[int]) -> None:
+        """Begin to fetch tars of stores into the cache."""
+        fetch_ahead([self.paths[n] for n in tars], self._cache)
 
     def _complain(self, path: Paths) -> None:
         if not sum(self.counts):
@@ -254,12 +231,17 @@ class Corpus:
         tar = self._open.pop(n, None)
         if tar is None:
             path, summary = self.paths[n], self._summaries[n]
-            if (now := check_unchanged(path, summary)) != summary.mtime_ns:
-                summary = self._summaries[n] = replace(summary, mtime_ns=now)
-            index, share = self._scanned.get(n) or load(path), self._share(path.parent, path.stem)
-            if replace(index.summary(share), mtime_ns=now) != summary:
-                raise UserError(f"{path}: its index contradicts {DATASET}: {remedy(path.parent)}")
-            tar = OpenTar(index, self.captions, self.part, share)
+            now = check_unchanged(path, summary, self._index)
+            about = {"mtime_ns": now.mtime_ns, "version": now.version}
+            summary = self._summaries[n] = replace(summary, **about)
+            index = self._scanned.get(n) or load(path, self._index)
+            share = self._share(path.parent, path.stem)
+            if replace(index.summary(share), **about) != summary:
+                again = self._remedy(path)
+                raise UserError(f"{path}: its index contradicts {DATASET}: {again}")
+            # What is read later is of the version that was compared.
+            index = replace(index, tar=places.as_known(path, now))
+            tar = OpenTar(index, self.captions, self.part, share, self._cache)
             if len(self._open) >= self._max_open:
                 del self._open[next(iter(self._open))]
         self._open[n] = tar

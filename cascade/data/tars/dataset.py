@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,10 @@ from cascade.data.tars import index as indexes
 from cascade.data.tars.index import Summary, load, remedy, save, scan
 from cascade.data.tars.keys import FIRST_DOT, check_rule
 from cascade.data.tars.splits import HELD_OUT, is_divided, share_of, split_of
-from cascade.data.tars.tar import tars_of
+from cascade.data.tars.tar import Paths, listed, tars_of
 from cascade.errors import UserError, explained
-from cascade.files.atomic import write_text
+from cascade.files.stores import places
+from cascade.files.stores.places import Place, Remote, Stat, place
 
 DATASET = "dataset.json"
 
@@ -46,10 +46,11 @@ class Dataset:
 
 
 def index_folder(
-    folder: Path,
+    folder: Place,
     progress: Callable[[int, int], None],
     keys: str | None = None,
     val: str | None = None,
+    out: Place | None = None,
 ) -> tuple[Dataset, list[str]]:
     """Index the tars of a folder, one at a time, and write `dataset.json`.
 
@@ -60,6 +61,7 @@ def index_folder(
         progress: called with (tars done, tars in all).
         keys: where a key ends in a name; None keeps the folder's rule, at first the first dot.
         val: the share or number of pictures to hold out (`splits.share_of`); None keeps it.
+        out: another folder to write to.
 
     Returns:
         What was written, and the errors of the tars that cannot be read.
@@ -67,7 +69,8 @@ def index_folder(
     Raises:
         UserError: no tars, the folder cannot be written to, or `val` cannot be held out.
     """
-    paths, before = tars_of(folder), _before(folder)
+    out = out or folder
+    paths, before = tars_of(folder), _before(out)
     if not paths:
         raise UserError(f"{folder}: no .tar is there; give the folder of the shards")
     keys = keys or before.keys
@@ -75,10 +78,10 @@ def index_folder(
     if val is not None and any(split_of(path.stem) == HELD_OUT for path in paths):
         raise UserError(f"{folder} has tars that are held out by name: omit --val")
     read, unreadable = [], []
-    with explained(f"cannot write to {folder}"):
+    with explained(f"cannot write to {out}"):
         for n, tar in enumerate(paths):
             try:
-                read.append(_indexed(tar, keys))
+                read.append(_indexed(tar, keys, out))
             except UserError as error:
                 unreadable.append(str(error))
             progress(n + 1, len(paths))
@@ -89,51 +92,57 @@ def index_folder(
         chosen = Dataset({}, keys, share)
         summaries = {i.tar.name: i.summary(chosen.share(i.tar.stem)) for i in read}
         found = replace(chosen, tars=summaries)
-        _write(found, folder)
+        _write(found, out)
     return found, unreadable
 
 
-def _before(folder: Path) -> Dataset:
+def _before(folder: Place) -> Dataset:
     try:
         return read_dataset(folder) or Dataset({})
     except UserError:  # damaged: only its options are lost
         return Dataset({})
 
 
-def _indexed(tar: Path, keys: str) -> indexes.Index:
+def _indexed(tar: Place, keys: str, out: Place) -> indexes.Index:
     with suppress(UserError):
-        index = load(tar)
+        index = load(tar, out)
         if index.keys == keys and index.digest:
             now = indexes.check_unchanged(tar, index)
-            if now != index.mtime_ns:
-                index = replace(index, mtime_ns=now)
-                save(index)
+            if now.mtime_ns != index.mtime_ns or now.version != index.version:
+                index = replace(index, mtime_ns=now.mtime_ns, version=now.version)
+                save(index, out)
             return index
     index = indexes.read_through(scan(tar, keys))
-    save(index)
+    save(index, out)
     return index
 
 
-def renew(folder: Path, dataset: Dataset, times: Mapping[str, int]) -> None:
-    """Write new modification times of some tars, if possible."""
-    tars = {name: replace(dataset.tars[name], mtime_ns=time) for name, time in times.items()}
+def renew(folder: Place, dataset: Dataset, stats: Mapping[str, Stat]) -> None:
+    """Write new modification times and versions of some tars, if possible."""
+    new = {name: {"mtime_ns": s.mtime_ns, "version": s.version} for name, s in stats.items()}
+    tars = {name: replace(dataset.tars[name], **about) for name, about in new.items()}
     with suppress(OSError, UserError):  # read-only folders: tars are hashed again at each start
-        for name, time in times.items():
-            save(replace(load(folder / name), mtime_ns=time))
+        for name, about in new.items():
+            save(replace(load(folder / name), **about), folder)
         _write(replace(dataset, tars=dataset.tars | tars), folder)
 
 
-def _write(dataset: Dataset, folder: Path) -> None:
+def _write(dataset: Dataset, folder: Place) -> None:
     totals = asdict(total(dataset.tars.values()))
-    for of_one in ("mtime_ns", "digest"):
+    for of_one in ("mtime_ns", "digest", "version"):
         del totals[of_one]
     found = {
         "totals": {"tars": len(dataset.tars), **totals},
         "keys": dataset.keys,
         "held_out": dataset.held_out,
-        "tars": {name: asdict(summary) for name, summary in dataset.tars.items()},
+        "tars": {name: _noted(summary) for name, summary in dataset.tars.items()},
     }
-    write_text(folder / DATASET, json.dumps(found, indent=1) + "\n")
+    places.write_text(folder / DATASET, json.dumps(found, indent=1) + "\n")
+
+
+def _noted(summary: Summary) -> dict[str, Any]:
+    """Return a summary's fields; on a disk as earlier versions read them, without an ETag."""
+    return {k: v for k, v in asdict(summary).items() if k != "version" or v}
 
 
 def total(summaries: Iterable[Summary]) -> Summary:
@@ -148,7 +157,19 @@ def total(summaries: Iterable[Summary]) -> Summary:
     return Summary(size, latest, *sums, dict(left_out), such_as, held_out=dict(held_out))
 
 
-def read_dataset(folder: Path) -> Dataset | None:
+def tars_in(path: Paths, index: Place | None) -> list[Place]:
+    """Return the tars of a folder, a glob or a list (`listed`).
+
+    A web server lists nothing: the tars of a folder there are those that its index names.
+    """
+    if isinstance(path, str | Place) and isinstance(folder := place(path), Remote):
+        dataset = None if folder.is_listed else read_dataset(index or folder)
+        if dataset is not None and places.is_folder(folder):
+            return places.in_order(folder / name for name in dataset.tars)
+    return listed(path)
+
+
+def read_dataset(folder: Place) -> Dataset | None:
     """Read the summary of a folder; None if it was not indexed.
 
     Raises:
@@ -156,20 +177,20 @@ def read_dataset(folder: Path) -> Dataset | None:
     """
     path = folder / DATASET
     try:
-        if not path.exists():
-            return None
-        found = json.loads(path.read_text())
+        found = json.loads(places.read_bytes(path))
         tars = {name: _summary(numbers) for name, numbers in found["tars"].items()}
         keys, held_out = found.get("keys", FIRST_DOT), float(found.get("held_out", 0))
         check_rule(keys)
         return Dataset(tars, keys, held_out)
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
         raise UserError(f"{path} is damaged: {remedy(folder)}") from error
 
 
 def _summary(numbers: Mapping[str, Any]) -> Summary:
     summary = Summary(**numbers)
-    words = ("left_out", "such_as", "digest", "held_out")
+    words = ("left_out", "such_as", "digest", "held_out", "version")
     plain: Sequence[Any] = [n for name, n in numbers.items() if name not in words]
     if not all(type(n) is int for n in (*plain, *summary.left_out.values())):
         raise TypeError("not a number")

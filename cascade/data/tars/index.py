@@ -8,16 +8,15 @@ which pictures are held out (`cascade.data.tars.splits`).
 
 import hashlib
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64, UInt8
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save_file
 
 from cascade.data.tars import keys as rules
@@ -25,7 +24,9 @@ from cascade.data.tars.keys import CAPTIONS, FIRST_DOT
 from cascade.data.tars.splits import ALL, HELD_OUT, content_number, is_held_out
 from cascade.data.tars.tar import contents
 from cascade.errors import UserError, explained
-from cascade.files.atomic import write_atomically
+from cascade.files.stores import places
+from cascade.files.stores.places import Place, Remote, Stat
+from cascade.files.stores.reading import as_file, opened
 
 MEMBERS = ("picture", *CAPTIONS)
 CUT = "cut short"
@@ -46,6 +47,7 @@ class Summary:
         such_as: for each reason, a member of a sample that was left out.
         digest: of all its bytes; "" if it was not read.
         held_out: how many of `samples`, `txt` and `json` are held out.
+        version: its ETag in a store; "" on a disk.
     """
 
     bytes: int
@@ -57,6 +59,7 @@ class Summary:
     such_as: dict[str, str] = field(default_factory=dict)
     digest: str = ""
     held_out: dict[str, int] = field(default_factory=dict)
+    version: str = ""
 
     def usable(self, captions: Set[str], part: str = ALL) -> int:
         """Count the samples of a part that have one of these members."""
@@ -70,7 +73,8 @@ class Index:
     """The samples of one tar that have a picture and a caption, in the tar's order.
 
     Attributes:
-        tar: its path; `bytes` and `mtime_ns` are its size and time when it was indexed.
+        tar: its place; `bytes`, `mtime_ns` and `version` are its size, time and, in a store, ETag
+            when it was indexed.
         names, ends: the keys, concatenated in UTF-8, and the end of each.
         spans: offset and size of each sample's picture, txt and json; size 0 if it has none.
         left_out: how many samples were left out, by reason; `such_as` names a member of one.
@@ -79,7 +83,7 @@ class Index:
         numbers: the hash of each picture (`content_number`); None if it was not read.
     """
 
-    tar: Path
+    tar: Place
     bytes: int
     mtime_ns: int
     names: UInt8[np.ndarray, " b"]
@@ -90,6 +94,7 @@ class Index:
     keys: str = FIRST_DOT
     digest: str = ""
     numbers: Int64[np.ndarray, " n"] | None = None
+    version: str = ""
 
     def key(self, row: int) -> str:
         start = self.ends[row - 1] if row else 0
@@ -121,12 +126,13 @@ class Index:
         members = {"samples": set(CAPTIONS), "txt": {"txt"}, "json": {"json"}}
         counts = {name: len(self.usable(of)) for name, of in members.items()}
         held_out = {n: len(self.usable(of, HELD_OUT, share)) for n, of in members.items() if share}
-        about = dict(self.left_out), dict(self.such_as), self.digest, held_out
+        about = dict(self.left_out), dict(self.such_as), self.digest, held_out, self.version
         return Summary(self.bytes, self.mtime_ns, *counts.values(), *about)
 
 
-def remedy(folder: Path) -> str:
-    return f"run `cascade data index {folder}`"
+def remedy(folder: Place, index: Place | None = None) -> str:
+    """Name the command that indexes a folder, into another folder if one is given."""
+    return f"run `cascade data index {folder}{f' --index {index}' if index else ''}`"
 
 
 def counted(reasons: Iterable[str], such_as: Mapping[str, str] | None = None) -> str:
@@ -140,11 +146,12 @@ def counted(reasons: Iterable[str], such_as: Mapping[str, str] | None = None) ->
     return ", ".join(parts) or "none"
 
 
-def scan(tar: Path, keys: str = FIRST_DOT) -> Index:
+def scan(tar: Place, keys: str = FIRST_DOT) -> Index:
     """Find the samples of a tar by reading its headers.
 
-    Of samples with equal keys, the first with a picture and a caption counts. The last sample of a
-    truncated tar is left out, since it may be incomplete.
+    Of samples with equal keys, the first counts if all have a picture and a caption; none does if
+    a picture or caption belongs to no sample, since another may then have the wrong one. The last
+    sample of a truncated tar is left out, since it may be incomplete.
 
     Args:
         keys: where a key ends in a name.
@@ -155,7 +162,7 @@ def scan(tar: Path, keys: str = FIRST_DOT) -> Index:
     rules.check_rule(keys)
     found = contents(tar)
     groups = list(rules.grouped(found.members, keys, lambda m: (m.offset, m.bytes)))
-    groups = rules.joined(groups) if found.whole else groups[:-1]
+    groups = rules.joined(groups, found.whole)
     left_out: Counter[str] = Counter() if found.whole else Counter({CUT: 1})
     kept: dict[str, list[tuple[int, int]]] = {}
     such_as: dict[str, str] = {}
@@ -172,14 +179,15 @@ def scan(tar: Path, keys: str = FIRST_DOT) -> Index:
     names = [key.encode(errors="surrogateescape") for key in kept]
     return Index(
         tar,
-        found.stat.st_size,
-        found.stat.st_mtime_ns,
+        found.stat.bytes,
+        found.stat.mtime_ns,
         np.frombuffer(b"".join(names), np.uint8),
         np.cumsum([len(name) for name in names], dtype=np.int64),
         np.array(list(kept.values()), np.int64).reshape(-1, 3, 2),
         left_out,
         such_as,
         keys,
+        version=found.stat.version,
     )
 
 
@@ -190,15 +198,16 @@ def read_through(index: Index) -> Index:
         UserError: the tar cannot be read.
     """
     numbers, most = np.zeros(len(index.ends), np.int64), LIMITS["picture"]
-    with explained(f"cannot read {index.tar}"), open(index.tar, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with explained(f"cannot read {index.tar}"):
+        ranges = opened(index.tar)
+        digest = hashlib.file_digest(as_file(ranges), "sha256").hexdigest()
         for row, (offset, size) in enumerate(index.spans[:, 0].tolist()):
-            numbers[row] = content_number(os.pread(file.fileno(), min(size, most), offset))
+            numbers[row] = content_number(ranges.pread(min(size, most), offset))
     return replace(index, digest=digest, numbers=numbers)
 
 
-def save(index: Index) -> None:
-    """Write an index next to its tar."""
+def save(index: Index, folder: Place | None = None) -> None:
+    """Write an index into a folder; None: next to its tar."""
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     if index.numbers is not None:
         arrays["numbers"] = index.numbers
@@ -210,22 +219,32 @@ def save(index: Index) -> None:
         "keys": index.keys,
         "digest": index.digest,
     }
+    if index.version:
+        about["version"] = index.version
     about["checksum"] = _checksum(arrays, about)
-    path = index.tar.with_suffix(".index")
-    write_atomically(path, lambda partial: save_file(arrays, partial, about))
+    path = _path(index.tar, folder)
+    places.write(path, lambda partial: save_file(arrays, partial, about))
 
 
-def load(tar: Path) -> Index:
+def _path(tar: Place, folder: Place | None) -> Place:
+    return (folder or tar.parent) / f"{tar.stem}.index"
+
+
+def load(tar: Place, folder: Place | None = None) -> Index:
     """Read the index of a tar; those of older versions have no digest and no hashes.
+
+    Args:
+        folder: where it is; None: next to the tar.
 
     Raises:
         UserError: the index is missing or damaged.
     """
-    path = tar.with_suffix(".index")
+    path = _path(tar, folder)
     try:
-        with safe_open(path, framework="np") as file:
-            about = dict(file.metadata())
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        data = places.read_bytes(path)
+        arrays = load_arrays(data)
+        # The file's header, of which `load_arrays` has found that it is whole.
+        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         if about.pop("checksum") != _checksum(arrays, about):
             raise ValueError("wrong checksum")
         return Index(
@@ -238,32 +257,45 @@ def load(tar: Path) -> Index:
             keys=about.get("keys", FIRST_DOT),
             digest=about.get("digest", ""),
             numbers=arrays.get("numbers"),
+            version=about.get("version", ""),
         )
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged: {remedy(tar.parent)}") from error
+        again = remedy(tar.parent, folder)
+        raise UserError(f"{path} is missing or damaged: {again}") from error
 
 
-def check_unchanged(tar: Path, then: Index | Summary) -> int:
-    """Check that a tar has not changed since it was indexed; return its modification time.
+def check_unchanged(tar: Place, then: Index | Summary, folder: Place | None = None) -> Stat:
+    """Check that a tar has not changed since it was indexed; return its present `Stat`.
 
-    A tar with the same size and another time, such as a copy, is compared by digest, if known.
+    A tar with the same size and another time, such as a copy, is compared by digest, if known. In
+    a store its ETag counts instead of its time, if the index knows it.
+
+    Args:
+        folder: of the index, for the message.
 
     Raises:
         UserError: its content has changed, or its time has and the digest is unknown.
     """
     with explained(f"cannot read {tar}"):
-        stat = tar.stat()
-        same = stat.st_size == then.bytes
-        if same and stat.st_mtime_ns != then.mtime_ns:
-            with open(tar, "rb") as file:
-                digest = then.digest and hashlib.file_digest(file, "sha256").hexdigest()
+        now = places.stat_of(tar)
+        same = now.bytes == then.bytes
+        if same and not _as_noted(tar, now, then):
+            digest = then.digest and hashlib.file_digest(as_file(opened(tar)), "sha256").hexdigest()
             same = bool(digest) and digest == then.digest
     if not same:
         raise UserError(
-            f"{tar} has changed since it was indexed: {remedy(tar.parent)} "
+            f"{tar} has changed since it was indexed: {remedy(tar.parent, folder)} "
             "(cp -p and rsync -t keep the modification time of a copy)"
         )
-    return stat.st_mtime_ns
+    return now
+
+
+def _as_noted(tar: Place, now: Stat, then: Index | Summary) -> bool:
+    if now.version and then.version:
+        return now.version == then.version
+    # Stores know whole seconds; a web server shows the time of the file that was indexed.
+    second = 10**9 if isinstance(tar, Remote) else 1
+    return now.mtime_ns // second == then.mtime_ns // second
 
 
 def _checksum(arrays: dict[str, np.ndarray], about: dict[str, str]) -> str:

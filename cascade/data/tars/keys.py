@@ -8,7 +8,7 @@ run of adjacent members with the same key; empty members count as missing.
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cascade.data.tars.tar import HARD_LINK, Member, StreamMember
@@ -39,6 +39,7 @@ class Group:
         members: what `take` returned for pictures and captions, by extension.
         others: other extensions.
         lost: why some members cannot be read, by extension.
+        unsure: whether another group has the same key and one of its extensions (`_mark`).
     """
 
     key: str
@@ -46,6 +47,7 @@ class Group:
     members: dict[str, Any] = field(default_factory=dict)
     others: set[str] = field(default_factory=set)
     lost: dict[str, str] = field(default_factory=dict)
+    unsure: bool = False
 
     @property
     def picture(self) -> Any:
@@ -64,7 +66,7 @@ class Group:
         kinds = {NO_PICTURE: PICTURES, NO_CAPTION: CAPTIONS}
         lacking = {why: of for why, of in kinds.items() if self.members.keys().isdisjoint(of)}
         lost = [self.lost[e] for of in lacking.values() for e in of if e in self.lost]
-        return next(iter([*lost, *lacking]), "")
+        return next(iter([*lost, *lacking]), DUPLICATE if self.unsure else "")
 
     @property
     def dotted(self) -> int:
@@ -107,14 +109,19 @@ def grouped(
         take: called with each picture and caption, before the next member is read.
     """
     now: Group | None = None
+    same: list[Group] = []  # the groups before `now` with its key
     for member in members:
         key, extension = key_and_extension(member.name, rule)
         known = extension in PICTURES or extension in CAPTIONS
         if not key or (member.lost and not known and member.lost != HARD_LINK):
             continue
         if now is None or key != now.key or extension in now.members or extension in now.others:
-            if now is not None:
-                yield now
+            if now is not None and key == now.key:
+                # Only the first can be of use: what the others hold need not be kept.
+                same.append(replace(now, members=dict.fromkeys(now.members)) if same else now)
+            elif now is not None:
+                yield from _mark([*same, now], adjacent=True)
+                same = []
             now = Group(key, member.name)
         if not known:
             if member.bytes or member.lost:
@@ -124,23 +131,43 @@ def grouped(
         elif member.bytes:
             now.members[extension] = take(member)
     if now is not None:
-        yield now
+        yield from _mark([*same, now], adjacent=True)
 
 
-def joined(groups: Sequence[Group]) -> list[Group]:
+def _mark(parts: list[Group], adjacent: bool = False) -> list[Group]:
+    """Mark groups of one key as unsure, unless each is a sample or they can be one together.
+
+    If a member was renamed, it repeats one of another sample, and belongs to neither of its parts:
+    of `a.jpg b.txt b.jpg b.txt` nobody can tell which text is b's. Adjacent parts must have the
+    same members: of `b.jpg b.txt b.jpg b.json` nobody can tell where the first one ends.
+    """
+    kinds = [frozenset({*part.members, *part.lost}) for part in parts]
+    repeated = len(frozenset().union(*kinds)) < sum(map(len, kinds))
+    unlike = adjacent and len(set(kinds)) > 1
+    if repeated and (unlike or any(part.fault for part in parts)):
+        for part in parts:
+            part.unsure = True
+    return parts
+
+
+def joined(groups: Sequence[Group], whole: bool) -> list[Group]:
     """Join the parts of samples that are not adjacent, as in an unsorted tar, at the first part.
 
     Only where it is unambiguous: no part is a sample by itself, and together they have one picture
-    and no extension twice.
+    and no extension twice. If a tar is not whole, none are joined and the last group is dropped.
     """
     parts: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
         parts[group.key].append(group)
-    whole = {key: one for key, some in parts.items() if len(some) > 1 and (one := _one(some))}
+    for some in parts.values():
+        _mark(some)
+    if not whole:
+        return list(groups[:-1])
+    complete = {key: one for key, some in parts.items() if len(some) > 1 and (one := _one(some))}
     return [
-        whole.get(group.key, group)
+        complete.get(group.key, group)
         for group in groups
-        if group.key not in whole or group is parts[group.key][0]
+        if group.key not in complete or group is parts[group.key][0]
     ]
 
 

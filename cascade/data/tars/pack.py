@@ -25,7 +25,8 @@ from cascade.data.tars.splits import share_or_count
 from cascade.data.tars.tar import tars_of
 from cascade.draws import generator
 from cascade.errors import UserError
-from cascade.files.atomic import write_atomically, write_text
+from cascade.files.stores import places
+from cascade.files.stores.places import Place
 from cascade.formats import rgb
 from cascade.formats.rgb import BadSample
 
@@ -97,7 +98,7 @@ def held_out(val: str, pictures: int) -> int:
 
 def pack(
     rows: Sequence[Row],
-    out: Path,
+    out: Place,
     val: int,
     short: int | None,
     per_shard: int,
@@ -132,26 +133,26 @@ def pack(
             numbers = range(start, min(start + per_shard, span.stop))
             path = out / f"{split}-{shard:05d}.tar"
             stats = path.with_name(f"{path.stem}_stats.json")
-            if not path.exists():
+            if not places.exists(path):
                 some = {n: rows[order[n]] for n in numbers}
-                write_atomically(path, partial(_write, some, short, stats, progress))
-            if stats.exists():
-                for reason, names in json.loads(stats.read_text())["refused"].items():
+                places.write(path, partial(_write, some, short, stats, progress))
+            if places.exists(stats):
+                for reason, names in json.loads(places.read_bytes(stats))["refused"].items():
                     refused[reason] += names
             progress(numbers.stop)
     return dict(refused)
 
 
-def _check_manifest(out: Path, about: dict[str, Any]) -> None:
+def _check_manifest(out: Place, about: dict[str, Any]) -> None:
     """Write the options to `pack.json`, or raise UserError if the folder was packed with others."""
     path = out / MANIFEST
-    if not path.exists():
+    if not places.exists(path):
         if tars_of(out):
             raise UserError(f"{out} holds other shards: choose another folder")
-        write_text(path, json.dumps(about) + "\n")
+        places.write_text(path, json.dumps(about) + "\n")
         return
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(places.read_bytes(path))
     except ValueError as error:
         raise UserError(f"{path} is damaged: choose another folder") from error
     if changed := [name for name in about if before.get(name) != about[name]]:
@@ -171,7 +172,7 @@ def _digest(rows: Sequence[Row]) -> str:
 def _write(
     rows: dict[int, Row],
     short: int | None,
-    stats: Path,
+    stats: Place,
     progress: Callable[[int], None],
     path: Path,
 ) -> None:
@@ -192,7 +193,7 @@ def _write(
                     writer.write(_sample(number, rows[number], picture))
                 progress(number + 1)
     counts = {"pictures": len(rows) - sum(map(len, refused.values())), "refused": refused}
-    write_text(stats, json.dumps(counts) + "\n")
+    places.write_text(stats, json.dumps(counts) + "\n")
 
 
 def _made(row: Row, short: int | None) -> Fitted | str:

@@ -5,16 +5,17 @@ a damaged header as the end. A link is read as the file in the same tar that it 
 Compressed tars are refused: they have no random access, and a kilobyte could become a gigabyte.
 """
 
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from io import BufferedReader
 from posixpath import dirname, join, normpath
-from typing import IO, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from cascade.errors import UserError, explained
-from cascade.files.atomic import matching
+from cascade.files.stores import places
+from cascade.files.stores.places import Place, Stat, place
+from cascade.files.stores.reading import as_file, opened
 from cascade.formats.kinds import COMPRESSED
 
 MAX_HEADER = 2**20  # bytes of an extended header, which tarfile reads into memory
@@ -24,12 +25,15 @@ LINK = "link to no file of the tar"
 STREAMED_LINK = "link, which a stream cannot follow"
 HARD_LINK = f"hard {STREAMED_LINK}"  # to a file, whereas other links may lead to a folder
 SPARSE = "sparse file"
+WRONG_SIZE = "wrong size in its header"
+BLOCK = 512  # bytes: a member begins with one, and is filled up to a whole number of them
+_MAGIC, _AT = b"ustar", 257  # of a header
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _PADDING = 2**20  # the most zeros after the end of a tar: more than any usual record size
 
 
-Paths = str | Path | Sequence[str | Path]
+Paths = str | Place | Sequence[str | Place]
 
 
 class Member(NamedTuple):
@@ -46,18 +50,18 @@ class Member(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """The files of a tar in order, and its `stat`.
+    """The files of a tar in order, and its size and time.
 
     If the tar is not `whole`, the last file may be truncated, and others may be missing.
     """
 
     members: list[Member]
     whole: bool
-    stat: os.stat_result
+    stat: Stat
 
 
 class StreamMember(NamedTuple):
-    """The current file of a stream; its bytes must be read before the next one, or never."""
+    """The current file of a stream; its blocks must be read before the next one, or never."""
 
     name: str
     bytes: int
@@ -88,31 +92,32 @@ class Header(tarfile.TarInfo):
         return super()._proc_member(archive)
 
 
-def tars_of(folder: Path) -> list[Path]:
+def tars_of(folder: Place) -> list[Place]:
     """Return the tars of a folder, sorted, without hidden ones (macOS adds a `._NAME.tar` to each).
 
     Raises:
-        UserError: all of them are compressed.
+        UserError: all of them are compressed, or a web server lists nothing.
     """
-    found = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
-    packed = [] if found else sorted(p for p in folder.glob("*") if p.name.endswith(PACKED))
+    files = places.files_of(folder)
+    found = [one for one in files if one.suffix == ".tar" and not one.name.startswith(".")]
+    packed = [] if found else [one for one in files if one.name.endswith(PACKED)]
     if packed:
         raise UserError(f"{packed[0]} is compressed ({len(packed)} such tars): unpack them")
     return found
 
 
-def listed(path: Paths) -> list[Path]:
+def listed(path: Paths) -> list[Place]:
     """Return the sorted tars of a folder, a glob or a list; an existing path is never a glob.
 
     Raises:
         UserError: there are none, or two have the same name.
     """
-    if not isinstance(path, str | Path):
-        found = sorted(Path(name) for name in path)
-    elif Path(path).is_dir():
-        found = tars_of(Path(path))
+    if not isinstance(path, str | Place):
+        found = places.in_order(map(place, path))
+    elif places.is_folder(place(path)):
+        found = tars_of(place(path))
     else:
-        found = matching(path)
+        found = places.matched(place(path))
     if not found:
         raise UserError(f"{path}: no .tar is there; give the folder of the shards, or a glob")
     if twice := [stem for stem, n in Counter(tar.stem for tar in found).items() if n > 1]:
@@ -120,7 +125,7 @@ def listed(path: Paths) -> list[Path]:
     return found
 
 
-def contents(tar: Path) -> Contents:
+def contents(tar: Place) -> Contents:
     """Return the files of a tar, by reading its headers only.
 
     A hard link points to the last file of its target's name before it, a symbolic link to the last
@@ -131,14 +136,15 @@ def contents(tar: Path) -> Contents:
     """
     found: list[tarfile.TarInfo] = []
     try:
-        with explained(f"cannot read {tar}"), open(tar, "rb") as file:
-            stat = os.fstat(file.fileno())
+        with explained(f"cannot read {tar}"):
+            ranges = opened(tar)
+            file = as_file(ranges)
             _check_plain(file.read(8))
             file.seek(0)
-            whole = _headers(file, stat.st_size, found)
+            whole = _headers(file, ranges.stat.bytes, found)
     except Compressed as error:
         raise UserError(f"{tar}: {error}") from error
-    return Contents(_followed(found), whole, stat)
+    return Contents(_followed(found), whole, ranges.stat)
 
 
 def _check_plain(start: bytes) -> None:
@@ -147,7 +153,7 @@ def _check_plain(start: bytes) -> None:
             raise Compressed(f"it is compressed with {writer}: unpack it ({unpacker})")
 
 
-def _headers(file: IO[bytes], size: int, found: list[tarfile.TarInfo]) -> bool:
+def _headers(file: BufferedReader, size: int, found: list[tarfile.TarInfo]) -> bool:
     """Append the headers of a tar of this size to `found`; return whether it is complete."""
     end = 0
     try:
@@ -215,6 +221,18 @@ def _target(place: str, link: tarfile.TarInfo) -> str:
     return normpath(join(dirname(place), link.linkname))
 
 
+def is_whole(blocks: bytes, size: int) -> bool:
+    """Return whether a member's blocks agree with the size in its header.
+
+    If that is too small, bytes follow where zeros fill the last block; if it is too large, the
+    member may contain the headers of others.
+    """
+    at = blocks.find(_MAGIC)
+    while at >= 0 and at % BLOCK != _AT:
+        at = blocks.find(_MAGIC, at + 1)
+    return at < 0 and not any(blocks[size:])
+
+
 def _parents(name: str) -> Iterator[str]:
     while name := dirname(name):
         yield name
@@ -271,4 +289,4 @@ def streamed(file: Source) -> Iterator[StreamMember]:
 
 
 def _data(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    return tar.extractfile(member).read()
+    return tar.extractfile(member).read() + tar.fileobj.read(-member.size % BLOCK)

@@ -25,7 +25,7 @@ from cascade.data.tars import keys as rules
 from cascade.data.tars.index import CUT, LIMITS
 from cascade.data.tars.keys import CAPTIONS, DOTTED, FIRST_DOT, PICTURES
 from cascade.data.tars.splits import lacking, of_split
-from cascade.data.tars.tar import BROKEN, Compressed, StreamMember
+from cascade.data.tars.tar import BROKEN, WRONG_SIZE, Compressed, StreamMember, is_whole
 from cascade.data.tars.tar import streamed as members_of
 from cascade.data.transforms import BadSample
 from cascade.errors import UserError
@@ -38,21 +38,21 @@ _LIMITS = {e: LIMITS.get(e, LIMITS["picture"]) for e in (*PICTURES, *CAPTIONS)}
 
 
 class Streamed(NamedTuple):
-    """A sample in memory: shard, key, and members (None for those too large to be read)."""
+    """A sample in memory: shard, key, and members, or why they cannot be used."""
 
     shard: str
     key: str
-    members: dict[str, bytes | None]
+    members: dict[str, bytes | BadSample]
 
     def read(self, member: str) -> bytes:
         """Return the bytes of "picture", "txt" or "json", b"" if absent.
 
         Raises:
-            BadSample: the member exceeds its limit.
+            BadSample: the member exceeds its limit, or its size in the header is wrong.
         """
         data = self.members.get(member, b"")
-        if data is None:
-            raise BadSample("huge file")
+        if isinstance(data, BadSample):
+            raise data
         return data
 
 
@@ -180,6 +180,9 @@ def groups(url: str, keys: str = FIRST_DOT) -> Iterator[rules.Group]:
             stream.close()
 
 
-def _taken(member: StreamMember) -> bytes | None:
+def _taken(member: StreamMember) -> bytes | BadSample:
     extension = member.name.rpartition(".")[2].lower()
-    return member.read() if member.bytes <= _LIMITS[extension] else None
+    if member.bytes > _LIMITS[extension]:
+        return BadSample("huge file")
+    blocks = member.read()
+    return blocks[: member.bytes] if is_whole(blocks, member.bytes) else BadSample(WRONG_SIZE)

@@ -53,6 +53,7 @@ def page(desk: Desk, places: Places, limits: Limits) -> gr.Blocks:
             watch_tab(watch, Trainings(places.roots))
 
         def loaded(*chosen: str) -> list[Any]:
+            desk.line.start()
             found = places.found()
             names = [name for name, place in found.items() if place.paints]
             menus = [names, [name for name in names if found[name].edits]]

@@ -1,6 +1,6 @@
 """The part of the page that compares models, runs and cells of sweeps."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +10,10 @@ import gradio as gr
 from cascade.errors import UserError
 from cascade.serve.asked import png
 from cascade.serve.comparing import Side, cells, check_two, differences, measured, title_of
-from cascade.serve.page.following import Desk
-from cascade.serve.page.paint import EXAMPLE, HIDDEN
-from cascade.serve.page.pieces import data_url, note, table
+from cascade.serve.page.following import Asked, Desk
+from cascade.serve.page.paint import EXAMPLE, HIDDEN, asks, stops
+from cascade.serve.page.pieces import answered, data_url, note, table
+from cascade.serve.page.sent import text, whole
 from cascade.serve.places import Place, Places
 
 PART = "compare"
@@ -68,7 +69,8 @@ def compare_tab(
     with gr.Row():
         go = gr.Button("Paint with each", variant="primary", min_width=120)
         stop = gr.Button("Cancel the comparison", min_width=120)
-    viewer = gr.HTML(note("Choose two, to see what each painted."), elem_id="viewer", padding=False)
+    empty = answered(PART, note("Choose two, to see what each painted."))
+    viewer = gr.HTML(empty, elem_id="viewer", padding=False)
     facts = gr.HTML("", elem_id="facts", padding=False)
     every = [menu for i in range(SIDES) for menu in (menus[i], *axes[i])]
 
@@ -91,6 +93,9 @@ def compare_tab(
         return [gr.update(**one) for one in _axes(letter, of)]
 
     def shown(*values: str | None) -> str:
+        return answered(PART, stored_view(values))
+
+    def stored_view(values: Sequence[str | None]) -> str:
         try:
             sides = sides_of(values)
             pictures = [
@@ -98,11 +103,11 @@ def compare_tab(
                 for i, (place, side) in sides.items()
                 for title, path, cell, now in stored(place, side)
             ]
-            if not pictures:
-                return note("None of these has stored samples: paint with each.")
-            return view(pictures, ["stored samples"])
         except (UserError, OSError) as error:
             return note(str(error), "alert")
+        if not pictures:
+            return note("None of these has stored samples: paint with each.")
+        return view(pictures, ["stored samples"])
 
     def opened(seen: bool, *values: str | None) -> list[Any]:
         return [True, *([gr.skip(), gr.skip()] if seen else [shown(*values), told(*values)])]
@@ -113,17 +118,11 @@ def compare_tab(
         except (UserError, OSError) as error:
             return note(str(error), "alert")
 
-    async def paint(
-        request: gr.Request, text: str, seed: int, *values: str | None
-    ) -> AsyncIterator[str]:
-        lines = [line.strip() for line in text.split("\n") if line.strip()]
-        try:
-            sides = sides_of(values)
-            limits.check_count(len(lines) * len(sides))
-            asked = [side.painting(lines, int(seed or 0)) for _, side in sides.values()]
-        except UserError as error:
-            yield note(str(error), "alert")
-            return
+    def asked(captions: object, seed: object, *values: str | None) -> Asked:
+        lines = [line.strip() for line in text(captions).split("\n") if line.strip()]
+        sides, at = sides_of(values), whole(seed, "seed") or 0
+        limits.check_count(len(lines) * len(sides))
+        paintings = [side.painting(lines, at) for _, side in sides.values()]
 
         def result(done: Any) -> str:
             pictures = [
@@ -133,26 +132,23 @@ def compare_tab(
             ]
             return view(pictures, lines)
 
-        work = lambda engine, job: engine.compare(asked, job)  # noqa: E731
-        async for page in desk.asked(request.session_hash, PART, work, result):
-            yield page
-
-    def cancel(request: gr.Request) -> None:
-        desk.cancel(request.session_hash, PART)
+        return Asked(lambda engine, job: engine.compare(paintings, job), result)
 
     seen = gr.State(False)
-    tab.select(opened, [seen, *every], [seen, viewer, facts], queue=False, **_RAW)
+    tab.select(opened, [seen, *every], [seen, viewer, facts], **_RAW)
     for i, menu in enumerate(menus):
         letter = gr.State(LETTERS[i])
-        late: dict[str, Any] = {"queue": False, "trigger_mode": "always_last", **_RAW}
-        menu.change(
-            chosen, [letter, menu], axes[i], queue=False, js=_LEFT.format(side=i), **HIDDEN
-        ).then(shown, every, viewer, **late).then(told, every, facts, **late)
+        late: dict[str, Any] = {"trigger_mode": "always_last", **_RAW}
+        menu.change(chosen, [letter, menu], axes[i], js=_LEFT.format(side=i), **HIDDEN).then(
+            shown, every, viewer, **late
+        ).then(told, every, facts, **late)
         for axis in axes[i]:
             axis.input(None, [menu, *axes[i]], None, js=_MOVED.format(side=i), **HIDDEN)
             axis.input(told, every, facts, **late)
-    go.click(paint, [captions, seed, *every], viewer, concurrency_limit=None, **_RAW)
-    stop.click(cancel, None, None, queue=False, **HIDDEN)
+    inputs = [captions, seed, *every]
+    desk.parts[PART] = len(inputs), asked
+    go.click(inputs=inputs, **asks(PART))
+    stop.click(**stops(PART))
     return menus
 
 

@@ -1,25 +1,27 @@
 """The part of the page that edits pictures."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
 
 from cascade.errors import UserError
 from cascade.serve.asked import Editing, about_picture, choices_text, png
-from cascade.serve.page.following import Desk
-from cascade.serve.page.paint import HIDDEN
-from cascade.serve.page.pieces import copied, files, image, note
-from cascade.serve.page.sent import decoded
+from cascade.serve.page.following import Asked, Desk
+from cascade.serve.page.paint import HIDDEN, asks, stops
+from cascade.serve.page.pieces import answered, copied, files, image, note
+from cascade.serve.page.sent import decoded, number, text, whole
 from cascade.serve.places import EDITS, Places
 
 PART = "edit"
 FRAMES, STEPS = 7, 50  # of a path, and of DDIM
+JUMPS = 10  # times that each step can be taken
+SHARE = 0.5  # of a difference of captions
 _PATHS = ("interpolate", "change")
 _TITLES = {kind: what[0].upper() + what[1:] for kind, what in EDITS.items()}
 
-# A browser keeps the file that was chosen and what was painted over it; both are sent on a click.
-_SENT = "(...values) => window.cascade.sent(values)"
+# A browser keeps the files that were chosen and what was painted over them; `page.js` sends them
+# before the values of all fields.
+_FILES = 3  # two pictures, and the brush's
 _PICKER = """<div class="picker" data-name="{name}"><label>{label}
 <input type="file" accept="image/*" class="pick"></label>
 <p class="note told" role="status"></p>
@@ -52,7 +54,7 @@ def edit_tab(desk: Desk, places: Places, limits: Any, names: list[str]) -> gr.Dr
             with gr.Group(visible=kind_now == "change") as of_change:
                 before = gr.Textbox(label="From this caption", max_length=limits.longest)
                 to = gr.Textbox(label="To this caption", max_length=limits.longest)
-                share = gr.Slider(0.05, 1, 0.5, step=0.05, label="Largest share")
+                share = gr.Slider(0.05, 1, SHARE, step=0.05, label="Largest share")
             with gr.Group(visible=kind_now == "vary") as of_vary:
                 own = gr.Checkbox(label="Start from the picture's own noise")
                 eta = gr.Slider(
@@ -67,7 +69,7 @@ def edit_tab(desk: Desk, places: Places, limits: Any, names: list[str]) -> gr.Dr
                     for where in ("left", "right", "above", "below")
                 ]
             with gr.Group(visible=kind_now in ("inpaint", "outpaint")) as of_jumps:
-                jumps = gr.Slider(1, 10, 5, step=1, label="Times to take each step")
+                jumps = gr.Slider(1, JUMPS, 5, step=1, label="Times to take each step")
             with gr.Row():
                 seed = gr.Number(
                     label="Seed of the edit", value=0, precision=0, minimum=0, min_width=120
@@ -80,8 +82,8 @@ def edit_tab(desk: Desk, places: Places, limits: Any, names: list[str]) -> gr.Dr
                 go = gr.Button("Edit", variant="primary", min_width=120)
                 stop = gr.Button("Cancel the edit", min_width=120)
         with gr.Column(scale=3, min_width=320):
-            easel = gr.HTML(note("Choose a picture to edit."), elem_id="edited", padding=False)
-    sent = [gr.Textbox(visible=False) for _ in range(3)]  # two pictures, and the brush's
+            empty = answered(PART, note("Choose a picture to edit."))
+            gr.HTML(empty, elem_id="edited", padding=False)
 
     def chosen(name: str) -> Any:
         try:
@@ -95,53 +97,51 @@ def edit_tab(desk: Desk, places: Places, limits: Any, names: list[str]) -> gr.Dr
         wanted = ("interpolate",), ("change",), ("vary",), ("outpaint",), ("inpaint", "outpaint")
         return [gr.update(visible=kind in of) for of in wanted]
 
-    async def edit(
-        request: gr.Request, first: str, second: str, mask: str, name: str, kind: str,
-        caption: str, before: str, to: str, share: float, own: bool, eta: float, jumps: int,
-        left: int, right: int, top: int, bottom: int, seed: int, n: int,
-    ) -> AsyncIterator[str]:  # fmt: skip
-        try:
-            options: dict[str, Any] = {"frames": frames} if kind in _PATHS else {}
-            if kind in _PATHS or (kind == "vary" and own):
-                options |= {"steps": steps}
-            if kind == "change":
-                options |= {"to": to, "from": before, "share": float(share)}
-                if not to.strip():
-                    raise UserError("say in a caption what the picture is to change to")
-            if kind == "vary" and own:
-                options |= {"eta": float(eta)}
-            if kind == "outpaint":
-                added = {"left": left, "right": right, "top": top, "bottom": bottom}
-                options |= {side: int(pixels or 0) for side, pixels in added.items()}
-            if kind in ("inpaint", "outpaint"):
-                options |= {"jumps": int(jumps)}
-            pictures = [decoded(first), *([decoded(second)] if kind == "interpolate" else [])]
-            asked = Editing(
-                places.named(name), str(kind), tuple(pictures), caption.strip(),
-                decoded(mask) if kind == "inpaint" else b"", int(seed or 0), int(n or 1),
-                options=options,
-            )  # fmt: skip
-        except UserError as error:
-            yield note(str(error), "alert")
-            return
+    def asked(
+        first: object, second: object, mask: object, name: str, kind: str, caption: object,
+        before: object, to: object, share: object, own: bool, eta: object, jumps: object,
+        left: object, right: object, top: object, bottom: object, seed: object, n: object,
+    ) -> Asked:  # fmt: skip
+        options: dict[str, Any] = {"frames": frames} if kind in _PATHS else {}
+        if kind in _PATHS or (kind == "vary" and own):
+            options |= {"steps": steps}
+        if kind == "change":
+            if not text(to).strip():
+                raise UserError("say in a caption what the picture is to change to")
+            most = number(share, "share", 0, 1)
+            options |= {
+                "to": text(to),
+                "from": text(before),
+                "share": 0.5 if most is None else most,
+            }
+        if kind == "vary" and own:
+            options |= {"eta": number(eta, "eta", 0, 1) or 0.0}
+        if kind == "outpaint":
+            added = {"left": left, "right": right, "top": top, "bottom": bottom}
+            options |= {side: whole(of, f"pixels {side}") or 0 for side, of in added.items()}
+        if kind in ("inpaint", "outpaint"):
+            options |= {"jumps": whole(jumps, "times of each step", 1, JUMPS) or 1}
+        pictures = [decoded(first), *([decoded(second)] if kind == "interpolate" else [])]
+        editing = Editing(
+            places.named(name), str(kind), tuple(pictures), text(caption).strip(),
+            decoded(mask) if kind == "inpaint" else b"", whole(seed, "seed") or 0,
+            whole(n, "number of results", 1) or 1, options=options,
+        )  # fmt: skip
 
         def work(engine: Any, job: Any) -> Any:
-            from cascade.serve import editing
+            from cascade.serve.editing import edit
 
-            return editing.edit(engine, asked, job)
+            return edit(engine, editing, job)
 
-        async for page in desk.asked(request.session_hash, PART, work, edited):
-            yield page
+        return Asked(work, edited)
 
-    def cancel(request: gr.Request) -> None:
-        desk.cancel(request.session_hash, PART)
-
-    inputs = [*sent, model, kind, caption, before, to, share, own, eta, jumps, *sides, seed, n]
+    inputs = [model, kind, caption, before, to, share, own, eta, jumps, *sides, seed, n]
+    desk.parts[PART] = _FILES + len(inputs), asked
     groups = [of_two, of_change, of_vary, of_sides, of_jumps]
     model.change(chosen, model, kind, **HIDDEN)
     kind.change(shown, kind, groups, **HIDDEN)
-    go.click(edit, inputs, easel, js=_SENT, concurrency_limit=None, **HIDDEN)
-    stop.click(cancel, None, None, queue=False, **HIDDEN)
+    go.click(inputs=inputs, **asks(PART))
+    stop.click(**stops(PART))
     return model
 
 

@@ -2,11 +2,11 @@
 
 Files, uploads, proxies and everything else that is not listed here do not exist. What a visitor
 sends are numbers, switches and texts: Gradio would fetch the addresses that its own form of a file
-names.
+names. It comes from a page of this server, not from one of another site that the visitor looks at.
 """
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 LARGEST = 96 << 20  # bytes of a request: two pictures and a mask
@@ -16,12 +16,14 @@ _EXACT = {
     "/logout",
 }  # fmt: skip
 _API = {
-    "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/cancel", "/gradio_api/reset",
     "/gradio_api/startup-events", "/gradio_api/theme.css", "/gradio_api/login_check",
     "/gradio_api/info", "/gradio_api/user", "/gradio_api/app_id", "/gradio_api/token",
 }  # fmt: skip
-_UNDER = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/", "/gradio_api/run/")
-_EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/")  # what they send is read here first
+_RUN = "/gradio_api/run/"
+STREAMS = "/jobs/"  # where `stream` answers
+_ASSETS = "/assets/"  # the names tell the versions
+_UNDER = (_ASSETS, "/static/", "/svelte/", "/gradio_api/heartbeat/", _RUN, STREAMS)
+_EVENTS = (_RUN, STREAMS)  # what they send is read here first
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; worker-src 'self' blob:; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -32,7 +34,10 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
+_TITLE = b"<head><title>Cascade</title>"
+_KEPT = {"cache-control": "public, max-age=31536000, immutable"}
 
+Plain = str | int | float | bool | None
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -63,18 +68,23 @@ class Guard:
             return await answer(send, 403, "this server answers on this machine alone")
         if not allowed(scope["path"]):
             return await answer(send, 404, "there is nothing here")
+        if scope["method"] == "POST" and not own_page(headers):
+            return await answer(send, 403, "pages of other sites are not answered")
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > LARGEST or "transfer-encoding" in headers:
             return await answer(send, 413, f"at most {LARGEST >> 20} MB at a time")
         if scope["method"] == "POST" and scope["path"].startswith(_EVENTS):
             body = await whole(receive)
-            if not plain(body):
+            if values(body) is None:
                 return await answer(send, 400, "only numbers, switches and texts are read")
             receive = after(body, receive)
 
+        send = titled(send) if scope["path"] == "/" else send
+
         async def sent(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                own = [(key.encode(), value.encode()) for key, value in _HEADERS.items()]
+                kept = _KEPT if scope["path"].startswith(_ASSETS) else {}
+                own = [(k.encode(), v.encode()) for k, v in {**_HEADERS, **kept}.items()]
                 message = {**message, "headers": [*message.get("headers", ()), *own]}
             await send(message)
 
@@ -84,6 +94,14 @@ class Guard:
 def allowed(path: str) -> bool:
     """Whether the page needs this address."""
     return ".." not in path and (path in _EXACT or path in _API or path.startswith(_UNDER))
+
+
+def own_page(headers: Mapping[str, str]) -> bool:
+    """Whether a page of this server sent the request, or no page at all."""
+    if site := headers.get("sec-fetch-site"):
+        return site in ("same-origin", "none")
+    origin = headers.get("origin")  # browsers tell no site where there is neither TLS nor loopback
+    return origin is None or origin.partition("://")[2] == headers.get("host")
 
 
 async def whole(receive: Receive) -> bytes:
@@ -106,15 +124,35 @@ def after(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def plain(body: bytes) -> bool:
-    """Whether an event's values are numbers, switches and texts alone."""
+def values(body: bytes) -> list[Plain] | None:
+    """The values that an event sends, or None if they are not numbers, switches and texts alone."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
-        return False
+        return None
     data = content.get("data") if isinstance(content, dict) else None
-    kinds = str | int | float | bool | None
-    return isinstance(data, list) and all(isinstance(value, kinds) for value in data)
+    fine = isinstance(data, list) and all(isinstance(value, Plain) for value in data)
+    return data if fine else None
+
+
+def titled(send: Send) -> Send:
+    """Sends a page with its title in it, which Gradio's page for the password lacks."""
+    held: list[dict[str, Any]] = []
+
+    async def sent(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            held.append(message)
+            return
+        if held and not message.get("more_body"):
+            body = message.get("body", b"").replace(b"<head>", _TITLE, 1)
+            length = (b"content-length", str(len(body)).encode())
+            others = [one for one in held[0]["headers"] if one[0].lower() != length[0]]
+            held[0], message = {**held[0], "headers": [*others, length]}, {**message, "body": body}
+        while held:
+            await send(held.pop())
+        await send(message)
+
+    return sent
 
 
 async def answer(send: Send, status: int, text: str) -> None:

@@ -46,10 +46,53 @@
   // Pictures that were chosen, and what was painted over them. They leave the browser on a click.
   const LARGEST = 32 << 20;
   const chosen = {};
+  const files = () => {
+    const [first, second] = [chosen.first, chosen.second];
+    return [first?.url ?? "", second?.url ?? "", first?.mask?.() ?? ""];
+  };
+
+  // What takes long is asked for here: the server answers with a page for each state of it.
+  const asked = {};
+  const note = (text, role) => {
+    const line = document.createElement("p");
+    line.className = "note";
+    line.setAttribute("role", role);
+    line.textContent = text;
+    return line.outerHTML;
+  };
+  const follow = async (part, values, own) => {
+    const show = (html) => {
+      if (asked[part] === own) document.querySelector(`.answer[data-part="${part}"]`).innerHTML = html;
+    };
+    try {
+      const answer = await fetch(`jobs/${part}`, {
+        method: "POST", signal: own.signal, headers: { "content-type": "application/json" },
+        body: JSON.stringify({ data: values }),
+      });
+      if (!answer.ok) return show(note(await answer.text(), "alert"));
+      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+      for (let left = "", one; !(one = await reader.read()).done; ) {
+        const lines = (left + one.value).split("\n");
+        left = lines.pop();
+        if (lines.length) show(JSON.parse(lines.pop()));
+      }
+    } catch (error) {
+      if (own.signal.aborted) show(note("Cancelled.", "status"));
+      else show(note("The server does not answer any more: start it again, and load the page.", "alert"));
+    } finally {
+      if (asked[part] === own) delete asked[part];
+    }
+  };
   window.cascade = {
-    sent: (values) => {
-      const [first, second] = [chosen.first, chosen.second];
-      return [first?.url ?? "", second?.url ?? "", first?.mask?.() ?? "", ...values.slice(3)];
+    ask: (part, values) => {
+      asked[part]?.abort();
+      asked[part] = new AbortController();
+      follow(part, part === "edit" ? [...files(), ...values] : values, asked[part]);
+      return [];
+    },
+    stop: (part) => {
+      asked[part]?.abort();
+      return [];
     },
   };
 
@@ -265,8 +308,10 @@
   const begin = () => {
     document.documentElement.lang = "en";
     document.body.append(spoken);
+    let later;
     const changed = () => {
-      speak();
+      clearTimeout(later);
+      later = setTimeout(speak, 150); // it asks for the layout, which is not to delay pictures
       document.querySelectorAll(".viewer:not(.ready)").forEach(prepare);
     };
     new MutationObserver(changed).observe(document.body, { childList: true, subtree: true });

@@ -1,19 +1,32 @@
 """The part of the page that paints captions."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
 from cascade.errors import UserError
 from cascade.serve.asked import Painting
-from cascade.serve.page.following import Desk
-from cascade.serve.page.pieces import note, painted
+from cascade.serve.page.following import Asked, Desk
+from cascade.serve.page.pieces import answered, note, painted
+from cascade.serve.page.sent import number, text, whole
 from cascade.serve.places import Knob, Place, Places
 
 PART = "paint"
-HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# Gradio's own queue is not used: it is slow, and what takes time waits in the line of jobs.
+HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+HIGHEST = 100  # guidance
 EXAMPLE = "a red circle above a blue square"
+
+
+def asks(part: str) -> dict[str, Any]:
+    """Options of an event that asks for a part's work, which `page.js` does without Gradio."""
+    return {"fn": None, "js": f"(...values) => window.cascade.ask({part!r}, values)", **HIDDEN}
+
+
+def stops(part: str) -> dict[str, Any]:
+    """Options of an event that cancels a part's work."""
+    return {"fn": None, "js": f"() => window.cascade.stop({part!r})", **HIDDEN}
 
 
 def models(places: Places) -> list[str]:
@@ -28,18 +41,23 @@ def knobs_of(place: Place | None) -> list[Knob]:
         return []
 
 
-def sets_of(knobs: Sequence[Knob], values: Sequence[float | None]) -> tuple[str, ...]:
+def sets_of(knobs: Sequence[Knob], values: Sequence[object]) -> tuple[str, ...]:
     """The sampling choices that differ from the model's own.
 
     Args:
         values: guidance and steps of each stage, in turn.
+
+    Raises:
+        UserError: one of them is no such number.
     """
     sets = []
-    for knob, scale, steps in zip(knobs, values[::2], values[1::2]):
+    for knob, given, count in zip(knobs, values[::2], values[1::2]):
+        scale = number(given, f"guidance of {knob.stage}", 0, HIGHEST)
+        steps = whole(count, f"steps of {knob.stage}", 1)
         if scale is not None and scale != knob.scale:
-            sets.append(f"{knob.stage}.scale={float(scale):g}")
+            sets.append(f"{knob.stage}.scale={scale:g}")
         if steps is not None and steps != knob.steps:
-            sets.append(f"{knob.stage}.steps={int(steps)}")
+            sets.append(f"{knob.stage}.steps={steps}")
     return tuple(sets)
 
 
@@ -58,7 +76,7 @@ def _options(knobs: Sequence[Knob], i: int, limit: int) -> list[dict[str, Any]]:
     knob = knobs[i] if i < len(knobs) else Knob("", None, None)
     of = {"visible": i < len(knobs)}
     return [
-        {"label": f"{knob.stage}: guidance", "value": knob.scale, "minimum": 0, "maximum": 100}
+        {"label": f"{knob.stage}: guidance", "value": knob.scale, "minimum": 0, "maximum": HIGHEST}
         | {"step": 0.1} | of,
         {"label": f"{knob.stage}: steps", "value": knob.steps, "minimum": 1, "maximum": limit}
         | {"precision": 0, "step": 1} | of,
@@ -99,7 +117,8 @@ def paint_tab(desk: Desk, places: Places, limits: Any, most: int) -> gr.Dropdown
                 go = gr.Button("Paint", variant="primary", min_width=120)
                 stop = gr.Button("Cancel", min_width=120)
         with gr.Column(scale=3, min_width=320):
-            easel = gr.HTML(note("Nothing is painted yet."), elem_id="easel", padding=False)
+            empty = answered(PART, note("Nothing is painted yet."))
+            gr.HTML(empty, elem_id="easel", padding=False)
 
     def chosen(name: str) -> list[Any]:
         try:
@@ -108,28 +127,19 @@ def paint_tab(desk: Desk, places: Places, limits: Any, most: int) -> gr.Dropdown
             found = []
         return updates(found, most, limits.most_steps)
 
-    async def paint(
-        request: gr.Request, name: str, caption: str, negative: str, seed: int, n: int, *values: Any
-    ) -> AsyncIterator[str]:
-        try:
-            place = places.named(name)
-            sets = sets_of(place.knobs, values)
-            asked = Painting(place, (caption,), negative, int(seed or 0), int(n or 1), sets)
-        except UserError as error:
-            yield note(str(error), "alert")
-            return
-        work = lambda engine, job: engine.paint(asked, job)  # noqa: E731
-        async for page in desk.asked(request.session_hash, PART, work, painted):
-            yield page
-
-    def cancel(request: gr.Request) -> None:
-        desk.cancel(request.session_hash, PART)
+    def asked(
+        name: str, caption: object, negative: object, seed: object, n: object, *values: object
+    ) -> Asked:
+        place = places.named(name)
+        painting = Painting(
+            place, (text(caption),), text(negative), whole(seed, "seed") or 0,
+            whole(n, "number of pictures", 1) or 1, sets_of(place.knobs, values),
+        )  # fmt: skip
+        return Asked(lambda engine, job: engine.paint(painting, job), painted)
 
     model.change(chosen, model, knobs, **HIDDEN)
     inputs = [model, caption, negative, seed, n, *knobs]
-    gr.on(
-        [go.click, caption.submit, negative.submit], paint, inputs, easel,
-        concurrency_limit=None, **HIDDEN,
-    )  # fmt: skip
-    stop.click(cancel, None, None, queue=False, **HIDDEN)
+    desk.parts[PART] = len(inputs), asked
+    gr.on([go.click, caption.submit, negative.submit], inputs=inputs, **asks(PART))
+    stop.click(**stops(PART))
     return model

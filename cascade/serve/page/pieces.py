@@ -6,7 +6,9 @@ from html import escape
 from itertools import count
 from typing import Any
 
-from cascade.serve.asked import about_picture, choices_text, png
+from cascade.serve.asked import about_picture, choices_text, jpeg, png
+
+EXACT, LARGEST_SO_FAR = 64, 256  # pixels, the longer side of pictures as they are denoised
 
 
 def data_url(data: bytes, kind: str = "image/png") -> str:
@@ -15,10 +17,16 @@ def data_url(data: bytes, kind: str = "image/png") -> str:
 
 
 def image(data: bytes, alt: str, kind: str = "image/png") -> str:
-    return f'<img src="{data_url(data, kind)}" alt="{escape(alt, quote=True)}">'
+    """A picture, which is there at once where it takes the place of another."""
+    return f'<img src="{data_url(data, kind)}" alt="{escape(alt, quote=True)}" decoding="sync">'
 
 
 _answers = count()
+
+
+def answered(part: str, html: str) -> str:
+    """Where the page shows what it was told of a part; `page.js` puts later answers there."""
+    return f'<div class="answer" data-part="{part}" data-answer="{next(_answers)}">{html}</div>'
 
 
 def note(text: str, kind: str = "status") -> str:
@@ -49,11 +57,20 @@ def copied(text: str, label: str) -> str:
     )
 
 
-def sheet(pictures: Sequence[Any], alts: Sequence[str], small: bool = False) -> str:
-    """Pictures [h, w, 3] side by side."""
-    found = (image(png(picture), alt) for picture, alt in zip(pictures, alts))
-    kind = "sheet small" if small else "sheet"
-    return f'<div class="{kind}">{"".join(found)}</div>'
+def so_far(pictures: Any, first: int) -> str:
+    """Pictures [n, h, w, 3] as they are denoised, from the number `first` on.
+
+    They are sent a few times in a second, and soon replaced: large ones are made smaller and lose
+    details.
+    """
+    step = -(-max(pictures.shape[1:3]) // LARGEST_SO_FAR)
+    small = max(pictures.shape[1:3]) <= EXACT
+    pack, kind = (png, "image/png") if small else (jpeg, "image/jpeg")
+    found = (
+        image(pack(picture[::step, ::step]), f"picture {i} so far", kind)
+        for i, picture in enumerate(pictures, first + 1)
+    )
+    return f'<div class="sheet">{"".join(found)}</div>'
 
 
 def files(

@@ -18,6 +18,7 @@ from cascade.serve.line import Line
 from cascade.serve.page.app import CSS, HEAD, THEME, page
 from cascade.serve.page.following import Desk
 from cascade.serve.page.guard import Guard
+from cascade.serve.page.stream import Streams
 from cascade.serve.places import Places
 
 
@@ -45,16 +46,18 @@ def run(
     Raises:
         UserError: the port is taken.
     """
-    blocks = page(Desk(line), places, limits)
-    blocks.queue(max_size=limits.most_waiting, default_concurrency_limit=16, api_open=False)
+    desk = Desk(line)
+    blocks = page(desk, places, limits)
+    blocks.queue(api_open=False)
     hosts = frozenset(LOOPBACK) if host in LOOPBACK else None
+    around = [Middleware(Guard, hosts=hosts), Middleware(Streams, desk=desk)]
     auth = (lambda name, given: same(given, password)) if password else None
     try:
         _, url, _ = blocks.launch(
             server_name=host, server_port=port, auth=auth, quiet=True, share=False, inbrowser=False,
             prevent_thread_lock=True, footer_links=[], run_history=False, ssr_mode=False, pwa=False,
             mcp_server=False, enable_monitoring=False, theme=THEME, css=CSS, head=HEAD,
-            app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)]},
+            app_kwargs={"middleware": around}, auth_message="Any name, and this server's password.",
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"port {port}: {error}; choose another --port") from None

@@ -30,10 +30,10 @@ def watch_tab(tab: gr.Tab, trainings: Trainings) -> None:
         return [gr.update(choices=list(found), value=name), one_run(trainings, name), listed]
 
     outputs = [run, board, states]
-    tab.select(lambda: gr.Timer(active=True), None, timer, queue=False, **HIDDEN)
-    tab.select(looked, run, outputs, queue=False, **HIDDEN)
-    timer.tick(looked, run, outputs, queue=False, **HIDDEN)
-    run.input(lambda name: one_run(trainings, name), run, board, queue=False, **HIDDEN)
+    tab.select(lambda: gr.Timer(active=True), None, timer, **HIDDEN)
+    tab.select(looked, run, outputs, **HIDDEN)
+    timer.tick(looked, run, outputs, **HIDDEN)
+    run.input(lambda name: one_run(trainings, name), run, board, **HIDDEN)
 
 
 def one_run(trainings: Trainings, name: str | None) -> str:

@@ -13,6 +13,24 @@ from torch import Tensor, nn
 
 from cascade.batch import Batch
 from cascade.nets.dtensors import placed, whole
+from cascade.trainable import FURTHER
+
+Average = dict[str, Tensor]  # of each trained parameter, by name
+
+
+def begun(average: Average, module: nn.Module) -> Average:
+    """Returns an average, where it is to be updated; an empty one begins with the parameters."""
+    named = module.named_parameters()
+    now = {k: p for k, p in named if p.requires_grad and not k.startswith(FURTHER)}
+    average = average or {k: p.detach().float().clone() for k, p in now.items()}
+    return {k: placed(a, now[k]) for k, a in average.items()}
+
+
+def move(average: Average, module: nn.Module, decay: float) -> None:
+    """Sets an average to decay times itself plus 1 - decay times the parameters."""
+    parameters = dict(module.named_parameters())
+    values = [parameters[k].detach().float() for k in average]
+    torch._foreach_lerp_(list(average.values()), values, 1 - decay)
 
 
 class EMA(L.Callback):
@@ -27,15 +45,12 @@ class EMA(L.Callback):
     def __init__(self, decay: float = 0.9999):
         self.decay = decay
         self.step = 0
-        self.average: dict[str, Tensor] = {}
+        self.average: Average = {}
         self.swapped = False
         self._stepped = False
 
     def on_fit_start(self, trainer, module: nn.Module) -> None:
-        now = {k: p for k, p in module.named_parameters() if p.requires_grad}
-        if not self.average:
-            self.average = {k: p.detach().float().clone() for k, p in now.items()}
-        self.average = {k: placed(a, now[k]) for k, a in self.average.items()}
+        self.average = begun(self.average, module)
 
     def on_before_optimizer_step(self, trainer, module: nn.Module, optimizer) -> None:
         self._stepped = any(p.grad is not None for p in module.parameters())
@@ -46,10 +61,7 @@ class EMA(L.Callback):
         self._stepped = False
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        parameters = dict(module.named_parameters())
-        averages = list(self.average.values())
-        values = [parameters[k].detach().float() for k in self.average]
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        move(self.average, module, decay)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:

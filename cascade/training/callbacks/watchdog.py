@@ -32,7 +32,8 @@ class Watchdog(L.Callback):
 
     Work between steps (saving, sampling, waiting for data), the first step (compilation) and what
     follows the last may take `SLOW` times as long. Lengthy work calls `beat` now and then. Runs
-    before all other callbacks, so that their work counts as between steps.
+    before all other callbacks, so that their work counts as between steps. It is started before the
+    Trainer, since ranks wait for each other before any callback is called.
 
     Writes `heartbeats/rank{i}.json` to the run's directory (`step`, `phase`, and the `time` of the
     last progress) every 10 s or a quarter of `seconds`, and finally `stacks-rank{i}.txt`.
@@ -53,13 +54,17 @@ class Watchdog(L.Callback):
         step = self.progress.step if step is None else step
         self.progress = Progress(step, phase, time.monotonic())
 
-    def setup(self, trainer, module, stage: str) -> None:
-        self.rank = trainer.global_rank
+    def start(self, rank: int) -> None:
+        """Watch from now on. `stop` ends that, as do the end of training and an error."""
+        self.rank = rank
         self.beat("start")
         self._over.clear()
         self._arm()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+
+    def setup(self, trainer, module, stage: str) -> None:
+        self.beat("start")
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         if self.progress.phase != "start":
@@ -72,12 +77,25 @@ class Watchdog(L.Callback):
         self.beat("end", trainer.global_step)
 
     def teardown(self, trainer, module, stage: str | BaseException) -> None:
+        self.stop()
+
+    def on_exception(self, trainer, module, exception: BaseException) -> None:
+        """After an error, Lightning calls no teardown.
+
+        A rank that waits for another fails at the moment when that one's watchdog ends it: then it
+        was as long without progress itself, and its own would have ended it.
+        """
+        waited = time.monotonic() - self.progress.at
+        hung = self.progress.phase == "step" and waited > self.seconds / 2
+        if hung and trainer.world_size > 1 and isinstance(exception, RuntimeError):
+            self._end(self._facts())
+        self.stop()
+
+    def stop(self) -> None:
         self._over.set()
-        if self._thread:  # an error may precede its start
+        if self._thread:
             self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-
-    on_exception = teardown  # after an error, Lightning calls no teardown
 
     def _arm(self) -> None:
         # If something holds the GIL, or the thread blocks on a dead disk, faulthandler's own C
@@ -93,7 +111,12 @@ class Watchdog(L.Callback):
             self._write({**facts, "time": round(time.time() - (now - progress.at), 3)})
             limit = self.seconds * (1 if progress.phase == "step" else SLOW)
             if now - progress.at > limit:
-                self._end({"rank": self.rank, **facts, "seconds": round(now - progress.at, 1)})
+                self._end(self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        step, phase, at = self.progress
+        seconds = round(time.monotonic() - at, 1)
+        return {"rank": self.rank, "step": step, "phase": phase, "seconds": seconds}
 
     def _write(self, facts: dict[str, Any]) -> None:
         path = Run(self.run).heartbeat(self.rank)

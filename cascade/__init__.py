@@ -16,8 +16,13 @@ A batch is a dictionary; a stage reads some of its keys and writes one. This is 
 | `empty`          | a batch of one row, what encoders write for an empty caption  | a stage      |
 | `label`          | int64 [b], a class, which the caption names by its number     | `Labels`     |
 | `tokens`         | int64 [b, n], zero-padded, for a text encoder trained here    | tokenizer    |
+| `original_size`  | int64 [b, 2], height and width of the file of a picture      | data, a stage |
+| `crop_corner`    | int64 [b, 2], top and left of its part, once it is resized    | data, a stage |
+| `target_size`    | int64 [b, 2], height and width of that part                   | data, a stage |
+| `frame_{size}`   | int64 [b, 2], height and width that a base stage is to paint  | caller       |
 | `control/NAME_SIZE` | float [b, 3, h, w] in [-1, 1], edges or another condition  | data, caller |
 | `control/NAME_weight` | float [b], how much that ControlNet counts; 1 if missing  | caller       |
+| `loss_weight`    | float [b], what each sample's loss counts; 1 if missing       | data         |
 | `x_T`            | float [b, ...], the noise that leads to a picture             | an edit      |
 | `known/KEY`      | float [b, 3, h, w], a picture to edit, as KEY is sampled      | an edit      |
 | `unknown/KEY`    | bool [b, 1, h, w], what of it to paint                        | an edit      |

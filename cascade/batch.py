@@ -41,6 +41,15 @@ def image_key(size: int) -> str:
     return f"image_{size}"
 
 
+# What a picture in a bucket was before it was resized, and what is left of it (SDXL, section 2.2).
+FRAMING = ("original_size", "crop_corner", "target_size")
+
+
+def frame_key(size: int) -> str:
+    """The key of the height and width that the base stage of this size is to paint."""
+    return f"frame_{size}"
+
+
 def hint_key(name: str, size: int) -> str:
     """The key of pictures of a condition that ControlNets read, of this side in pixels."""
     return f"control/{name}_{size}"

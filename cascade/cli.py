@@ -18,11 +18,13 @@ from cascade.files import processors
 from cascade.options import (
     caption_options,
     checker_option,
+    compile_option,
     control_option,
     data_options,
     edit_options,
     evaluate_options,
     generate_options,
+    personalize_options,
     sampling_options,
     serve_options,
 )
@@ -48,10 +50,11 @@ _NEEDS = {
     "sweep": {"price": ("dry_run",)},
     "vary": dict.fromkeys(("steps", "refine", "scale"), ("eta",)),
     "pack": dict.fromkeys(("file_column", "caption_columns"), ("captions",)),
+    "caption": {"least": ("clip",)},
     "precompute": {
         **dict.fromkeys(("checkpoint", "quick_gelu", "raw"), ("clip", "text")),
         **dict.fromkeys(("text_out", "length", "bf16", "padded", "several"), ("text",)),
-        **dict.fromkeys(("layer", "instruction", "side"), ("text",)),
+        **dict.fromkeys(("layer", "instruction", "side", "recaptions"), ("text",)),
         "out": ("clip",),
     },
 }
@@ -99,6 +102,16 @@ def parser() -> argparse.ArgumentParser:
     )
     overrides(distill, "such as run=runs/fast teacher=runs/demo/decoder steps=4", "+")
     distill.add_argument("--show", action="store_true", help="print the configuration and exit")
+
+    personalize_options(
+        verb(
+            "personalize",
+            "Teach a model a thing of your own from a few pictures of it.",
+            "The result is a model like any other; the base is not changed. Each picture may have "
+            "a caption, NAME.txt, that says the token. Overrides, such as images=2000 batch=4 "
+            "optim.lr=1e-3 kept=200 adapter.rank=16, change conf/personalize.yaml.",
+        )
+    )
 
     average = verb(
         "average",
@@ -184,9 +197,11 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", default="out.png", help="PNG to write (default out.png)")
     sample.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     sample.add_argument("--batch", type=int, default=16, help="pictures per batch (default 16)")
+    sample.add_argument("--aspect", metavar="W:H", help="of pictures (1:1), if trained in buckets")
     caption_options(sample)
     control_option(sample)
     checker_option(sample)
+    compile_option(sample)
     sampling_options(sample)
 
     generate = verb(

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from cascade.batch import Batch, image_key
+from cascade.batch import Batch, frame_key, image_key
+from cascade.buckets import Buckets
 from cascade.errors import UserError
 
 
@@ -23,12 +24,21 @@ class Pixels(nn.Module):
         size: side in pixels; written as `image_{size}`.
         low: side of the low-resolution picture of a super-resolution stage. The shape to sample
             follows from that of `image_{low}`, which may be larger than in training.
+        buckets: the shapes that a base stage is trained in, and so may be asked for by
+            `frame_{size}` (`asked`); None: squares alone.
+
+    Raises:
+        UserError: the buckets are no whole pixels at this size.
     """
 
-    def __init__(self, size: int, low: int | None = None):
+    factor = 1  # side of the square of pixels for each position of x0
+
+    def __init__(self, size: int, low: int | None = None, buckets: Buckets | None = None):
         super().__init__()
         self.size, self.low = size, low
         self.writes = image_key(size)
+        self.shapes = buckets.at(size) if buckets else [(size, size)]
+        self.buckets = buckets
 
     def fit(self, batches: Iterable[Batch]) -> None:
         """Does nothing: pixels need no statistics."""
@@ -41,7 +51,8 @@ class Pixels(nn.Module):
 
     def shape(self, batch: Batch) -> tuple[int, ...]:
         if self.low is None:
-            return 3, self.size, self.size
+            frame = batch.get(frame_key(self.size))
+            return 3, *((self.size, self.size) if frame is None else frame[0].tolist())
         sides = batch[image_key(self.low)].shape[2:]
         return 3, *(side * self.size // self.low for side in sides)
 

@@ -73,6 +73,9 @@ def data_options(data: argparse.ArgumentParser) -> None:
     )
     embed.add_argument("--captions", default="txt", help="fields, such as txt,long_caption (txt)")
     embed.add_argument("--several", choices=["first", "all"], help="which of a list")
+    embed.add_argument(
+        "--recaptions", help="folder of `cascade data caption`, whose fields are read"
+    )
     named_options(embed)
     embed.add_argument(
         "--raw",
@@ -102,6 +105,67 @@ def data_options(data: argparse.ArgumentParser) -> None:
     embed.add_argument("--text-out", help="folder for the captions' states (default: DATA/text)")
     embed.add_argument("--workers", type=int, default=0, help="decoding processes (default 0)")
 
+    caption = kinds.add_parser(
+        "caption",
+        help="describe the pictures of shards with a captioner, for data=recaptioned",
+        description="Describe the pictures of shards with BLIP, BLIP-2, Florence-2 or any other "
+        "vision-language model of transformers. `cascade train data=recaptioned data.path=DIR` "
+        "then trains on these captions for 95%% of the samples, and on the txt for the others.",
+        epilog="Any number of processes may share the work on one folder. Each continues with what "
+        "the others, or an interrupted run, have not done.",
+    )
+    caption.set_defaults(module="captioning")
+    caption.add_argument("data", help="folder of shards")
+    caption.add_argument("--model", required=True, help="folder of the captioner, as published")
+    caption.add_argument(
+        "--prompt",
+        help="what a model that chats is asked, Florence-2's task ('<MORE_DETAILED_CAPTION>'), or "
+        "the words that captions of others begin with (default: the model's usual one)",
+    )
+    caption.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        help="captions of each picture, drawn; training draws one of them (1: the most likely one)",
+    )
+    caption.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
+    caption.add_argument(
+        "--tags", metavar="PROMPT", help="also ask this, and keep the answer as tags"
+    )
+    caption.add_argument("--clip", help="CLIP that scores captions: a directory or open_clip name")
+    caption.add_argument("--least", type=float, help="leave out captions of a lower score (0.2)")
+    caption.add_argument("--batch", type=int, default=16, help="pictures per batch (default 16)")
+    caption.add_argument("--tokens", type=int, default=128, help="longest caption (default 128)")
+    caption.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    caption.add_argument(
+        "--field", default="long_caption", help="name of the captions (default long_caption)"
+    )
+    caption.add_argument("--out", help="folder for captions (default: DATA/captions)")
+    caption.add_argument("--workers", type=int, default=0, help="decoding processes (default 0)")
+
+
+def personalize_options(personalize: argparse.ArgumentParser) -> None:
+    personalize.add_argument(
+        "--method", required=True, choices=["textual_inversion", "dreambooth", "lora"],
+        help="train one word, the weights, or changes of low rank to them",
+    )  # fmt: skip
+    personalize.add_argument("--model", required=True, help="directory of a cascade (runs/demo)")
+    personalize.add_argument("--pictures", required=True, metavar="FOLDER", help="of the thing")
+    personalize.add_argument("--token", required=True, help="its name in captions: '<thing>'")
+    personalize.add_argument(
+        "--class", dest="noun", metavar="WORDS", help="what it is one of, such as 'toy'"
+    )
+    of = "whose meaning a learned word begins with (default: of --class)"
+    personalize.add_argument("--word", help=of)
+    of = "stages to train (default: up to the first that paints)"
+    personalize.add_argument("--stages", type=lambda text: text.split(","), metavar="A,B", help=of)
+    of = "of the class's half of each batch (default 1, but 0 for a learned word)"
+    personalize.add_argument("--preserve", type=float, metavar="WEIGHT", help=of)
+    of = "captions of its class to paint for that (default: 'a CLASS')"
+    personalize.add_argument("--prompts", metavar="FILE", help=of)
+    personalize.add_argument("--out", required=True, help="directory of the model to write")
+    personalize.add_argument("overrides", nargs="*", metavar="override")
+
 
 def generate_options(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--model", required=True, help="directory of a cascade (runs/demo)")
@@ -117,6 +181,7 @@ def generate_options(generate: argparse.ArgumentParser) -> None:
     caption_options(generate)
     control_option(generate)
     checker_option(generate)
+    compile_option(generate)
     sampling_options(generate)
 
 
@@ -253,6 +318,14 @@ def sampling_options(verb: argparse.ArgumentParser) -> None:
         default=[],
         metavar="STAGE.OPTION=VALUE",
         help="override a sampling choice, such as decoder.scale=3, prior.best_of=4 or sr64.steps=8",
+    )
+
+
+def compile_option(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the networks first, which takes minutes and pays for thousands of pictures",
     )
 
 

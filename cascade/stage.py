@@ -3,7 +3,6 @@
 Every stage is this one class; stages differ in the objects that they are composed of.
 """
 
-import copy
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cascade.adapters.base import Adapter
 from cascade.batch import Batch, hint_key, weight_key
 from cascade.conditioning import Cond, Conditioner
 from cascade.data.degradations import Corruption
@@ -32,6 +32,7 @@ from cascade.files.atomic import write_atomically
 from cascade.losses.watched import Watched
 from cascade.nets.control import ControlNet, Steered, Steering
 from cascade.nets.dtensors import whole
+from cascade.nets.layers import altered
 from cascade.nets.prior import Places
 from cascade.trainable import FURTHER, Trainable
 
@@ -110,6 +111,7 @@ class Stage(Trainable):
             guidance extrapolates away from (autoguidance, 2406.02507). None: guidance uses this
             stage's own network without its conditions.
         teacher: for distillation only.
+        adapter: an addition that alone is trained, and that `export` writes instead of weights.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class Stage(Trainable):
         self.control: Any = nn.ModuleDict(made)
         self.weaker: Stage | None = None
         self.teacher: Teacher | None = None
+        self.adapter: Adapter | None = None
         self._empty: Batch | None = None  # one row, encoded from an empty caption
 
     @property
@@ -147,12 +150,16 @@ class Stage(Trainable):
         """The batch keys that sampling needs."""
         made = frozenset().union(*(encoder.writes for encoder in self.encoders))
         needed = frozenset().union(*(encoder.reads for encoder in self.encoders))
-        return (self.conditioner.reads - made) | needed
+        return (self.conditioner.reads - made - self.conditioner.extents) | needed
 
     @property
     def writes(self) -> str:
         """The batch key that sampling gives."""
         return self.codec.writes
+
+    @property
+    def frozen(self) -> tuple[Any, ...]:
+        return (*self.encoders, *getattr(self.codec, "frozen", ()))
 
     @property
     def leads_away(self) -> bool:
@@ -165,13 +172,15 @@ class Stage(Trainable):
         return getattr(self.codec, "unit", True)
 
     def encoded(self, batch: Batch) -> Batch:
-        """Adds the keys that the encoders write, unless they were precomputed.
+        """Adds the keys that the encoders write, unless they were precomputed, and sizes and crops.
 
         If a dropped caption is replaced by the empty one, that is added as well, as `empty`.
         """
         for encoder in self.encoders:
             if not encoder.writes <= batch.keys():
                 batch = phrases.encoded(encoder.to(self.device), batch)
+        if self.conditioner.extents - batch.keys():
+            batch = self.conditioner.complete(batch, self.codec.shape(batch))
         if not self.conditioner.empty_caption:
             return batch
         if self._empty is None:
@@ -206,8 +215,14 @@ class Stage(Trainable):
         """Adds a loss (`cascade.losses`) for the training; raises as its `attached` does."""
         self.further[name] = further.attached(self)
 
+    def adapt(self, adapter: Adapter) -> None:
+        """Freezes the stage but for what an adapter adds; raises as its `attached` does."""
+        self.requires_grad_(False)
+        self.adapter = adapter.attached(self)
+
     def training_step(self, batch: Batch, number: int) -> Tensor:
-        return self.loss(batch).mean()
+        loss = self.loss(batch)
+        return (loss * batch["loss_weight"] if "loss_weight" in batch else loss).mean()
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> None:
@@ -268,20 +283,19 @@ class Stage(Trainable):
 
     def altered(self, **parts: Any) -> "Stage":
         """A copy with the same parameters, and with other `parts` (sampler, net, codec...)."""
-        stage = copy.copy(self)
-        stage._modules = dict(self._modules)  # where networks are registered
-        for name, part in parts.items():
-            setattr(stage, name, part)
-        return stage
+        return altered(self, **parts)
 
     def export(self, run: Path) -> None:
-        """Writes the current weights to `weights.safetensors`. All ranks must call it."""
+        """Writes the current weights, or those of its adapter alone. All ranks must call it."""
         state = whole(self.state_dict())
         if self.rank > 0:
             return
         kept = {k: v for k, v in state.items() if not k.startswith(FURTHER)}
         state = {k: v.detach().contiguous() for k, v in kept.items()}
-        about = {"encoders": json.dumps([encoder.hash for encoder in self.encoders])}
+        if self.adapter is not None:
+            self.adapter.export(self, state, run)
+            return
+        about = {"encoders": json.dumps([encoder.hash for encoder in self.frozen])}
         write_atomically(run / WEIGHTS, lambda path: save_file(state, path, about))
 
     def restore(self, run: Path, of: str | None = None) -> None:
@@ -296,6 +310,11 @@ class Stage(Trainable):
         """
         path = run / WEIGHTS
         if not path.exists():
+            if found := sorted(run.glob("*.safetensors")):
+                raise UserError(
+                    f"{run} holds {found[0].name} alone, for the run that it began with: name it "
+                    "among the words or adapters of that run in cascade.yaml"
+                )
             raise UserError(f"{run} holds no {WEIGHTS}: train it first")
         with reading([path], str(run)), safe_open(path, framework="pt") as file:
             theirs = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -311,7 +330,7 @@ class Stage(Trainable):
             k: v for k, v in own.items() if not k.startswith(tuple(f"control.{n}." for n in new))
         }
         check_tensors(own, theirs, str(path), of or f"{run}/config.yaml")
-        for encoder, noted in zip(self.encoders, json.loads(about["encoders"])):
+        for encoder, noted in zip(self.frozen, json.loads(about["encoders"])):
             if why := differs(encoder, noted):
                 raise UserError(
                     f"{run} was trained with another encoder than {encoder.name} now is ({why}): "

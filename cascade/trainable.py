@@ -30,7 +30,7 @@ class Trainable(nn.Module, ABC):
     Attributes:
         further: losses that are attached for the training, by name. Neither an average that is
             exported nor the exported weights hold their parameters (`FURTHER`).
-        terms: the mean of each of these losses in the last step; None: it was switched off.
+        terms: the means, in the last step, of the losses named in `columns`; None: switched off.
         done: the share of the training that is done.
     """
 
@@ -55,6 +55,16 @@ class Trainable(nn.Module, ABC):
     def rank(self) -> int:
         """The number of this process among those that train together."""
         return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The losses whose course is reported beside that of their sum."""
+        return tuple(self.further)
+
+    @property
+    def frozen(self) -> tuple[Any, ...]:
+        """The encoders that it reads, whose weights no checkpoint holds; each has a `hash`."""
+        return ()
 
     def encoded(self, batch: Batch) -> Batch:
         """Add what frozen encoders compute from the batch, if anything."""

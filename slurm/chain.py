@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cascade.config.checks import accumulation, check_split
 from cascade.config.compose import built, composed
+from cascade.data.embeddings import MANIFEST
 from cascade.data.tars.tar import tars_of
 from cascade.files.atomic import check_writable
 from cascade.files.stores.places import on_disk
@@ -177,6 +178,8 @@ def _precompute(stores: Mapping[str, DictConfig], root: Path, data: Path, number
         command += ["--length", reader.length] if "length" in reader else []
         command += ["--captions", ",".join(own.data.captions)] if "captions" in own.data else []
         command += ["--several", own.data.several] if own.data.get("several") else []
+        if (written := own.data.get("recaptions")) and (Path(written) / MANIFEST).exists():
+            command += ["--recaptions", str(written)]
     return _task(folder, command, done)
 
 

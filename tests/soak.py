@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from cascade.files.atomic import write_text
+from cascade.files.locks import Claims
 from tests import soak_faults as faults
 from tests import soak_work as work
 from tests.processes import Job
@@ -71,6 +72,7 @@ class Disturbed:
         out = self.soak.out / "output" / self.name.replace(", ", "-").replace(" ", "-")
         shutil.rmtree(out, ignore_errors=True)
         self.job = Job(work.trained, (argv,), out=out, ranks=self.ranks)
+        self.killed = False
 
     @property
     def step(self) -> int:
@@ -92,9 +94,10 @@ class Disturbed:
         if any(code is not None for code in codes):
             for pid in set(stopped) & set(self.alive):
                 os.kill(pid, signal.SIGKILL)  # as srun does
-        if time.monotonic() - since > self.bound:
+        if time.monotonic() - since > self.bound and not self.killed:
             self.wrong(f"ranks waited for more than {self.bound:.0f} s: {codes}")
             self.job.kill()
+            self.killed = True
         return None
 
     def wrong(self, what: str) -> None:
@@ -251,7 +254,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, end = args.out.absolute(), time.monotonic() + 60 * args.minutes
     out.mkdir(parents=True, exist_ok=True)
     faults.prepare_clock(out)
-    soak = Soak.at(out, args.seed)
+    with Claims(out) as claims, claims.held("soak", wait=False) as mine:
+        if not mine:
+            raise SystemExit(f"{out}: another process is at work there; wait, or choose --out")
+        return whole(Soak.at(out, args.seed), args, end)
+
+
+def whole(soak: Soak, args: argparse.Namespace, end: float) -> int:
+    """Disturb all runs as far as this sitting goes, and report; return the exit code."""
+    out = soak.out
     with faults.disk(out / "disk") as disk:
         if not (out / "data" / "ready").exists():
             shutil.rmtree(out / "data", ignore_errors=True)

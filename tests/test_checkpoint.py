@@ -93,6 +93,17 @@ def test_a_full_disk_leaves_the_checkpoints_before_and_nothing_else(at, tmp_path
     assert newest_checkpoint(tmp_path) == (good, 2, 9)
 
 
+def test_an_error_while_a_checkpoint_is_written_does_not_end_the_process(tmp_path):
+    """torch's writer writes once more when it is deleted, by when the file is closed."""
+    with open(tmp_path / "state.pt", "wb") as file:
+        hashed = checkpoint._Hashed(file)
+        writer = torch._C.PyTorchFileWriter(hashed)
+        writer.write_record("data", b"1234", 4)
+    # Asked before the deletion, in which an error would end all tests.
+    assert hashed.write(memoryview(b"end")) == 3
+    del writer
+
+
 def test_ranks_that_see_different_checkpoints_do_not_start(tmp_path):
     def trainer(*steps):
         gathered = SimpleNamespace(root_device="cpu", all_gather=lambda _: torch.tensor(steps))

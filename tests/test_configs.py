@@ -52,7 +52,9 @@ def test_every_recipe_builds(experiment):
     assert module.batch == config.batch
 
 
-@pytest.mark.parametrize("cascade_", ["demo", "emoji", "openmoji", "scenes", "scenes_cpu"])
+@pytest.mark.parametrize(
+    "cascade_", ["demo", "emoji", "latent", "openmoji", "scenes", "scenes_cpu"]
+)
 @pytest.mark.parametrize("budget", choices("budget"))
 def test_every_stage_of_every_demo_builds(cascade_, budget):
     given = ["shards=none", "data.path=none"]
@@ -86,7 +88,7 @@ def test_every_network_builds(net):
         assert sum(p.numel() for p in built(config.net).parameters()) > 0
 
 
-@pytest.mark.parametrize("group", ["text", "process", "sampler", "clip"])
+@pytest.mark.parametrize("group", ["autoencoder", "clip", "codec", "process", "sampler", "text"])
 def test_every_choice_composes(group):
     for choice in choices(group):
         composed("train", ["data.path=none", "stage=decoder_text", f"{group}={choice}"])

@@ -271,3 +271,23 @@ def test_pictures_of_a_folder_depend_on_the_condition(model, tmp_path):
     words = ["sample", "--model", str(model / "text.yaml"), "a red circle", "--out", str(out)]
     assert main([*words, "--control", f"edges={line}"]) == 0
     assert Image.open(out).size == (16, 16)
+
+
+@pytest.mark.parametrize("name", ["cascade", "both"])
+def test_a_model_that_leaves_is_steered_as_here(model, tmp_path, name, capsys):
+    out = tmp_path / "out"
+    assert main(["export", "--model", str(model / f"{name}.yaml"), "--out", str(out)]) == 0
+    there = painted(out / "cascade.yaml", **hints("edges"))
+    assert torch.equal(there, painted(model / f"{name}.yaml", **hints("edges")))
+    words = ["export", "--format", "diffusers", "--model", str(model / f"{name}.yaml")]
+    capsys.readouterr()
+    assert main([*words, "--out", str(tmp_path / "no")]) == 2
+    assert "control" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_steered_run_is_no_teacher(model, tmp_path, capsys):
+    words = ["distill", f"teacher={model / 'edges'}", f"run={tmp_path / 'student'}", "steps=1"]
+    assert main(words) == 2
+    assert "is steered by ControlNets" in capsys.readouterr().err
+    assert not (tmp_path / "student").exists()

@@ -198,7 +198,11 @@ def at_once(monkeypatch):
     monkeypatch.setattr(urls, "WAITS", ())
 
 
-@pytest.mark.parametrize("seeds", [range(6), [19]], ids=["300", "a renamed picture"])
+@pytest.mark.parametrize(
+    "seeds",
+    [range(6), [19, 96], pytest.param(range(6, 200), marks=pytest.mark.slow)],
+    ids=["300", "renamed and swallowed", "9,700"],
+)
 def test_a_damaged_tar_pairs_no_picture_with_another_caption(seeds, tmp_path):
     total = 0
     for seed in seeds:

@@ -1,6 +1,7 @@
 """What goes wrong within a step, alone and in real trainings: skipped, gone back, interrupted."""
 
 import json
+import multiprocessing
 import os
 import signal
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 
 from cascade.cli import main
 from cascade.conf import __path__ as conf
@@ -25,7 +27,7 @@ from cascade.runs.run import Position
 from cascade.training import fit
 from cascade.training.callbacks.ema import EMA
 from cascade.training.callbacks.guard import Guard, Rollback, resume_from, rollbacks
-from cascade.training.callbacks.interruption import Interruption, stoppable
+from cascade.training.callbacks.interruption import Interruption, ignore_signals, stoppable
 from cascade.training.callbacks.saving import Checkpoints
 from cascade.training.callbacks.seeding import Seeding
 from cascade.training.callbacks.watchdog import Watchdog
@@ -376,6 +378,30 @@ def test_the_signal_that_follows_another_ranks_death_is_no_preemption(tmp_path):
 
     assert not ended(RuntimeError("connection closed by peer"))
     assert ended(StopIteration())
+
+
+def rank_whose_workers_are_not_told(run):
+    """As if a second signal had come while the first one's error told them."""
+    with stoppable(run):
+        data = DataLoader(range(8), num_workers=1, worker_init_fn=ignore_signals)
+        held.append(iter(data))
+        next(held[0])
+        os.kill(held[0]._workers[0].pid, signal.SIGTERM)  # Slurm's, which is only delayed
+        next(held[0])
+
+
+held = []  # no garbage at the end of the process
+
+
+def test_a_rank_that_has_stopped_does_not_wait_for_its_data_workers(tmp_path):
+    rank = multiprocessing.get_context("fork").Process(
+        target=rank_whose_workers_are_not_told, args=(tmp_path,)
+    )
+    rank.start()
+    rank.join(20)
+    code = rank.exitcode
+    rank.kill()
+    assert code == 0
 
 
 def test_a_signal_to_another_rank_counts_and_ranks_at_different_samples_fail(tmp_path, monkeypatch):

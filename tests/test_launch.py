@@ -373,6 +373,13 @@ def test_what_a_cascade_reads_precomputed_is_precomputed(tmp_path):
     command = " ".join(links["precompute"].tasks[0].command)
     text = "--text google/t5-v1_1-small --text-out x/text --captions long_caption,txt"
     assert command == f"data precompute x {text}"
+    written = tmp_path / "captions"
+    written.mkdir()
+    (written / "manifest.json").touch()
+    config.stages = {"decoder": [*decoder, f"data.recaptions={written}"]}
+    links = by_name(chain(config, launcher("launcher=slurm")))
+    command = " ".join(links["precompute"].tasks[0].command)
+    assert command == f"data precompute x {text} --recaptions {written}"
 
 
 def test_links_differ_in_what_they_ask_for(programs, tmp_path):

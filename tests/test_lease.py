@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import subprocess
 import threading
 import time
@@ -107,6 +108,19 @@ def test_what_is_half_written_holds_until_it_is_silent(tmp_path, monkeypatch):
     monkeypatch.setattr(claims_module, "SILENCE", 0.3)
     left_by(tmp_path, text="")
     assert seconds(lambda: take(tmp_path)) > 0.25
+
+
+def test_a_claim_that_a_full_disk_cuts_short_leaves_nothing(tmp_path):
+    """Else the next process would have to wait until a holder that nobody knows is silent."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write to"):
+            take(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [*tmp_path.iterdir()]
+    assert seconds(lambda: take(tmp_path)) < 1
 
 
 def attempt(monkeypatch, number):

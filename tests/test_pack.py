@@ -238,7 +238,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_shard(folder, monkeypatch, c
             raise OSError(errno.ENOSPC, "No space left on device")
         return fit(data, short)
 
-    monkeypatch.setattr(module, "_made", lambda row, short: full(row.path.read_bytes(), short))
+    monkeypatch.setattr(module, "made", lambda row, short: full(row.path.read_bytes(), short))
     assert packed(folder, "--per-shard", "10") == 2
     assert "cannot write to" in (error := capsys.readouterr().err.strip().splitlines()[-1])
     assert "No space left on device" in error

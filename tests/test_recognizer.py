@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from cascade.data.scenes.captions import Object, Scene
-from cascade.data.scenes.drawing import COLORS, SHAPES, blank, paint
+from cascade.data.scenes.drawing import BACKGROUNDS, COLORS, SHAPES, blank, paint
 from cascade.data.scenes.generate import SIZES, SPLITS, render, sample_scene
 from cascade.draws import generator
 from cascade.eval.cascades.protocol import CRITERIA, rates, tally
@@ -270,3 +270,16 @@ def test_what_is_no_rate_has_no_interval():
     for rate, n in ((1.1, 10), (-0.1, 10), (0.5, 0)):
         with pytest.raises(ValueError, match="no share"):
             of_share(rate, n)
+
+
+def test_a_novel_shape_is_read_where_it_is_asked_for_alone():
+    for i, color in enumerate(COLORS):
+        asked = Object(color, "blicket", "large", 0.5, 0.48, 0.35)
+        scene = Scene((asked,), list(BACKGROUNDS)[i % 4])
+        picture = render(scene, 64)
+        assert judge(scene, picture)["whole"]
+        assert all(o.shape != "blicket" for o in recognize(picture).objects)
+        for shape in SHAPES:
+            other = Scene((replace(asked, shape=shape),), scene.background)
+            assert not judge(other, picture)["whole"]
+            assert not judge(scene, render(other, 64))["whole"]

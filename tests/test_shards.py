@@ -7,6 +7,7 @@ import struct
 import tarfile
 import zlib
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from cascade.data import shards as module
 from cascade.data.embeddings import Embeddings, write_embeddings
 from cascade.data.loading import collate, loader
 from cascade.data.order import sample_numbers
-from cascade.data.precompute import _Samples
+from cascade.data.precompute import _captioned_picture, made_of
 from cascade.data.shards import Shards
 from cascade.data.stream import Stream
 from cascade.data.tars.index import scan
@@ -498,10 +499,11 @@ def test_a_picture_is_turned_as_its_json_says_and_never_twice(tmp_path):
             found = (shards[n]["image_8"].permute(1, 2, 0).numpy() + 1) * 127.5
             assert np.abs(found - picture).max() < 0.5, (n, words[n : n + 1])
     streamed = list(Stream(str(tar), SMALL, False, shuffle=False).items(range(len(right))))
-    seen = _Samples(tar, ["txt"], None, 8)
+    make = partial(_captioned_picture, captions=["txt"], size=8)
+    seen = [one for batch in made_of(tar, {"txt"}, make) for one in batch]
     for n, item in enumerate(streamed):
         assert torch.equal(item["image_8"], shards[n]["image_8"])
-        assert torch.equal(seen[n][2], shards[n]["image_8"])
+        assert torch.equal(seen[n][1], shards[n]["image_8"])
 
 
 def test_nearly_white_pictures_are_warned_of_before_a_training(tmp_path, caplog):

@@ -155,8 +155,10 @@ READERS = {
         cascade/formats/texts
     """,
     "from_pretrained": """
+        cascade/encoders/captioner
         cascade/encoders/published/language_models
         cascade/encoders/t5
+        cascade/latents/frozen
         eval/metrics/dinov2
     """,
     "glob.glob": """
@@ -191,6 +193,7 @@ READERS = {
         eval/pictures/coco
     """,
     "safe_open": """
+        cascade/adapters/base
         cascade/encoders/weights
         cascade/interop/files
     """,
@@ -227,12 +230,16 @@ OWN = {
         cascade/edit/inversion
         cascade/edit/windows
         cascade/export/priors
+        cascade/latents/codec
+        cascade/latents/frozen
+        cascade/latents/training
         cascade/losses/alignment
         cascade/pipeline
         cascade/serve/page/guard
         cascade/serve/page/pieces
         cascade/stage
         eval/benchmarks/data
+        eval/cascades/reconstruction
         eval/pages/report
         slurm/state
     """,
@@ -249,6 +256,7 @@ OWN = {
     """,
     "json.loads": """
         cascade/data/embeddings
+        cascade/data/recaptions/reading
         cascade/data/tars/dataset
         cascade/data/tars/index
         cascade/data/tars/pack
@@ -264,6 +272,7 @@ OWN = {
         cascade/training/callbacks/guard
         cascade/training/checkpoint
         eval/benchmarks/demo
+        eval/benchmarks/graph
         eval/pictures/identity
         eval/sweeps/folder
         eval/sweeps/rungs
@@ -272,6 +281,10 @@ OWN = {
     """,
     "load_file": """
         cascade/encoders/clip
+        cascade/latents/frozen
+    """,
+    "np.load": """
+        eval/benchmarks/graph
     """,
     "open": """
         cascade/export/card
@@ -313,6 +326,7 @@ OWN = {
         cascade/serve/page/app
         cascade/training/callbacks/guard
         eval/benchmarks/demo
+        eval/benchmarks/graph
         eval/benchmarks/nets
         eval/benchmarks/store
         eval/metrics/statistics

@@ -18,11 +18,12 @@ from cascade.conditioning.pictures import (
     enlarge_antialiased,
     enlarge_linear,
 )
-from cascade.conditioning.vectors import Fourier, Label, Vector
+from cascade.conditioning.vectors import Extent, Fourier, Label, Vector
 
 __all__ = [
     "Cond",
     "Conditioner",
+    "Extent",
     "Fourier",
     "Label",
     "LowRes",

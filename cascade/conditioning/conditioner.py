@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cascade.batch import Batch, source
 from cascade.conditioning.captions import Sequence, with_empty
 from cascade.conditioning.cond import Cond, log_weights
-from cascade.conditioning.vectors import Vector
+from cascade.conditioning.vectors import Extent, Vector
 from cascade.diffusion.noise import Noise
 
 
@@ -47,6 +47,11 @@ class Conditioner(nn.Module):
         return frozenset(embedder.key for embedder in self.embedders.values())
 
     @property
+    def extents(self) -> frozenset[str]:
+        """Those of them that sampling has a default for: sizes and crops (`complete`)."""
+        return frozenset(e.key for e in self.embedders.values() if isinstance(e, Extent))
+
+    @property
     def sources(self) -> frozenset[str]:
         """What those keys are computed from: "caption", "clip_image", a small picture."""
         return frozenset(map(source, self.reads))
@@ -56,6 +61,16 @@ class Conditioner(nn.Module):
         """The sizes of the embeddings and text states that a batch must have, by key."""
         sized = [e for e in self.embedders.values() if isinstance(e, (Vector, Sequence))]
         return {e.key: e.size for e in sized if e.key != "tokens"}
+
+    def complete(self, batch: Batch, shape: tuple[int, ...]) -> Batch:
+        """Adds the sizes and crops that a batch lacks, for pictures [3, h, w] to be sampled."""
+        more = {}
+        for embedder in self.embedders.values():
+            if isinstance(embedder, Extent) and embedder.key not in batch:
+                pair = torch.tensor(embedder.default(*shape[1:]))
+                device = embedder.project[0].weight.device
+                more[embedder.key] = pair.to(device).expand(len(batch["sample"]), 2)
+        return {**batch, **more}
 
     def forward(
         self, batch: Batch, noise: Noise | None = None, without: Collection[str] = ()

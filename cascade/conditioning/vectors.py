@@ -1,4 +1,4 @@
-"""Embedders of one vector: a CLIP embedding, a class, or a number such as a noise level."""
+"""Embedders of one vector: a CLIP embedding, a class, numbers such as a noise level or sides."""
 
 import math
 
@@ -6,18 +6,25 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cascade.batch import Batch
+from cascade.batch import FRAMING, Batch
 from cascade.conditioning.cond import Cond, set_null
+from cascade.errors import UserError
 
 
 class Fourier(nn.Module):
-    """Sines and cosines of a number in about [-20, 20], such as logsnr, with periods 0.5 to 100."""
+    """Sines and cosines of a number, by default in about [-20, 20], such as logsnr.
 
-    def __init__(self, dim: int):
+    Args:
+        dim: number of features; even.
+        shortest, longest: of their periods.
+    """
+
+    def __init__(self, dim: int, shortest: float = 0.5, longest: float = 100.0):
         super().__init__()
         self.dim = 2 * (dim // 2)
         self.frequencies: Tensor
-        frequencies = 2 * math.pi / torch.logspace(math.log10(0.5), 2, dim // 2)
+        periods = torch.logspace(math.log10(shortest), math.log10(longest), dim // 2)
+        frequencies = 2 * math.pi / periods
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, x: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
@@ -71,6 +78,39 @@ class Vector(nn.Module):
         tokens = self.to_tokens(z).unflatten(1, (self.tokens, -1))
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=z.device)
         return Cond(vector, tokens, mask, after_text=self.tokens)
+
+
+class Extent(nn.Module):
+    """Turns two numbers of pixels, such as a height and a width [b, 2], into a vector.
+
+    Each is expanded in sines and cosines, and all together are projected by two layers (SDXL,
+    section 2.2). They are never dropped. In sampling, a picture is by default of the size that it
+    is painted in, and is not cropped.
+
+    Args:
+        key: the batch key; one of `FRAMING`.
+        dim: size of the vector.
+        features: sines and cosines of each number; even.
+    """
+
+    def __init__(self, key: str, dim: int, features: int = 256):
+        super().__init__()
+        if key not in FRAMING:
+            raise UserError(f"an Extent of {key}: choose one of {', '.join(FRAMING)}")
+        self.key, self.dim = key, dim
+        # Up to the sides of the largest files; SDXL's are 2 pi to 2 pi * 10,000.
+        self.features = Fourier(features, 2 * math.pi, 2e4 * math.pi)
+        self.project = nn.Sequential(
+            nn.Linear(2 * self.features.dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+
+    def default(self, height: int, width: int) -> tuple[int, int]:
+        """What the numbers are in sampling a picture of this shape."""
+        return (0, 0) if self.key == "crop_corner" else (height, width)
+
+    def forward(self, batch: Batch, keep: Bool[Tensor, " b"]) -> Cond:
+        waves = self.features(batch[self.key].flatten().float()).unflatten(0, (-1, 2))
+        return Cond(self.project(waves.flatten(1).to(self.project[0].weight)))
 
 
 class Label(nn.Module):

@@ -22,14 +22,16 @@ from cascade.errors import UserError
 
 PURE = ("cascade.diffusion", "cascade.conditioning")
 ROOMS = (
+    "cascade.adapters",
     *("cascade.autoregressive", "cascade.codecs", "cascade.encoders", "cascade.losses"),
-    "cascade.nets",
+    *("cascade.latents", "cascade.nets"),
     *("cascade.data.bsr", "cascade.data.conditions", "cascade.data.degradations"),
     "cascade.training.faults",
     "cascade.training.loggers",
 )
 NAMES = frozenset(
     {
+        "cascade.buckets.Buckets",
         "cascade.data.conditions.depth",
         "cascade.data.conditions.edges",
         "cascade.data.conditions.lines",

@@ -77,6 +77,27 @@ class Distill:
     workers: int
 
 
+class Personalize:
+    model: str
+    pictures: str
+    token: str
+    out: str
+    noun: str | None
+    word: str | None
+    stages: Sequence[str] | None
+    preserve: float
+    kept: int
+    prompts: str | None
+    images: int
+    warmup: int
+    batch: int
+    micro_batch: int | None
+    ema: float
+    seed: int
+    grids: int
+    workers: int
+
+
 class Scenes:
     level: str
     size: int

@@ -47,6 +47,7 @@ class Manifest:
         captions: the caption fields that were encoded; empty for pictures.
         length: the most tokens that the encoder reads of a caption.
         several: which of several captions in a field was encoded (`data.several`).
+        settings: what else the rows depend on, for people: the hash covers it.
     """
 
     encoder: str
@@ -57,13 +58,21 @@ class Manifest:
     captions: list[str] = field(default_factory=list)
     length: int | None = None
     several: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Place) -> None:
-        places.write_text(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
+        about = asdict(self)
+        if not self.settings:
+            del about["settings"]  # which earlier versions do not know
+        places.write_text(folder / MANIFEST, json.dumps(about, indent=2) + "\n")
 
 
-def read_manifest(folder: Place) -> Manifest | None:
-    """Read the manifest of a folder, None if it has none. Raises UserError if it is damaged."""
+def read_manifest(folder: Place, command: str = COMMAND) -> Manifest | None:
+    """Read the manifest of a folder, None if it has none. Raises UserError if it is damaged.
+
+    Args:
+        command: which writes such a folder.
+    """
     path = folder / MANIFEST
     try:
         about = json.loads(places.read_bytes(path))
@@ -73,15 +82,17 @@ def read_manifest(folder: Place) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged or old: remove {folder}, then {COMMAND}") from error
+        raise UserError(f"{path} is damaged or old: remove {folder}, then {command}") from error
 
 
 class Embeddings:
     """The rows of a folder. Files are opened on first use, and few are open at a time."""
 
+    command = COMMAND  # that writes such a folder
+
     def __init__(self, folder: str | Place):
         self.folder = place(folder)
-        self._files: dict[str, _Rows] = {}  # least recently used first
+        self._files: dict[str, Rows] = {}  # least recently used first
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "_files": {}}  # open files cannot be sent to workers
@@ -89,7 +100,7 @@ class Embeddings:
     @cached_property
     def about(self) -> Manifest | None:
         """The manifest, None if there is none. Raises UserError if it is damaged."""
-        return read_manifest(self.folder)
+        return read_manifest(self.folder, self.command)
 
     def require(self, shards: Collection[str]) -> None:
         """Raise UserError if some shards have no file. Lists the folder without opening files.
@@ -102,7 +113,7 @@ class Embeddings:
         if lacking := sorted(set(shards) - there):
             raise UserError(
                 f"{self.folder} lacks {len(lacking)} of {len(shards)} shards, such as "
-                f"{lacking[0]}: {COMMAND}"
+                f"{lacking[0]}: {self.command}"
             )
 
     def row(self, shard: str, key: str, caption: str = "txt") -> dict[str, Tensor]:
@@ -115,33 +126,34 @@ class Embeddings:
             BadSample: the sample has no row.
             UserError: the shard's file is missing or broken, or has no rows for that field.
         """
-        file, found = self._open(shard), {}
+        file, found = self.opened(shard), {}
         for name in file.names:
             of, _, batch_key = name.rpartition("/")
             if of in ("", caption):
                 found[batch_key] = file.row(name, key)
         if not found:
             raise UserError(
-                f"{file.path} has no rows for captions of {caption}: {COMMAND} with --captions "
-                "into another folder"
+                f"{file.path} has no rows for captions of {caption}: {self.command} with "
+                "--captions into another folder"
             )
         return found
 
-    def _open(self, shard: str) -> "_Rows":
+    def opened(self, shard: str) -> "Rows":
+        """Return the file of a shard. Raises UserError if it is missing or broken."""
         file = self._files.pop(shard, None)
         if file is None:
-            file = _Rows(self.folder / f"{shard}.safetensors", self.about)
+            file = Rows(self.folder / f"{shard}.safetensors", self.about, self.command)
             if len(self._files) >= OPEN_FILES:
                 del self._files[next(iter(self._files))]
         self._files[shard] = file
         return file
 
 
-class _Rows:
+class Rows:
     """An open file: the `names` of its tensors, and their rows by key."""
 
-    def __init__(self, path: Place, about: Manifest | None):
-        self.path = path
+    def __init__(self, path: Place, about: Manifest | None, command: str):
+        self.path, self.command = path, command
         try:
             remote = isinstance(path, Remote)
             self._file = RangedTensors(opened(path)) if remote else safe_open(path, framework="pt")
@@ -149,7 +161,7 @@ class _Rows:
             keys = json.loads(metadata["keys"])
             self._place = {key: row for row, key in enumerate(keys)}
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise UserError(f"{path} is missing or broken: {COMMAND}") from error
+            raise UserError(f"{path} is missing or broken: {self.command}") from error
         tensors = self._file.keys()
         self.names = [name for name in tensors if not name.endswith(OFFSETS)]
         ragged = [name for name in self.names if name + OFFSETS in tensors]
@@ -157,7 +169,7 @@ class _Rows:
         if about and metadata.get("hash", about.hash) != about.hash:
             raise UserError(
                 f"{path} was made by another encoder ({metadata['hash']}) than its manifest names "
-                f"({about.hash}): remove it, then {COMMAND}"
+                f"({about.hash}): remove it, then {self.command}"
             )
         for name in self.names:
             self._check(name, len(keys), about)
@@ -168,24 +180,41 @@ class _Rows:
         if rows != keys or len(self._place) != keys:
             raise UserError(
                 f"{self.path} has {rows} rows of {name} for {len(self._place)} keys: remove it, "
-                f"then {COMMAND}"
+                f"then {self.command}"
             )
         size = about and about.sizes.get(name.rpartition("/")[2])
         if size and shape[-1] != size:
             raise UserError(
                 f"{self.path} has rows of {shape[-1]} numbers of {name}, but its manifest says "
-                f"{size}: remove it, then {COMMAND}"
+                f"{size}: remove it, then {self.command}"
             )
 
     def row(self, name: str, key: str) -> Tensor:
-        if key not in self._place:
+        """Return a row that is not empty. Raises BadSample."""
+        if key not in self or not len(found := self.found(name, key)):
             raise BadSample("no embedding")
+        return found
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._place
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return all rows of a name."""
+        return self._file.get_tensor(name)
+
+    def filled(self, name: str) -> int:
+        """Count the rows that are not empty."""
+        return int((self._offsets[name].diff() > 0).sum())
+
+    def found(self, name: str, key: str) -> Tensor:
+        """Return a row, which may be empty if rows differ in length."""
         row, rows = self._place[key], self._file.get_slice(name)
         if name not in self._offsets:
             return rows[row]
         start, end = self._offsets[name][row : row + 2].tolist()
-        if start == end:
-            raise BadSample("no embedding")
         return rows[start:end]
 
 

@@ -5,15 +5,20 @@ The random choices, crop and caption, are functions of the seed and the sample n
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
 
+from cascade.buckets import Buckets, Shape
 from cascade.data.embeddings import Embeddings
-from cascade.data.transforms import BadSample, Pictures, decode
+from cascade.data.recaptions.reading import Recaptions, recaptions_of
+from cascade.data.transforms import BadSample, Pictures, decode, framed
 from cascade.draws import generator
 from cascade.errors import UserError
+from cascade.files.stores.places import Place
 from cascade.formats.texts import BadText, encodable, lines
 from cascade.formats.texts import decoded as text_of
 
@@ -47,6 +52,13 @@ class Skip(NamedTuple):
     reason: str
 
 
+class Bucket(NamedTuple):
+    """The shape that a picture is framed in, in pixels of its largest size."""
+
+    of: Buckets
+    shape: Shape
+
+
 @runtime_checkable
 class Sample(Protocol):
     """A key of a shard, and its members (files)."""
@@ -75,6 +87,7 @@ class Items:
         json_fields: Sequence[str],
         seed: int,
         several: str | None = None,
+        recaptions: str | Place | None = None,
     ):
         if several not in SEVERAL:
             raise UserError(f"data.several={several}: choose first, drawn or all, or omit it")
@@ -82,33 +95,50 @@ class Items:
         self.several = several
         self.captions = {f: p for f, p in (captions or {"txt": 1.0}).items() if p > 0}
         self.embeddings = list((embeddings or {}).values())
+        self.recaptions = recaptions_of(recaptions, self.captions)
+
+    @property
+    def stores(self) -> list[Embeddings]:
+        """The folders that samples are joined with."""
+        return [*self.embeddings, *([self.recaptions] if self.recaptions else [])]
+
+    def texts(self, sample: Sample) -> dict[str, list[str]]:
+        """Return the captions that one is drawn from, by field. Raises BadSample."""
+        return captions_of(sample, self.captions, self.several, self.recaptions)
 
     def __call__(
         self,
         sample: Sample,
         n: int,
         decoded: Callable[[], UInt8[np.ndarray, "s s 3"]] | None = None,
+        bucket: Bucket | None = None,
     ) -> dict[str, Any]:
         """Make the item of a sample under number n, which determines its crop and caption.
 
         Args:
             decoded: returns its picture from a cache; None: decode it.
+            bucket: what its picture is framed in, which the keys of `FRAMING` then describe; None:
+                it is the centred square.
 
         Raises:
             BadSample: the sample cannot be used.
         """
-        field, caption = self._drawn(captions_of(sample, self.captions, self.several), n)
+        field, caption = self._drawn(self.texts(sample), n)
         key = sample.key
         item = {"sample": n, "key": f"{sample.shard}/{key}", "caption": caption}
         if self.json_fields:
             fields = fields_of(sample)
             item |= {name: fields.get(name) for name in self.json_fields}
         if self.pictures.sizes:
-            picture = decoded() if decoded else self.decoded(sample)
-            drawn = self.pictures.crop or self.pictures.degrade
-            item |= self.pictures.views(
-                picture, generator(self.seed, "crop", n) if drawn else UNUSED, sample
-            )
+            drawn = bucket or self.pictures.crop or self.pictures.degrade
+            rng = generator(self.seed, "crop", n) if drawn else UNUSED
+            if bucket:
+                place = partial(bucket.of.place, rng=rng)
+                picture, framing = framed(*stored(sample), bucket.shape, place)
+                item |= {key: torch.tensor(pair) for key, pair in framing.items()}
+            else:
+                picture = decoded() if decoded else self.decoded(sample)
+            item |= self.pictures.views(picture, rng, sample)
         for store in self.embeddings:
             item |= store.row(sample.shard, key, field)
         return item
@@ -135,12 +165,18 @@ def picture_of(sample: Sample, size: int) -> UInt8[np.ndarray, "{size} {size} 3"
     (img2dataset stores pictures unrotated, and the camera's orientation in the JSON.)
     Raises BadSample.
     """
+    data, stated = stored(sample)
+    return decode(data, size, stated=stated)
+
+
+def stored(sample: Sample) -> tuple[bytes, int | None]:
+    """Return the file of a sample's picture, and the orientation in its JSON. Raises BadSample."""
     data = sample.read("picture")
     try:
         fields = sample.read("json")
     except BadSample:  # reported where a caption is read from the JSON
         fields = b""
-    return decode(data, size, stated=stated_orientation(fields))
+    return data, stated_orientation(fields)
 
 
 def stated_orientation(fields: bytes) -> int | None:
@@ -154,7 +190,10 @@ def stated_orientation(fields: bytes) -> int | None:
 
 
 def captions_of(
-    sample: Sample, captions: Iterable[str], several: str | None = None
+    sample: Sample,
+    captions: Iterable[str],
+    several: str | None = None,
+    recaptions: Recaptions | None = None,
 ) -> dict[str, list[str]]:
     """Return the captions of a sample by field: "txt", or a field of its JSON.
 
@@ -162,18 +201,26 @@ def captions_of(
         several: which captions of a list in the JSON, or of the lines of a `txt`, to return:
             "first", "all" (joined into one), or "drawn" (each of them; the caller draws). None: a
             `txt` is one caption, however many lines it has, and a longer list is ignored.
+        recaptions: fields that a captioner wrote, in place of those of the JSON. Several captions
+            in one are several samples of it, and "drawn" unless otherwise asked.
 
     Raises:
         BadSample: no caption, a text of unknown encoding, or broken JSON.
     """
     values: dict[str, Any] = dict.fromkeys(captions)
-    if values.keys() - {"txt"}:
+    written = recaptions.of(sample.shard, sample.key) if recaptions else {}
+    if values.keys() - {"txt"} - written.keys():
         fields = fields_of(sample)
         values = {field: fields.get(field) for field in values}
     if "txt" in values:
         text = _text(sample, "txt", "caption")
         values["txt"] = text if several is None else lines(text)
-    found = {field: _chosen(value, several) for field, value in values.items()}
+    found = {
+        field: _chosen(written[field], several or "drawn")
+        if field in written
+        else _chosen(value, several)
+        for field, value in values.items()
+    }
     there = {field: texts for field, texts in found.items() if texts}
     if not there:
         lists = several is None and any(isinstance(value, list) for value in values.values())

@@ -29,6 +29,7 @@ class Samples(Protocol):
         max_skip_fraction: the greatest fraction of bad samples that training tolerates.
         samples_per_epoch: infinite for a stream.
         held_out: the fraction of the pictures of these tars that an index holds out.
+        alike: how many samples, from each multiple of it on, have pictures of one shape; 0: all.
     """
 
     make_item: Items
@@ -36,6 +37,9 @@ class Samples(Protocol):
     max_skip_fraction: float
     samples_per_epoch: float
     held_out: float
+
+    @property
+    def alike(self) -> int: ...
 
     def items(
         self, numbers: Iterable[int], part: int = 0, parts: int = 1, start: int = 0

@@ -7,9 +7,12 @@ training draws them, truncated to what the encoder reads.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,13 +20,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cascade.data.embeddings import MANIFEST, OFFSETS, Manifest, read_manifest, write_embeddings
-from cascade.data.items import UNUSED, captions_of, picture_of
+from cascade.data.items import Sample, captions_of, picture_of
+from cascade.data.recaptions.reading import Recaptions
 from cascade.data.tars.dataset import read_dataset
 from cascade.data.tars.index import scan
 from cascade.data.tars.keys import FIRST_DOT
 from cascade.data.tars.open_tar import OpenTar, Placed
 from cascade.data.tars.tar import tars_of
-from cascade.data.transforms import BadSample, Pictures
+from cascade.data.transforms import BadSample, scaled
 from cascade.draws import generator
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.identity import Encoder, differs
@@ -117,22 +121,29 @@ def _check_manifest(out: Place, about: Manifest) -> None:
         about.write(out)
         return
     ours = replace(about, encoder=before.encoder)  # the same weights may be at another path
-    for field in fields(Manifest):
-        theirs, own = getattr(before, field.name), getattr(ours, field.name)
-        if theirs != own:
+    theirs, own = _compared(before), _compared(ours)
+    for name in {**own, **theirs}:
+        if (then := theirs.get(name)) != (now := own.get(name)):
             raise UserError(
-                f"{out} holds rows of {before.encoder} with {field.name}={theirs}, not {own}: "
+                f"{out} holds rows of {before.encoder} with {name}={then}, not {now}: "
                 "choose another folder to write to"
             )
+
+
+def _compared(about: Manifest) -> dict[str, Any]:
+    """The fields of a manifest, what people can read before the hash that covers it."""
+    named = asdict(about)
+    settings, known = named.pop("settings"), named.pop("hash")
+    return {**settings, **named, "hash": known}
 
 
 def _make(tar: Place, out: Path, about: Manifest, rows: Rows) -> None:
     path = out / f"{tar.stem}.safetensors"
     if path.exists():  # another process wrote it, and then released the lock
         return
-    for partial in out.glob(".*"):
-        if partial.name.startswith(f".{path.name}."):  # left by a process that was killed
-            partial.unlink(missing_ok=True)
+    for left in out.glob(".*"):
+        if left.name.startswith(f".{path.name}."):  # by a process that was killed
+            left.unlink(missing_ok=True)
     keys, tensors = rows(tar)
     write_embeddings(out, tar.stem, keys, tensors, {"hash": about.hash})
 
@@ -164,25 +175,33 @@ def picture_rows(
 ) -> tuple[list[str], dict[str, Tensor]]:
     """Encode `clip_image` of each sample with a picture and a caption; warn of white pictures."""
     keys, rows, white = [], [torch.empty(0, clip.dim)], []
-    for samples in _samples(tar, captions, "first", clip.image_size, workers):
-        keys += [key for key, _, _ in samples]
-        pictures = torch.stack([picture for _, _, picture in samples])
+    make = partial(_captioned_picture, captions=captions, size=clip.image_size)
+    for some in made_of(tar, _members(captions), make, workers):
+        if not (samples := {key: picture for key, picture in some if picture is not None}):
+            continue
+        keys += samples
+        pictures = torch.stack(list(samples.values()))
         rows.append(clip.image(pictures).float().cpu())
         bytes_ = ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        white += [key for (key, _, _), picture in zip(samples, bytes_) if suspicious(picture)]
+        white += [key for key, picture in zip(samples, bytes_) if suspicious(picture)]
     warn_of_white(tar, white, len(keys))
     return keys, {"clip_image": torch.cat(rows)}
 
 
 def about_captions(
-    encoder: Encoder, captions: Sequence[str], several: str | None = None, out: Place | None = None
+    encoder: Encoder,
+    captions: Sequence[str],
+    several: str | None = None,
+    out: Place | None = None,
+    recaptions: Recaptions | None = None,
 ) -> Manifest:
     """Return the manifest of `caption_rows`, with the encoder's hash as `out` records it."""
     embeddings = sorted(encoder.sizes.keys() & {"clip_text"})
     dtypes = {"text": "bfloat16", **dict.fromkeys(embeddings, "float32")}
     unit = embeddings if getattr(encoder, "unit", True) else []
     length, names, known = encoder.length, list(captions), _recorded_hash(encoder, out)
-    return Manifest(encoder.name, known, encoder.sizes, dtypes, unit, names, length, several)
+    made = {"recaptions": recaptions.about.hash} if recaptions and recaptions.about else {}
+    return Manifest(encoder.name, known, encoder.sizes, dtypes, unit, names, length, several, made)
 
 
 @torch.inference_mode()
@@ -192,18 +211,21 @@ def caption_rows(
     captions: Sequence[str],
     workers: int = 0,
     several: str | None = None,
+    recaptions: Recaptions | None = None,
 ) -> tuple[list[str], dict[str, Tensor]]:
     """Encode each caption field: `text` [n, w] in bfloat16, and a CLIP's `clip_text`.
 
     Holds the states of a whole shard in memory. A sample without a caption in a field gets an empty
     row there.
     """
-    samples = [s for batch in _samples(tar, captions, several, None, workers) for s in batch]
+    make = partial(_first, captions=captions, several=several, recaptions=recaptions)
+    found = chain.from_iterable(made_of(tar, _members(captions), make, workers))
+    samples = {key: texts for key, texts in found if texts is not None}
     tensors = {}
     for field in captions:
-        named = _encoded(encoder, [texts.get(field) for _, texts, _ in samples])
+        named = _encoded(encoder, [texts.get(field) for texts in samples.values()])
         tensors |= {f"{field}/{name}": rows for name, rows in named.items()}
-    return [key for key, _, _ in samples], tensors
+    return list(samples), tensors
 
 
 def _encoded(encoder: Encoder, captions: Sequence[str | None]) -> dict[str, Tensor]:
@@ -225,36 +247,53 @@ def _encoded(encoder: Encoder, captions: Sequence[str | None]) -> dict[str, Tens
     return {**out, f"text{OFFSETS}": lengths.cumsum(0)}
 
 
-class _Samples(Dataset):
-    """The samples of a tar: key, captions by field, and picture if a size is given; None if bad."""
+def _members(captions: Sequence[str]) -> set[str]:
+    return {"txt" if field == "txt" else "json" for field in captions}
 
-    def __init__(self, tar: Place, captions: Sequence[str], several: str | None, size: int | None):
-        members = {"txt" if field == "txt" else "json" for field in captions}
+
+def _first(
+    sample: Sample, captions: Sequence[str], several: str | None, recaptions: Recaptions | None
+) -> dict[str, str]:
+    found = captions_of(sample, captions, several, recaptions)
+    return {field: texts[0] for field, texts in found.items()}
+
+
+def _captioned_picture(sample: Sample, captions: Sequence[str], size: int) -> Tensor:
+    captions_of(sample, captions, "first")  # training skips what has none
+    return scaled(picture_of(sample, size))
+
+
+class _Made(Dataset):
+    """What is made of each sample of a tar, by key; None if the sample is bad."""
+
+    def __init__(self, tar: Place, members: Set[str], make: Callable[[Sample], Any]):
         dataset = read_dataset(tar.parent)
         self.tar = OpenTar(scan(tar, dataset.keys if dataset else FIRST_DOT), members)
-        self.captions, self.several = captions, several
-        self.pictures = Pictures((size,) if size else ())
+        self.make = make
 
     def __len__(self) -> int:
         return len(self.tar)
 
-    def __getitem__(self, place: int) -> tuple[str, dict[str, str], Tensor | None] | None:
+    def __getitem__(self, place: int) -> tuple[str, Any]:
         sample = Placed(self.tar, place)
         try:
-            texts = captions_of(sample, self.captions, self.several)
-            largest = self.pictures.largest
-            views = self.pictures.views(picture_of(sample, largest), UNUSED) if largest else {}
+            return sample.key, self.make(sample)
         except BadSample:
-            return None
-        firsts = {field: found[0] for field, found in texts.items()}
-        return sample.key, firsts, next(iter(views.values()), None)
+            return sample.key, None
 
 
-def _samples(
-    tar: Place, captions: Sequence[str], several: str | None, size: int | None, workers: int
-) -> Iterator[list[tuple[str, dict[str, str], Tensor | None]]]:
-    """Yield the good samples of a tar, some at a time."""
-    samples = _Samples(tar, captions, several, size)
-    for batch in DataLoader(samples, BATCH, collate_fn=list, num_workers=workers):
-        if good := [sample for sample in batch if sample]:
-            yield good
+def made_of(
+    tar: Place,
+    members: Set[str],
+    make: Callable[[Sample], Any],
+    workers: int = 0,
+    batch: int = BATCH,
+) -> Iterator[list[tuple[str, Any]]]:
+    """Yield the key of each sample of a tar, and what was made of it, some at a time.
+
+    Args:
+        members: one of which a sample must have, besides its picture: "txt", "json".
+        make: called in the workers; what it makes is None for bad samples.
+        workers: processes that read and decode.
+    """
+    yield from DataLoader(_Made(tar, members, make), batch, collate_fn=list, num_workers=workers)

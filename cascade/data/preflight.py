@@ -85,20 +85,24 @@ def _check(sample: Placed, make_item: Items, undecided: Counter[str], white: lis
     `white`.
     """
     make_item(sample, 0)
+    if make_item.recaptions:
+        make_item.recaptions.check(sample)
     if make_item.pictures.sizes and suspicious(make_item.decoded(sample)):
         white.append(f"{sample.shard}/{sample.key}")
     wanted = {*make_item.captions, *make_item.json_fields} - {"txt"}
     fields = fields_of(sample) if wanted else {}
     undecided.update(several(sample, fields, make_item))
-    there = {name for name, value in fields.items() if value is not None}
-    return there | ({"txt"} if sample.read("txt") else set())
+    own = fields.keys() - (make_item.recaptions.fields if make_item.recaptions else ())
+    there = {name for name in own if fields[name] is not None}
+    return there | make_item.texts(sample).keys() | ({"txt"} if sample.read("txt") else set())
 
 
 def several(sample: Placed, fields: Mapping[str, Any], make_item: Items) -> Iterator[str]:
     """Describe the caption fields with several captions, if `data.several` does not say which."""
     if make_item.several is not None:
         return
-    for name in make_item.captions:
+    written = make_item.recaptions.fields if make_item.recaptions else ()
+    for name in make_item.captions.keys() - written:
         if isinstance(value := fields.get(name), list) and len(value) > 1:
             yield f"a list of captions in {name}, which is ignored"
     text = decoded(sample.read("txt")) if "txt" in make_item.captions else ""

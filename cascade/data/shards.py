@@ -18,11 +18,13 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 from torch.utils.data import Dataset
 
+from cascade.buckets import Buckets
 from cascade.data.embeddings import Embeddings
 from cascade.data.items import MAX_BAD_IN_A_ROW, Items, Skip
-from cascade.data.order import Order
+from cascade.data.order import BucketOrder, Order
 from cascade.data.preflight import preflight
 from cascade.data.tars.corpus import Corpus
+from cascade.data.tars.framed import Framed
 from cascade.data.tars.index import counted
 from cascade.data.tars.open_tar import Placed
 from cascade.data.tars.tar import Paths
@@ -62,13 +64,20 @@ class Shards(Dataset):
             "first", "drawn" (one for each sample number), or "all" joined into one. None: a `txt`
             is one caption, however many lines it has, and a list is ignored.
         index, cache_gb: see `Corpus`.
+        recaptions: folder of captions that a captioner wrote (`cascade data caption`), which take
+            the place of those of the JSON in the same field. If there is no such folder, the JSON's
+            are used.
+        buckets: frame pictures in shapes of several aspect ratios, one to a batch (`BucketOrder`);
+            items then have `FRAMING`. The tars need an index, and all of it is read at the start:
+            None: pictures are the centred squares.
 
     Attributes:
         skipped: how many samples were left out of the order, by reason.
 
     Raises:
         UserError: no tars, no usable sample in them, too many left out, tars that changed since
-            they were indexed, or embeddings that lack a tar.
+            they were indexed, embeddings or captions that lack a tar, an index without the sides
+            that buckets need, or pictures that buckets cannot be made of.
     """
 
     def __init__(
@@ -89,15 +98,26 @@ class Shards(Dataset):
         several: str | None = None,
         index: str | Place | None = None,
         cache_gb: float | int = GB,
+        recaptions: str | Place | None = None,
+        buckets: Buckets | None = None,
     ):
-        self.make_item = Items(pictures, captions, embeddings, json_fields, seed, several)
-        self.embeddings, self.max_skip_fraction = self.make_item.embeddings, max_skip_fraction
+        self.make_item = Items(
+            pictures, captions, embeddings, json_fields, seed, several, recaptions
+        )
+        self.embeddings, self.max_skip_fraction = self.make_item.stores, max_skip_fraction
         members = {"txt" if field == "txt" else "json" for field in self.make_item.captions}
+        if buckets and cache:
+            raise UserError("data.cache keeps square pictures: leave it or data.buckets out")
         if block < 1:
             raise UserError(f"data.block={block}: shuffle at least 1 tar at a time")
         self.corpus = Corpus(path, split, members, block, keys, hold_out, index, cache_gb)
         self.held_out = self.corpus.share
-        self.order = Order(self.corpus.counts, seed, block, shuffle)
+        self.buckets = buckets and Framed.of_corpus(buckets, self.corpus, pictures)
+        self.order = (
+            BucketOrder(self.buckets.labels, seed, block, shuffle, buckets.batch)
+            if self.buckets
+            else Order(self.corpus.counts, seed, block, shuffle)
+        )
         self.skipped = self.corpus.left_out
         left_out = self.skipped.total()
         whole = left_out + self.corpus.usable
@@ -119,6 +139,10 @@ class Shards(Dataset):
     @property
     def samples_per_epoch(self) -> int:
         return len(self)
+
+    @property
+    def alike(self) -> int:
+        return self.buckets.of.batch if self.buckets else 0
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         self._fetch_ahead(n)
@@ -148,7 +172,7 @@ class Shards(Dataset):
     def preview(self, count: int, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Yield `count` evenly spaced items of the first epoch, with whole pictures of `sizes`."""
         other = copy(self)
-        other.make_item, other._cache = copy(self.make_item), None
+        other.make_item, other._cache, other.buckets = copy(self.make_item), None, None
         other.make_item.pictures = Pictures(tuple(sizes))
         return (other[n * len(self) // count] for n in range(count))
 
@@ -165,7 +189,7 @@ class Shards(Dataset):
         """Return a sample of the corpus under number n. Raises BadSample if it cannot be used."""
         sample = Placed(self.corpus[tar], place)
         cached = None if self._cache is None else partial(self._picture, tar, sample)
-        return self.make_item(sample, n, cached)
+        return self.make_item(sample, n, cached, self.buckets and self.buckets.bucket(tar, place))
 
     def _picture(self, tar: int, sample: Placed) -> UInt8[np.ndarray, "s s 3"]:
         pixels, filled, starts = self._cache

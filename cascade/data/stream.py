@@ -22,6 +22,7 @@ from cascade.data.tars.urls import Streamed, named, streamed
 from cascade.data.transforms import BadSample, Pictures
 from cascade.draws import generator
 from cascade.errors import UserError
+from cascade.files.stores.places import Place
 
 MAX_EMPTY_TARS = 20  # tars in a row without a usable sample after which reading is given up
 
@@ -32,7 +33,8 @@ class Stream:
     Args:
         urls: what `webdataset` opens: http://, https://, gs://, hf://, ..., pipe:COMMAND, a file;
             braces expand to several: train-{00000..00099}.tar.
-        pictures, captions, seed, json_fields, max_skip_fraction, several: as for `Shards`.
+        pictures, captions, seed, json_fields, max_skip_fraction, several, recaptions: as for
+            `Shards`.
         allow_pipe: whether pipe:COMMAND may run in a shell. Set it on the command line only, never
             in a file that came with the data.
         split: selects tars by name (`splits.of_split`).
@@ -46,7 +48,7 @@ class Stream:
             split.
     """
 
-    samples_per_epoch, held_out = math.inf, 0.0
+    samples_per_epoch, held_out, alike = math.inf, 0.0, 0
 
     def __init__(
         self,
@@ -63,11 +65,14 @@ class Stream:
         max_skip_fraction: float = 0.01,
         keys: str = FIRST_DOT,
         several: str | None = None,
+        recaptions: str | Place | None = None,
     ):
         check_rule(keys)
-        self.make_item = Items(pictures, captions, embeddings, json_fields, seed, several)
+        self.make_item = Items(
+            pictures, captions, embeddings, json_fields, seed, several, recaptions
+        )
         self.seed, self.shuffle, self.buffer = seed, shuffle, buffer
-        self.embeddings, self.max_skip_fraction = self.make_item.embeddings, max_skip_fraction
+        self.embeddings, self.max_skip_fraction = self.make_item.stores, max_skip_fraction
         self.urls, self.keys = named(urls, split, allow_pipe), keys
         for store in self.embeddings:
             store.require(list(self.urls))

@@ -1,12 +1,14 @@
 """Decodes files to pictures in [-1, 1]: the centred square, resized by anti-aliased bicubic.
 
+Or, in aspect-ratio buckets (`cascade.buckets`), a part of the bucket's shape, as large as it fits.
+
 The same filter everywhere: a file is decoded once to the largest size needed, and smaller sizes are
 shrunk from that, so that training and evaluation make low-resolution inputs in the same way.
 Pictures are never flipped, because captions say "left" and "right".
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +19,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from cascade.batch import hint_key, image_key
+from cascade.batch import FRAMING, hint_key, image_key
 from cascade.data.bsr import BSR, FACTOR
 from cascade.errors import UserError
 from cascade.formats.rgb import BadSample, opened, orientation, reasons, rgb, upright
@@ -42,42 +44,104 @@ def decode(
     """
     image = opened(data)
     with reasons():
-        w, h = image.size
+        turn = orientation(image, stated)
+        h, w = _sides(image, turn)
         if 4 * min(w, h) < size:
             raise BadSample("picture too small")
+        # An odd remainder puts the square half a pixel nearer to the top or left.
+        side, top, left = min(w, h), max(0, h - w) // 2, max(0, w - h) // 2
+        return _part(image, turn, (top, left, top + side, left + side), (size, size), scaled)
+
+
+def framed(
+    data: bytes,
+    stated: int | None,
+    shape: tuple[int, int],
+    place: Callable[[int], int],
+) -> tuple[UInt8[np.ndarray, "h w 3"], dict[str, tuple[int, int]]]:
+    """Decode the part of a file that fills a shape, once the file is resized to just cover it.
+
+    Args:
+        stated: as of `decode`.
+        shape: height and width.
+        place: how many of a number of spare pixels to cut off before the part.
+
+    Returns:
+        The part, and height and width, or top and left, of `FRAMING`: the file's, those of the part
+        in the resized picture, and the part's own.
+
+    Raises:
+        BadSample: as `decode` does; too small if it had to be enlarged to more than four times.
+    """
+    image = opened(data)
+    with reasons():
         turn = orientation(image, stated)
-        drafted = image.draft(None, (_MARGIN * size, _MARGIN * size)) if scaled else None
-        # In pixels of the scaled decode a side need not be an integer: 500 px at 1/8 are 62.5.
-        scale = drafted[1][2] / w if drafted else 1.0
-        box = tuple(scale * edge for edge in _centre(w, h, turn))
-        return upright(_resized(rgb(image), size, box), turn)
+        sides = _sides(image, turn)
+        scale = max(new / old for new, old in zip(shape, sides))
+        if scale > 4:
+            raise BadSample("picture too small")
+        # A whole picture that is resized may end within a pixel. The 1e-6 keeps those that do not.
+        spare = [int(scale * n + 1e-6) - m for n, m in zip(sides, shape)]
+        corner = (place(spare[0]), place(spare[1]))
+        near = [at / scale for at in corner]
+        far = [
+            min(n, start + m / scale) if more else n
+            for n, start, m, more in zip(sides, near, shape, spare)
+        ]
+        part = _part(image, turn, (*near, *far), shape, scaled=True)
+        return part, dict(zip(FRAMING, (sides, corner, shape)))
 
 
-def _centre(w: int, h: int, turn: int) -> tuple[int, int, int, int]:
-    """Return the edges of the square that is centred once the picture is rotated upright."""
-    side = min(w, h)
-    # An odd remainder puts the square half a pixel nearer to the upright picture's top or left.
-    left = w - side - (w - side) // 2 if turn in (2, 3, 7, 8) else (w - side) // 2
-    top = h - side - (h - side) // 2 if turn in (3, 4, 6, 7) else (h - side) // 2
-    return left, top, left + side, top + side
+def _sides(image: Image.Image, turn: int) -> tuple[int, int]:
+    """Height and width of a picture once it is upright."""
+    return image.size if turn > 4 else image.size[::-1]
 
 
-def _resized(image: Image.Image, size: int, box: tuple[float, ...]) -> UInt8[np.ndarray, "s s 3"]:
+def _part(
+    image: Image.Image,
+    turn: int,
+    box: tuple[float | int, ...],
+    shape: tuple[int, int],
+    scaled: bool,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Decode a part of a picture: top, left, bottom and right of the upright one, to a shape."""
+    top, left, bottom, right = box
+    w, h = image.size
+    if turn > 4:
+        top, left, bottom, right, shape = left, top, right, bottom, shape[::-1]
+    if turn in (2, 3, 7, 8):
+        left, right = w - right, w - left
+    if turn in (3, 4, 6, 7):
+        top, bottom = h - bottom, h - top
+    most = min((bottom - top) // (_MARGIN * shape[0]), (right - left) // (_MARGIN * shape[1]))
+    factor = next(n for n in (8, 4, 2, 1) if n <= max(1, most))  # those that a decoder knows
+    drafted = image.draft(None, (w // factor, h // factor)) if scaled else None
+    # In pixels of the scaled decode a side need not be an integer: 500 px at 1/8 are 62.5.
+    scale = drafted[1][2] / w if drafted else 1.0
+    edges = tuple(scale * edge for edge in (left, top, right, bottom))
+    return upright(_resized(rgb(image), shape, edges), turn)
+
+
+def _resized(
+    image: Image.Image, shape: tuple[int, int], box: tuple[float | int, ...]
+) -> UInt8[np.ndarray, "h w 3"]:
     """Resize a part of a picture. torch's filter is Pillow's to one level, and much faster."""
     if any(edge % 1 for edge in box):
-        return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+        return np.array(image.resize(shape[::-1], Image.Resampling.BICUBIC, box=box))
     left, top, right, bottom = map(int, box)
     part = torch.from_numpy(np.array(image)[top:bottom, left:right]).permute(2, 0, 1)[None]
-    square = F.interpolate(part, (size, size), mode="bicubic", antialias=True)
-    return square[0].permute(1, 2, 0).numpy()
+    resized = F.interpolate(part, shape, mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def shrink(x: Float[Tensor, "*b 3 h w"], size: int) -> Float[Tensor, "*b 3 {size} {size}"]:
     """Shrink square pictures in [-1, 1] by anti-aliased bicubic, clamped to [-1, 1]."""
-    small = F.interpolate(
-        x.reshape(-1, *x.shape[-3:]), (size, size), mode="bicubic", antialias=True
-    )
-    return small.clamp(-1, 1).reshape(*x.shape[:-2], size, size)
+    return _shrunk(x, (size, size))
+
+
+def _shrunk(x: Float[Tensor, "*b 3 h w"], shape: tuple[int, int]) -> Float[Tensor, "*b 3 H W"]:
+    small = F.interpolate(x.reshape(-1, *x.shape[-3:]), shape, mode="bicubic", antialias=True)
+    return small.clamp(-1, 1).reshape(*x.shape[:-2], *shape)
 
 
 @runtime_checkable
@@ -164,11 +228,13 @@ class Pictures:
 
     def views(
         self,
-        picture: UInt8[np.ndarray, "s s 3"],
+        picture: UInt8[np.ndarray, "h w 3"],
         rng: np.random.Generator,
         sample: Any = None,
-    ) -> dict[str, Float[Tensor, "3 h w"]]:
+    ) -> dict[str, Float[Tensor, "3 _ _"]]:
         """Make `image_{size}` of each size from a picture decoded at the largest size.
+
+        A picture in a bucket keeps its shape at each size.
 
         Args:
             sample: what `items.Sample` describes, for conditions; None: they are black.
@@ -179,11 +245,11 @@ class Pictures:
         whole = scaled(picture)
         degraded = self._side // FACTOR if self.degrade else None
         undegraded = [n for n in self.sizes if n != degraded]
-        views = {image_key(n): whole if n == self.largest else shrink(whole, n) for n in undegraded}
+        views = {image_key(n): self._at(whole, n) for n in undegraded}
         for name, one in self.conditions.items():
             own = picture if one.seen == self.largest else None
             if own is None and one.seen:
-                own = _bytes(shrink(whole, one.seen))
+                own = _bytes(self._at(whole, one.seen))
             black = np.zeros((one.size, one.size, 3), np.uint8)
             views[hint_key(name, one.size)] = scaled(black if sample is None else one(own, sample))
         if self.crop:
@@ -196,6 +262,13 @@ class Pictures:
             largest = views[image_key(self._side)]
             views[image_key(degraded)] = self.degrade(largest, rng.spawn(1)[0])
         return views
+
+    def _at(self, whole: Float[Tensor, "3 h w"], size: int) -> Float[Tensor, "3 H W"]:
+        """Shrink a picture of the largest size to another."""
+        if size == self.largest:
+            return whole
+        height, width = (side * size // self.largest for side in whole.shape[1:])
+        return _shrunk(whole, (height, width))
 
 
 def scaled(picture: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "3 h w"]:

@@ -142,6 +142,10 @@ def going_on(folder: Path, config: DictConfig) -> Iterator[Finding]:
 
 def weights(folder: Path, checkpoint: Checkpoint | None, budget: Budget) -> Iterator[Finding]:
     """Check that the weights fit the configuration, its encoders and the newest checkpoint."""
+    if Run(folder).config.get("adapter"):
+        names = ", ".join(file.name for file in Run(folder).weights) or "nothing yet"
+        yield note(f"it holds {names}, an addition to {Run(folder).config.start}")
+        return
     module = _unloaded(folder)
     if not checkpoint and not Run(folder).weights:
         yield note("it has no weights yet")
@@ -149,7 +153,7 @@ def weights(folder: Path, checkpoint: Checkpoint | None, budget: Budget) -> Iter
     try:
         for line in _quietly(lambda: module.restore(folder), budget)[1]:
             yield note(line.removeprefix(f"{folder}: "))
-        for encoder in getattr(module, "encoders", ()):
+        for encoder in module.frozen:
             if encoder.hash:
                 yield note(f"it was trained with the encoder {encoder.name} ({encoder.hash})")
         if checkpoint and isinstance(module, Stage):

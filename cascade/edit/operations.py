@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -101,9 +102,13 @@ def paint_unknown(
 
     def painting(stage: Stage) -> Stage:
         known = batch[KNOWN + stage.writes]
-        sides, size = tuple(known.shape[2:]), image_size(stage.writes)
         x0 = stage.codec.encode({stage.writes: known})
-        solver = repaint(stage.sampler.solver, x0, batch[UNKNOWN + stage.writes], jumps)
+        # Latents are smaller than pictures; those of which any pixel is unknown are painted.
+        sides, unknown = tuple(x0.shape[2:]), batch[UNKNOWN + stage.writes]
+        size = (image_size(stage.writes) or 0) * sides[0] // known.shape[2]
+        if sides != tuple(unknown.shape[2:]):
+            unknown = F.adaptive_max_pool2d(unknown.float(), sides) > 0
+        solver = repaint(stage.sampler.solver, x0, unknown, jumps)
         stage = stage.altered(sampler=replace(stage.sampler, solver=solver))
         if sides == (size, size):
             return stage

@@ -5,6 +5,7 @@ A CLIP trained here is a directory in open_clip's own format (`open_clip_config.
 Pictures are [b, 3, h, w] in [-1, 1]; embeddings are [b, d], of unit norm unless asked for raw.
 """
 
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ from cascade.encoders.text_tower import OPTIONS, load_text_tower
 from cascade.encoders.weights import check_tensors, reading, weights_hash
 from cascade.errors import UserError
 from cascade.files.atomic import write_atomically, write_text
+from cascade.nets.layers import altered
 from cascade.trainable import Trainable
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -90,6 +92,7 @@ class FrozenCLIP(OfCaptions):
     """
 
     writes = frozenset({"clip_text", "text", "text_mask"})
+    words: tuple[str, ...] = ()  # learned beside the vocabulary (`adapters.words`)
 
     def __init__(
         self,
@@ -180,13 +183,13 @@ class FrozenCLIP(OfCaptions):
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in self._source[1:3])
         return ((x + 1) / 2 - mean) / std
 
-    @torch.no_grad()
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Encodes captions: `clip_text` [b, d], `text` [b, n, w], `text_mask` and `tokens` [b, n].
 
-        `text` holds the states after the last norm; n is the length of the longest caption.
+        `text` holds the states after the last norm; n is the length of the longest caption. There
+        is a gradient for words that are being learned alone.
         """
-        tokens = tokenize(captions, self.length).to(self.device)
+        tokens = tokenize(captions, self.length, self.words).to(self.device)
         embeddings, states = self._tower(tokens)
         kept = trimmed(tokens)
         return {
@@ -202,7 +205,29 @@ class FrozenCLIP(OfCaptions):
         return (tower.clip if isinstance(tower, _Whole) else tower).state_dict()
 
     def tokenized(self, captions: Sequence[str]) -> list[list[int]]:
-        return ids(captions, self.length)
+        return ids(captions, self.length, self.words)
+
+    @property
+    def table(self) -> nn.Module:
+        """The table of tokens of the text tower."""
+        return self._reader.token_embedding
+
+    def taught(self, word: str, extend: Callable[[nn.Module], nn.Module]) -> "FrozenCLIP":
+        """A copy that reads a further word; it shares all weights.
+
+        Args:
+            extend: adds the word's row to the table.
+        """
+        other = copy.copy(self)
+        reader = altered(self._reader, token_embedding=extend(self.table))
+        whole = isinstance(self._tower, _Whole)
+        other._tower = altered(self._tower, clip=reader) if whole else reader
+        other.words = (*self.words, word)
+        return other
+
+    @property
+    def _reader(self) -> Any:
+        return self._tower.clip if isinstance(self._tower, _Whole) else self._tower
 
     @cached_property
     def _source(self) -> CLIPSource:

@@ -5,6 +5,7 @@ plain objects rather than modules, so that no state dict, optimizer or average h
 load on first use. Tokens are open_clip's, [b, n], zero-padded after the end-of-text token.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from importlib.util import module_from_spec, spec_from_file_location
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
@@ -33,15 +35,55 @@ from cascade.nets.layers import run
 _LONGEST_TOKEN = 32
 
 
-def tokenize(captions: Sequence[str], length: int) -> Int64[Tensor, "b {length}"]:
+def tokenize(
+    captions: Sequence[str], length: int, words: Sequence[str] = ()
+) -> Int64[Tensor, "b {length}"]:
     """CLIP's byte-pair tokens: start of text, the caption, end of text, zeros.
 
     A caption that is too long is cut, and still ends with end-of-text. An empty caption is two
     tokens. (Merging a word takes time quadratic in its length, so the part that cannot fit is cut
     first.)
+
+    Args:
+        words: further words, in any case; their tokens are -1, -2, ..., so that end-of-text remains
+            the greatest number.
     """
     short = [" ".join(caption.split())[: _LONGEST_TOKEN * length] for caption in captions]
-    return _tokenizer().tokenize(short, length)
+    found = _tokenizer().tokenize(short, length)
+    if words:
+        for row, caption in zip(found, short):
+            if new := _with_words(caption, words):
+                whole = [*[int(row[0]), *new][: length - 1], int(row.max())]
+                row[:] = F.pad(torch.tensor(whole), (0, length - len(whole)))
+    return found
+
+
+def _with_words(caption: str, words: Sequence[str]) -> list[int] | None:
+    """The tokens between start and end of a caption that has some of `words`; None if it has none.
+
+    A word begins and ends where other letters do not go on.
+    """
+    bounds = [
+        (r"(?<!\w)" if word[0].isalnum() else "", r"(?!\w)" if word[-1].isalnum() else "")
+        for word in words
+    ]
+    parts = [f"({a}{re.escape(word)}{b})" for word, (a, b) in zip(words, bounds)]
+    tokens: list[int] = []
+    start, found = 0, False
+    for match in re.finditer("|".join(parts), caption, re.IGNORECASE):
+        tokens += [*_tokens(caption[start : match.start()]), -match.lastindex]
+        start, found = match.end(), True
+    return [*tokens, *_tokens(caption[start:])] if found else None
+
+
+def _tokens(text: str) -> list[int]:
+    return _tokenizer()._tokenizer.encode(text)
+
+
+def token_of(word: str) -> int | None:
+    """The token of a word of CLIP's vocabulary; None if it is read as several tokens."""
+    found = _tokens(word)
+    return found[0] if len(found) == 1 else None
 
 
 def exceeds(caption: str, length: int) -> bool:
@@ -66,9 +108,9 @@ def token_mask(tokens: Int64[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
     return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(1, keepdim=True)
 
 
-def ids(captions: Sequence[str], length: int) -> list[list[int]]:
+def ids(captions: Sequence[str], length: int, words: Sequence[str] = ()) -> list[list[int]]:
     """The tokens of each caption, from start to end of text."""
-    tokens = tokenize(captions, length)
+    tokens = tokenize(captions, length, words)
     return [row[own].tolist() for row, own in zip(tokens, token_mask(tokens))]
 
 
@@ -88,16 +130,17 @@ class Tokenizer(OfCaptions):
 
     name, hash, sizes = "CLIP's tokens", "", {}  # there is one vocabulary, and no weights
     former = Former("")
+    words: tuple[str, ...] = ()  # learned beside the vocabulary (`adapters.words`)
 
     def __init__(self, length: int):
         self.length = length
 
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """`tokens` [b, n], padded to the longest caption."""
-        return {"tokens": trimmed(tokenize(captions, self.length)).to(self.device)}
+        return {"tokens": trimmed(tokenize(captions, self.length, self.words)).to(self.device)}
 
     def tokenized(self, captions: Sequence[str]) -> list[list[int]]:
-        return ids(captions, self.length)
+        return ids(captions, self.length, self.words)
 
 
 class TextTransformer(nn.Module):

@@ -118,13 +118,16 @@ def _choices(part: Part) -> str:
     return ", ".join(f"{key} {value}" for key, value in chosen.items() if value is not None)
 
 
+_KINDS = {"t5": "a T5", "llm": "a language model", "autoencoder": "an autoencoder"}
+
+
 def _encoders(encoders: Mapping[str, Any]) -> Iterator[str]:
     if not encoders:
         return
     yield "## Encoders"
     yield ""
     for name, encoder in encoders.items():
-        kind = {"t5": "a T5", "llm": "a language model"}.get(kind_of(encoder) or "", encoder.name)
+        kind = _KINDS.get(kind_of(encoder) or "", encoder.name)
         if isinstance(encoder, FrozenCLIP):
             quick = encoder.choices["quick_gelu"]
             kind = f"a CLIP with {'QuickGELU' if quick else 'GELU'}"

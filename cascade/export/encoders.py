@@ -16,6 +16,7 @@ from cascade.encoders.sources import CLIP_CONFIG, CLIP_WEIGHTS, clip_source
 from cascade.encoders.t5 import t5_source
 from cascade.encoders.text import FrozenT5
 from cascade.encoders.weights import tensors_of
+from cascade.latents.frozen import FrozenAutoencoder
 
 Place = tuple[str, str | None]  # a name or path, and a checkpoint
 _T5_FILES = (
@@ -27,6 +28,7 @@ _T5_FILES = (
 def kind_of(encoder: Any) -> str | None:
     """What the folder of an encoder is called; None: it has no files, as CLIP's tokenizer."""
     kinds = {FrozenCLIP: "clip", FrozenT5: "t5", FrozenLLM: "llm", BytePairs: "byte_pairs"}
+    kinds |= {FrozenAutoencoder: "autoencoder"}
     return kinds.get(type(encoder))
 
 
@@ -49,6 +51,8 @@ def write_encoder(encoder: Any, folder: Path) -> None:
         return
     if isinstance(encoder, BytePairs):
         files = encoder.files
+    elif isinstance(encoder, FrozenAutoencoder):
+        files = [encoder.source.config, encoder.source.weights]
     elif isinstance(encoder, FrozenLLM):
         own = files_of(Path(encoder.name))
         present = [f for name in (CONFIG, TOKENIZER, INDEX) if (f := own.folder / name).exists()]

@@ -10,6 +10,7 @@ Paths of encoders count from the stage's directory (`../clip`). What is unknown 
 """
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from cascade.adapters.lora import fuse
+from cascade.adapters.words import WORD
 from cascade.config.compose import saved
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
@@ -31,7 +34,7 @@ from cascade.runs.run import Run
 
 TOKENIZER = "tokenizer"  # the folder of CLIP's, for other programs
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_KEYS = ("path_or_name", "folder")  # by which a reader's configuration names its files
+_KEYS = ("path_or_name", "folder")  # by which an encoder's configuration names its files
 _MISSING = "???"  # OmegaConf's, for what has to be given
 Places = Mapping[Place, str]  # where an encoder's files are -> its folder here
 
@@ -46,6 +49,7 @@ class Part:
         stage: with the run's weights.
         choices: how it is sampled; None: nothing is chosen.
         sampled: whether it is a stage of the cascade.
+        words: runs of words that it has learned.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Part:
     stage: Any
     choices: dict[str, Any] | None
     sampled: bool = True
+    words: tuple[Path, ...] = ()
 
 
 def parts_of(model: Path) -> list[Part]:
@@ -71,7 +76,12 @@ def parts_of(model: Path) -> list[Part]:
         stage = (run := Run(runs[name])).load()
         if length := choices.pop("length", None):
             averaged(stage, run, length)
-        found[name] = Part(name, run, stage, choices or None)
+        words = [Path(one) for one in choices.pop("words", None) or ()]
+        if adapters := choices.pop("adapters", None):
+            if words:
+                raise UserError(f"{file}: {name} has words and adapters: leave one of them out")
+            fuse(stage, [(Path(one["path"]), one.get("weight", 1.0)) for one in adapters])
+        found[name] = Part(name, run, stage, choices or None, words=tuple(words))
         beside = partial(_beside, runs, found, run)
         if weaker := choices.get("weaker"):
             choices["weaker"] = beside(f"{name}.weaker", weaker)
@@ -112,6 +122,13 @@ def write_model(parts: Sequence[Part], folder: Path) -> dict[str, Any]:
         part.stage.export(run.path)
         run.load()  # or nothing is exported
     stages = {part.name: part.choices for part in parts if part.sampled}
+    for part in parts:
+        for number, word in enumerate(part.words, 1):
+            own = f"{part.name}_word{number}"
+            (folder / own).mkdir()
+            shutil.copyfile(word / WORD, folder / own / WORD)
+            stages[part.name] = of = stages[part.name] or {}
+            of["words"] = [*of.get("words", ()), own]
     (folder / CASCADE).write_text(OmegaConf.to_yaml({"stages": stages}))
     return {name: encoder for name, (encoder, _) in encoders.items()}
 
@@ -121,7 +138,7 @@ def _encoders(parts: Sequence[Part]) -> dict[str, tuple[Any, list[Place]]]:
     found: dict[str, tuple[Any, list]] = {}
     taken = {part.name for part in parts} | {TOKENIZER}
     by_weights: dict[str, str] = {}
-    for encoder in (encoder for part in parts for encoder in part.stage.encoders):
+    for encoder in (encoder for part in parts for encoder in part.stage.frozen):
         if not (kind := kind_of(encoder)):
             continue
         place = place_of(encoder)
@@ -161,7 +178,7 @@ def portable(run: Run, places: Places) -> dict[str, Any]:
 
     config = located(run.located, "")
     config |= {"run": config.get("name") or run.path.name}
-    return {key: value for key, value in config.items() if key not in ("start", "teacher")}
+    return {key: value for key, value in config.items() if key not in ("start", "teacher", "few")}
 
 
 def _portable_value(value: Any, where: str, known: Mapping[str, str]) -> Any:

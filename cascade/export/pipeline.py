@@ -6,6 +6,7 @@ the way.
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ _INDEX = {
     "super_res_scheduler": ["diffusers", "UnCLIPScheduler"],
 }
 _KINDS = ("prior", "decoder", "super_res")
+# Choices that name other runs, and what diffusers needs instead.
+_OTHER_RUNS = {"weaker": "guidance by the stage itself", "controls": "no ControlNets"}
 
 
 def write_diffusers(model: Path, folder: Path) -> None:
@@ -48,8 +51,9 @@ def write_diffusers(model: Path, folder: Path) -> None:
         UserError: a stage cannot be loaded, or diffusers has no counterpart of it.
     """
     parts = parts_of(model)
-    if weaker := [part.name for part in parts if not part.sampled]:
-        raise refused(weaker[0], "weaker", weaker[0], "guidance by the stage itself")
+    for part, (choice, needed) in product(parts, _OTHER_RUNS.items()):
+        if value := (part.choices or {}).get(choice):
+            raise refused(part.name, choice, value, needed)
     kinds = [_kind(part) for part in parts]
     folder.mkdir()
     if sorted(kinds) == sorted(_KINDS):

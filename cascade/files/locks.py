@@ -210,12 +210,21 @@ class ClaimFiles:
         return found
 
     def make(self, number: int) -> bool:
-        """Create a claim file for this process; False if another process was faster."""
+        """Create a claim file for this process; False if another process was faster.
+
+        Raises OSError: the disk is full, say. Nothing is left of the claim, whose holder nobody
+        could tell: all would have to wait until it counts as silent.
+        """
         try:
-            with self.path(number).open("x") as file:
-                file.write(json.dumps(asdict(Holder.here())) + "\n")
+            file = self.path(number).open("x")
         except FileExistsError:
             return False
+        try:
+            with file:
+                file.write(json.dumps(asdict(Holder.here())) + "\n")
+        except OSError:
+            self.path(number).unlink(missing_ok=True)
+            raise
         return True
 
     @contextmanager

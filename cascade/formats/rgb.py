@@ -180,6 +180,16 @@ def orientation(image: Image.Image, stated: int | None = None) -> int:
     return value if value in range(2, 9) else 1
 
 
+def sides(data: bytes, stated: int | None = None) -> tuple[int, int]:
+    """The height and width of a picture once it is upright, from its header.
+
+    `stated`: see `orientation`. Raises BadSample as `opened`.
+    """
+    image = opened(data)
+    width, height = image.size
+    return (width, height) if orientation(image, stated) > 4 else (height, width)
+
+
 def upright(stored: UInt8[np.ndarray, "h w c"], orientation: int) -> UInt8[np.ndarray, "y x c"]:
     """Rotates and mirrors a picture by its EXIF orientation."""
     if orientation == 1:

@@ -78,10 +78,13 @@ class Alignment(nn.Module):
         """Finds the stage's block, and creates the projector for it; returns itself.
 
         Raises:
-            UserError: the stage samples no pictures, or its network has no such block.
+            UserError: the stage samples no pictures, or not squares alone, or its network has no
+                such block.
         """
         if not image_size(stage.writes):
             raise UserError(f"alignment: {stage.writes} is no picture: leave alignment= out")
+        if len(stage.codec.shapes) > 1:
+            raise UserError("alignment: its teacher sees squares: leave it or buckets= out")
         block = _found(stage.net, self.block)
         size = self.teacher.image_size
         blank = torch.zeros(1, 3, size, size, device=stage.device)

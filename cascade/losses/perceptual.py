@@ -51,12 +51,20 @@ class Perceptual(nn.Module):
     def attached(self, stage: Any) -> "Perceptual":
         """Returns itself.
 
+        Args:
+            stage: a `Stage`, or what trains an autoencoder.
+
         Raises:
             UserError: the stage samples no pictures, or its process has no prediction of x0.
         """
         if not image_size(stage.writes):
             raise UserError(f"perceptual: {stage.writes} is no picture: leave perceptual= out")
-        if not hasattr(stage.process, "prediction"):
+        if getattr(getattr(stage, "codec", None), "frozen", ()):
+            raise UserError(
+                "perceptual: it compares pictures, but this stage diffuses latents: give it to "
+                "stage=autoencoder"
+            )
+        if hasattr(stage, "process") and not hasattr(stage.process, "prediction"):
             raise UserError(
                 f"perceptual: {type(stage.process).__name__} gives no x0 to compare: choose a "
                 "process without a learned variance, or leave perceptual= out"
@@ -76,5 +84,9 @@ class Perceptual(nn.Module):
         x, logsnr, output = call.x[rows], call.logsnr[rows], call.output[rows]
         c_in, c_skip, c_out = stage.process.prediction(logsnr.double())
         x0_hat = per_sample(c_skip / c_in, x) * x + per_sample(c_out, x) * output
-        apart = self.teacher.to(x0.device)(x0_hat, x0[rows])
-        return found.index_put((rows,), self.weight * apart.to(found.dtype))
+        apart = self.between(x0_hat, x0[rows])
+        return found.index_put((rows,), apart.to(found.dtype))
+
+    def between(self, one: Tensor, other: Tensor) -> Float[Tensor, " b"]:
+        """`weight` times the distance of pictures."""
+        return self.weight * self.teacher.to(one.device)(one, other)

@@ -24,7 +24,7 @@ class Resample(nn.Module):
         self.resample = resample
         self.conv = nn.Conv2d(channels, channels, 3, stride=2 if resample < 1 else 1, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None, cond: Cond) -> Tensor:
         return layers.convolve_enlarged(self.conv, x) if self.resample > 1 else self.conv(x)
 
 
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
     Args:
         channels_in, channels: number of input and output channels.
-        embed: size of the noise-level embedding.
+        embed: size of the noise-level embedding; None: the block reads none.
         dropout: rate before the second convolution.
         resample: factor of the resolution: 0.5, 1 or 2.
         attention, cross: layers over the positions, one after the other, each with a residual.
@@ -49,7 +49,7 @@ class Block(nn.Module):
         self,
         channels_in: int,
         channels: int,
-        embed: int,
+        embed: int | None,
         dropout: float = 0.0,
         resample: float = 1.0,
         attention: nn.Module | None = None,
@@ -65,7 +65,8 @@ class Block(nn.Module):
         self.activation, self.scale = activation, scale
         self.norm_in = norm(channels_in)
         self.conv_in = nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.modulation = nn.Linear(embed, channels if shift_only else 2 * channels)
+        outputs = channels if shift_only else 2 * channels
+        self.modulation = nn.Linear(embed, outputs) if embed else None
         self.norm_out = norm(channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = layers.zero(nn.Conv2d(channels, channels, 3, padding=1))
@@ -76,9 +77,9 @@ class Block(nn.Module):
         self.cross = cross
         self.norm_cross = norm(channels) if cross else None
 
-    def forward(self, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None, cond: Cond) -> Tensor:
         h = self.norm_in.activated(x, activation=self.activation)
-        modulation = self.modulation(emb)
+        modulation = self.modulation(emb) if self.modulation else None
         if self.resample > 1:
             h, x = layers.convolve_enlarged(self.conv_in, h), F.interpolate(x, scale_factor=2)
         elif self.resample < 1:
@@ -86,9 +87,9 @@ class Block(nn.Module):
         else:
             h = self.conv_in(h)
         # In place, here and below: no backward pass needs the output of a convolution.
-        if self.shift_only:
+        if self.shift_only and modulation is not None:
             h += modulation[:, :, None, None]
-        modulation = None if self.shift_only else modulation
+            modulation = None
         h = self.norm_out.activated(h, modulation, self.activation)
         h = self.conv_out(self.dropout(h))
         h += self.skip(x)

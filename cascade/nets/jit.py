@@ -127,6 +127,7 @@ class JiT(nn.Module):
             )
         self.embed, self.width, self.image_channels = embed, width, image_channels
         self.patch, self.divisor, self.checkpoint = patch, patch, checkpoint
+        self.pixels = pixels
         self.head_channels = head_channels
         self.noise_level = layers.NoiseLevel(embed)
         given = (pixels + image_channels) * patch**2

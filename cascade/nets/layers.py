@@ -4,6 +4,7 @@ Activations that are cheap to recompute are not stored for the backward pass: a 
 its SiLU stores its input alone, and whole blocks can be recomputed (`run`).
 """
 
+import copy
 import math
 from typing import Any
 
@@ -24,6 +25,15 @@ def run(net: nn.Module, block: nn.Module, *args: Any) -> Tensor:
     if net.checkpoint and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
+
+
+def altered(module: Any, **parts: Any) -> Any:
+    """A copy of a module with the same parameters, and with other `parts` (submodules, options)."""
+    other = copy.copy(module)
+    other._modules = dict(module._modules)  # where submodules are registered
+    for name, part in parts.items():
+        setattr(other, name, part)
+    return other
 
 
 def zero(module: nn.Module) -> nn.Module:

@@ -43,7 +43,7 @@ class Sketch(nn.Module):
         super().__init__()
         if size % patch:
             raise UserError(f"a side of {size} px is not a multiple of patch={patch}: change one")
-        self.patch, self.side = patch, size // patch
+        self.patch, self.side, self.channels = patch, size // patch, channels
         self.places = Positions(width)
         self.norm_tokens = nn.LayerNorm(width)
         self.layers = nn.ModuleList(

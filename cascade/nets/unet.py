@@ -96,6 +96,7 @@ class UNet(nn.Module):
         numbers = numbers_of_blocks(blocks, multipliers, attention)
         self.embed, self.width, self.image_channels = embed, width, image_channels
         self.patch, self.divisor = patch, patch * 2 ** (len(multipliers) - 1)
+        self.pixels = pixels
         self.skip_scale, self.checkpoint = skip_scale, checkpoint
         self.noise_level = layers.NoiseLevel(embed, level, activation)
         self.activation = activation or nn.SiLU()

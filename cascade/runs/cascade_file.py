@@ -52,17 +52,24 @@ def stage_runs(file: Path, choices: Sequence[str] = ()) -> dict[str, Path]:
 
 
 def companions(file: Path, choices: Sequence[str] = ()) -> dict[str, Path]:
-    """The further runs that sampling choices name: STAGE.weaker, and each STAGE.controls.RUN."""
+    """The further runs that sampling choices name: STAGE.weaker, and each STAGE.controls.RUN,
+    STAGE.words.RUN and STAGE.adapters.RUN."""
     runs, found = stage_runs(file, choices), {}
     for name, of in stage_choices(file, choices).items():
         beside, of = runs[name].parent, of or {}
         found |= {f"{name}.weaker": beside / of["weaker"]} if of.get("weaker") else {}
         found |= {f"{name}.controls.{one}": beside / one for one in of.get("controls") or ()}
+        found |= {f"{name}.words.{one}": Path(one) for one in of.get("words") or ()}
+        paths = [one["path"] for one in of.get("adapters") or () if "path" in one]
+        found |= {f"{name}.adapters.{one}": Path(one) for one in paths}
     return found
 
 
 def stage_choices(file: Path, choices: Sequence[str]) -> dict[str, dict[str, Any] | None]:
-    """The choices of each stage (None: it has none): those of the file, overridden by `choices`."""
+    """The choices of each stage (None: it has none): those of the file, overridden by `choices`.
+
+    Paths of words and adapters, which count from the file, are joined to its folder.
+    """
     stages = loaded(file).stages
     for choice in choices:
         name, option, value = parsed_choice(choice)
@@ -70,7 +77,14 @@ def stage_choices(file: Path, choices: Sequence[str]) -> dict[str, dict[str, Any
             raise UserError(f"--set {choice}: not STAGE.OPTION=VALUE of {', '.join(stages)}")
         stages[name] = {**(stages[name] or {}), option: value}
     conform(stages, Type(values=CHOICES))
-    return OmegaConf.to_container(stages)
+    found: Any = OmegaConf.to_container(stages)
+    for of in filter(None, found.values()):
+        if of.get("words"):
+            of["words"] = [str(file.parent / one) for one in of["words"]]
+        for one in of.get("adapters") or ():
+            if isinstance(one, dict) and "path" in one:
+                one["path"] = str(file.parent / str(one["path"]))
+    return found
 
 
 def parsed_choice(choice: str) -> tuple[str, str, Any]:

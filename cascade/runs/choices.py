@@ -6,16 +6,21 @@ applies them to a stage.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
+from cascade.adapters.lora import fuse
+from cascade.adapters.words import learned
 from cascade.config.compose import built, composed
 from cascade.config.overrides import assigned
 from cascade.diffusion import guidance
 from cascade.errors import UserError
-from cascade.pipeline import BestOf, Link, TextEmbedding, Without
+from cascade.latents.codec import Latent
+from cascade.pipeline import BestOf, Link, TextEmbedding, Without, innermost
 from cascade.runs.averages import averaged
 from cascade.runs.control import joined
 from cascade.runs.run import Run
@@ -59,9 +64,30 @@ def _sources(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _weighted(entries: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
+    for one in entries:
+        if not isinstance(one, Mapping) or not {"path"} <= one.keys() <= {"path", "weight"}:
+            raise UserError(f"adapters: {one} is no {{path: RUN, weight: 1.0}}")
+        weight = one.get("weight", 1.0)
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight):
+            raise UserError(f"adapters: the weight of {one['path']}, {weight}, is no number")
+    return tuple(entries)
+
+
+def _own(stage: Stage) -> Stage:
+    """A copy of a stage with weights of its own."""
+    return stage.altered(**{name: copy.deepcopy(m) for name, m in stage.named_children()})
+
+
 def _average(stage: Stage, length: float, run: Run) -> Stage:
-    other = stage.altered(**{name: copy.deepcopy(m) for name, m in stage.named_children()})
-    averaged(other, run, length)
+    averaged(other := _own(stage), run, length)
+    return other
+
+
+def _fused(stage: Stage, adapters: Sequence[Mapping[str, Any]], run: Run) -> Stage:
+    weighted = [(Path(one["path"]), float(one.get("weight", 1.0))) for one in adapters]
+    fuse(other := _own(stage), weighted)
     return other
 
 
@@ -116,6 +142,8 @@ class SamplingChoices:
         level: of the noise in the low-resolution picture.
         weaker: the run next to this one that guidance leads away from (autoguidance).
         controls: further runs next to this one, whose ControlNets steer its network as well.
+        words: runs that learned words (textual inversion), which captions may have then.
+        adapters: runs of LoRAs, as [{path: RUN, weight: 1.0}, ...], which are added to its weights.
         without: the sources ("caption", "clip_image") to drop.
         best_of: number of draws, of which the closest to the caption is kept.
         run: the run's directory, from cascade.yaml; by default it has the stage's name.
@@ -139,6 +167,10 @@ class SamplingChoices:
     level: float | None = _choice(_noise_level, float)
     weaker: str | None = _choice(_weaker)
     controls: tuple[str, ...] | None = _choice(joined, tuple)
+    words: tuple[str, ...] | None = _choice(
+        lambda stage, paths, _: learned(stage, list(map(Path, paths))), tuple
+    )
+    adapters: tuple[Mapping[str, Any], ...] | None = _choice(_fused, _weighted)
     without: tuple[str, ...] | None = _choice(
         lambda stage, sources, _: Without(stage, sources) if sources else stage, _sources
     )
@@ -182,6 +214,8 @@ class SamplingChoices:
                 value = getattr(self, one.name)
                 if value is not None and not isinstance(link, TextEmbedding):
                     link = one.metadata["apply"](link, value, run)
+            if isinstance(stage.codec, Latent):
+                stage.codec.check_sampler(innermost(link).sampler)
         except UserError as error:
             raise UserError(f"{run.path}: {error}" if run else str(error)) from None
         return link

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cascade.adapters import base
 from cascade.batch import Batch, hint_key, weight_key
 from cascade.config.compose import built
 from cascade.data.transforms import Condition, scaled
@@ -117,6 +118,8 @@ def conditions_of(file: Path, choices: Sequence[str] = ()) -> dict[str, Conditio
     """
     found: dict[str, Condition] = {}
     for path in (stage_runs(file, choices) | companions(file, choices)).values():
+        if not Run(path).config_file.exists():  # an adapter that another program trained
+            continue
         pictures = Run(path).config.get("data", {}).get("pictures", {})
         found |= built(pictures.get("conditions") or {})
     return found
@@ -147,5 +150,4 @@ def joined(stage: Stage, names: Sequence[str], run: Run) -> Stage:
 
 def base_hash(stage: Stage) -> str:
     """The hash of a stage's weights without its ControlNets."""
-    state = stage.state_dict()
-    return tensors_hash({k: v for k, v in state.items() if not k.startswith("control.")})
+    return base.base_hash(stage.state_dict())

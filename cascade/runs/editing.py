@@ -217,7 +217,8 @@ class Work:
     def _frame(self, canvas: Canvas, whole: bool) -> tuple[Frame, dict[int, tuple[int, int]]]:
         """What the cascade shows of a canvas, and the sides of its pictures by stage."""
         links = operations.pictured(self.cascade)
-        divisors = {image_size(link.writes): innermost(link).net.divisor for link in links}
+        stages = {image_size(link.writes): innermost(link) for link in links}
+        divisors = {size: s.net.divisor * s.codec.factor for size, s in stages.items()}
         base = min(divisors)
         frame, sides = canvas.square(self.pad), (base, base)
         if whole:

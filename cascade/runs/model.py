@@ -1,5 +1,7 @@
 """Load a whole cascade from its file, and sample pictures of captions with it."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cascade.batch import Batch
+from cascade.batch import Batch, frame_key
 from cascade.data.loading import on, put_rows
 from cascade.diffusion.distillation import Distilled
 from cascade.encoders import phrases
@@ -50,6 +52,19 @@ def load_cascade(
     return Cascade([asked[name][1].applied(stage, run) for name, (run, stage) in loaded.items()])
 
 
+def compile_networks(cascade: Cascade) -> None:
+    """Compile the network of each stage on its first use, which takes minutes.
+
+    Raises:
+        UserError: there is no C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise UserError(f"--compile needs a C++ compiler, and there is no {compiler}: install one")
+    for link in cascade.stages:
+        innermost(link).net.compile()
+
+
 def distilled(cascade: Cascade) -> dict[str, Distilled]:
     """The processes of the cascade's distilled stages, by the key that each stage writes."""
     found = {}
@@ -83,6 +98,32 @@ def captions_asked(
         if len(caption) > LONGEST:
             raise UserError(f"{name} has {len(caption):,} characters: {LONGEST:,} is the most")
     return asked
+
+
+def frame_asked(cascade: Cascade, aspect: str, count: int) -> Batch:
+    """The key of a batch by which a base stage paints `count` pictures in its nearest bucket.
+
+    Args:
+        aspect: of width to height, such as "3:2".
+
+    Raises:
+        UserError: it has another form, the base stage was not trained in buckets, or the aspect is
+            beyond them.
+    """
+    sides = aspect.split(":")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise UserError(f"--aspect {aspect}: give width and height, as 3:2")
+    codec = innermost(cascade.painter).codec
+    if not codec.buckets:
+        raise UserError(
+            f"--aspect {aspect}: the stage that writes {codec.writes} was trained on squares; "
+            "train it with buckets=sdxl, or leave --aspect out"
+        )
+    width, height = map(int, sides)
+    if max(width, height) > codec.buckets.widest * min(width, height):
+        raise UserError(f"--aspect {aspect}: {codec.buckets.widest:g}:1 is the most")
+    shape = codec.shapes[int(codec.buckets.nearest([height], [width])[0])]
+    return {frame_key(codec.size): torch.tensor(shape).expand(count, 2)}
 
 
 def check_asked(cascade: Cascade, asked: Batch, guided: bool = False) -> None:

@@ -32,13 +32,15 @@ FREE = (
     "alignment.teacher.quick_gelu",
     *("learning_rate.total", "stage.learning_rate.total", "data.max_skip_fraction", "data.cache"),
     *("data.cache_gb", "data.index"),
+    "data.recaptions",  # compared by its hash
 )
 
 
 # Keys that hold paths: files may move, so their contents are compared
 # (`cascade.training.provenance`).
 PLACES = re.compile(
-    r"data\.path|start|teacher\.run|embeddings|data\.embeddings\.\w+\.folder|clip\.(path|checkpoint)|"
+    r"(few\.kept|data)\.(path|embeddings\.\w+\.folder)|start|teacher\.run|embeddings|"
+    r"clip\.(path|checkpoint)|autoencoder\.path|stage\.codec\.autoencoder\.folder|"
     r"(text\.\w+|alignment\.teacher)\.(path_or_name|checkpoint|folder)|perceptual\.teacher\.file"
 )
 

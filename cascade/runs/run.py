@@ -170,23 +170,25 @@ class Run:
         """The configuration, with the paths of its encoders where they are now.
 
         A path that begins with `../` counts from the run's directory, as in an exported model. If
-        the run was moved and its CLIP is not at the configured path, a folder of that name next to
-        the run is used. `load` compares the hashes of encoders.
+        the run was moved and its CLIP or autoencoder is not at the configured path, a folder of
+        that name next to the run is used. `load` compares the hashes of encoders.
         """
         from omegaconf import OmegaConf
 
         from cascade.runs.resumable import replaced
 
         config: Any = OmegaConf.to_container(self.config)
-        clip = str(config["clip"]["path"])
-        readers = config["stage"].get("encoders") or []
-        named = {clip, *(str(r.get(k, "")) for r in readers for k in ("path_or_name", "folder"))}
-        for path in sorted(named):
+        paths = {of: str((config.get(of) or {}).get("path")) for of in ("clip", "autoencoder")}
+        codec = config["stage"].get("codec") or {}
+        readers = [*(config["stage"].get("encoders") or []), codec.get("autoencoder") or {}]
+        named = {str(r.get(k, "")) for r in readers for k in ("path_or_name", "folder")}
+        for path in sorted({*paths.values(), *named}):
             if path.startswith("../") and (self.path / path).exists():
                 config = replaced(config, path, str(self.path / path))
-        moved = self.path.parent / Path(clip).name
-        if config["clip"]["path"] == clip and not Path(clip).exists() and moved.is_dir():
-            config = replaced(config, clip, str(moved))
+        for of, path in paths.items():
+            moved, found = self.path.parent / Path(path).name, config.get(of) or {}
+            if found.get("path") == path and not Path(path).exists() and moved.is_dir():
+                config = replaced(config, path, str(moved))
         return config
 
     def load(self) -> Any:

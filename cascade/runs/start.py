@@ -20,7 +20,8 @@ from cascade.runs.run import Run
 
 _GROUPS = (
     *("data", "clip", "text", "net", "process", "sampler", "optim", "learning_rate"),
-    *("precomputed", "sketch", "alignment", "perceptual", "averages"),
+    *("precomputed", "sketch", "alignment", "perceptual", "averages", "autoencoder", "adversarial"),
+    "adapter",
 )
 _NOT_CONTINUED = ("run", "start", "trainer", "logger", "faults")  # each run has its own
 # What refers to what in the configuration of a training, where both have the same value.
@@ -30,8 +31,11 @@ _REFERENCES = {
     "embeddings": "${data.path}/embeddings",
     "data.seed": "${seed}",
     "data.embeddings.clip.folder": "${embeddings}",
+    "data.recaptions": "${data.path}/captions",
     "data.pictures.crop": "${crop}",
     "stage.clip": "${clip.model}",
+    "stage.autoencoder": "${autoencoder.model}",
+    "stage.codec.autoencoder.folder": "${autoencoder.path}",
     "stage.net": "${net}",
     "stage.process": "${process}",
     "stage.sampler": "${sampler}",
@@ -75,7 +79,9 @@ def training(overrides: Sequence[str]) -> DictConfig:
 
 
 def _uncontrolled(config: DictConfig) -> DictConfig:
-    """A configuration without `start`. UserError if it has ControlNets: they steer a network."""
+    """A configuration without `start`. UserError if it has ControlNets or an adapter."""
+    if config.get("adapter"):
+        raise UserError("adapter: it changes a trained network: name its run with start=RUN")
     if named := list(config.stage.get("control") or {}):
         raise UserError(f"control={named[0]} steers a trained network: name its run with start=RUN")
     return config

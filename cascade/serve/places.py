@@ -94,7 +94,9 @@ class Place:
             return []
         runs = list(self.runs.values())
         stages = [str((_stage(run).get("codec") or {}).get("_target_")) for run in runs]
-        painter = next((i for i, codec in enumerate(stages) if codec.endswith(".Pixels")), None)
+        painter = next(
+            (i for i, codec in enumerate(stages) if codec.endswith((".Pixels", ".Latent"))), None
+        )
         if painter is None:
             return []
         embedded = painter > 0 and "clip_image" in reads(runs[painter])

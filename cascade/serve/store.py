@@ -155,7 +155,7 @@ def weight(stages: Iterable[Any]) -> int:
     """Bytes of some stages and their encoders, which load when they are first used."""
     tensors: dict[int, Tensor] = {}
     for stage in stages:
-        encoders = [value for one in stage.encoders for value in vars(one).values()]
+        encoders = [value for one in stage.frozen for value in vars(one).values()]
         for module in [stage, *(value for value in encoders if isinstance(value, nn.Module))]:
             tensors |= {id(t): t for t in (*module.parameters(), *module.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())

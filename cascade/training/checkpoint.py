@@ -94,7 +94,9 @@ def _digest(about: dict[str, Any]) -> str:
 class _Hashed:
     """A file that hashes what is written to it, and records the first error instead of raising it.
 
-    torch.save would mask the original error with one of its own, about file positions.
+    torch.save would mask the original error with one of its own, about file positions. And it
+    writes its end when it is deleted, even after an error (of a dead data worker, say) has closed
+    the file: one raised there would end the process by SIGABRT.
     """
 
     def __init__(self, file: IO[bytes]):
@@ -102,7 +104,7 @@ class _Hashed:
         self.error: OSError | None = None
 
     def write(self, data: memoryview) -> int:
-        if self.error is None:
+        if self.error is None and not self.file.closed:
             try:
                 self.file.write(data)
             except OSError as error:

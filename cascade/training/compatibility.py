@@ -17,10 +17,12 @@ from cascade.batch import KINDS, image_key
 from cascade.codecs import Pixels
 from cascade.conditioning import LowRes
 from cascade.data.embeddings import Embeddings, Manifest
+from cascade.data.recaptions.reading import Recaptions
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.identity import differs
 from cascade.encoders.weights import NotHere
 from cascade.errors import UserError
+from cascade.latents.codec import Latent
 from cascade.nets.unet import check_sides
 from cascade.runs.agreement import is_unit
 from cascade.stage import Encoder, Stage
@@ -35,6 +37,7 @@ def check(
     crop: int | None = None,
     captions: Collection[str] = ("txt",),
     several: str | None = None,
+    recaptions: Recaptions | None = None,
 ) -> None:
     """Check that network, encoders and embeddings fit the stage and one another.
 
@@ -44,12 +47,16 @@ def check(
         crop: side of the pictures in training, if it differs from the stage's.
         captions: the fields that captions are drawn from.
         several: which of several captions in a field is used.
+        recaptions: the captions that a captioner wrote.
 
     Raises:
         UserError: with both sizes, hashes, lengths or lists of fields, and what to set.
     """
     if isinstance(stage.codec, Pixels):
-        check_sides(stage.net, stage.codec.size, crop or stage.codec.size)
+        sides = (side for shape in stage.codec.shapes for side in shape)
+        check_sides(stage.net, stage.codec.size, crop or stage.codec.size, *sides)
+    if isinstance(stage.codec, Latent):
+        _latents(stage, stage.codec)
     _ports(stage)
     unit = is_unit(stage)
     sizes = stage.conditioner.sizes
@@ -66,7 +73,23 @@ def check(
             _same_sizes(sizes, about.sizes, store.folder)
             _same_norms(store, about, unit)
             _same_makers(store, about, stage, clip)
-            _same_captions(store, about, captions, several)
+            _same_captions(store, about, captions, several, recaptions)
+
+
+def _latents(stage: Stage, codec: Latent) -> None:
+    """Check that the network takes the autoencoder's latents."""
+    codec.check()
+    codec.check_sampler(stage.sampler)
+    check_sides(stage.net, codec.side)
+    if (found := getattr(stage.net, "pixels", None)) != codec.channels:
+        raise UserError(
+            f"net.pixels={found}, but the latents of {codec.autoencoder.name} have "
+            f"{codec.channels} channels: set net.pixels={codec.channels}"
+        )
+    if any(isinstance(e, LowRes) for e in stage.conditioner.embedders.values()):
+        raise UserError(
+            "codec=latent: this stage reads a picture of lower resolution: leave it out"
+        )
 
 
 def _ports(stage: Stage) -> None:
@@ -80,7 +103,7 @@ def _ports(stage: Stage) -> None:
                     f"stage.conditioner.embedders.{name}.{what}={wanted}"
                 )
     pictures = sum(isinstance(e, LowRes) for e in stage.conditioner.embedders.values())
-    given = 3 * (pictures + (stage.conditioner.sketch is not None))
+    given = 3 * pictures + getattr(stage.conditioner.sketch, "channels", 0)
     if (wanted := getattr(stage.net, "image_channels", given)) != given:
         raise UserError(
             f"net.image_channels={wanted}, but the condition's pictures have {given} channels: set "
@@ -143,14 +166,24 @@ def _same_hash(
 
 
 def _same_captions(
-    store: Embeddings, about: Manifest, captions: Collection[str], several: str | None
+    store: Embeddings,
+    about: Manifest,
+    captions: Collection[str],
+    several: str | None,
+    recaptions: Recaptions | None,
 ) -> None:
     if not about.captions:
         return
-    if several == "drawn":
+    if several == "drawn" or (recaptions and recaptions.samples > 1 and several is None):
         raise UserError(
-            f"data.several=drawn, but {store.folder} has one row for each caption field: set "
-            "data.several=first or all, or omit precomputed=text"
+            f"one of several captions is drawn, but {store.folder} has one row for each caption "
+            "field: set data.several=first or all, or omit precomputed=text"
+        )
+    if about.settings.get("recaptions") != (recaptions and recaptions.about.hash):
+        of = f"--recaptions {recaptions.folder}" if recaptions else "no --recaptions"
+        raise UserError(
+            f"{store.folder} was made of other captions than training reads: run `cascade data "
+            f"precompute` with {of} into another folder"
         )
     if several != about.several:
         made, wanted = (

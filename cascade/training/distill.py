@@ -25,6 +25,8 @@ _OTHER = (
     "without",
     "text_embedding",
     "controls",
+    "words",
+    "adapters",
 )  # choices that concern no sampler
 
 

@@ -11,6 +11,7 @@ files of its loggers, such as tensorboard/.
 """
 
 import logging
+import math
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -52,8 +53,9 @@ from cascade.training.loggers.logger import Logger, check_installed
 from cascade.training.loggers.tensorboard import TensorBoard
 from cascade.training.module import Training
 from cascade.training.provenance import Provenance
+from cascade.training.threads import apart
 
-FURTHER_LOSSES = ("alignment", "perceptual")  # groups in conf/
+FURTHER_LOSSES = ("alignment", "perceptual", "adversarial")  # groups in conf/
 
 
 def train(config: DictConfig) -> Path:
@@ -114,9 +116,13 @@ def _attempt(config: DictConfig, held: Lease | None) -> Path:
     module.to(memory_format=torch.channels_last)
     watchdog.start(trainer.global_rank)
     try:
-        trainer.fit(
-            Training(module), data, ckpt_path=checkpoint and str(checkpoint.path), weights_only=True
-        )
+        with nullcontext() if torch.cuda.is_available() else apart():
+            trainer.fit(
+                Training(module),
+                data,
+                ckpt_path=checkpoint and str(checkpoint.path),
+                weights_only=True,
+            )
     except SystemExit:  # how Lightning ends after Ctrl-C
         raise KeyboardInterrupt from None
     finally:  # an error may precede what Lightning tells callbacks
@@ -143,15 +149,19 @@ def _begin(config: DictConfig, module: Trainable, samples: Samples, fresh: bool)
 
 
 def attach(config: DictConfig, module: Trainable) -> None:
-    """Attach the further losses that a configuration asks for, after the weights to begin with.
+    """Attach a configuration's adapter and further losses, after the weights to begin with.
 
     Raises:
         UserError: they do not fit the module.
     """
+    if given := config.get("adapter"):
+        if not isinstance(module, Stage):
+            raise UserError(f"adapter: {config.name} is no generative stage: leave it out")
+        module.adapt(built(given))
     for name in FURTHER_LOSSES:
         if given := config.get(name):
-            if not isinstance(module, Stage):
-                raise UserError(f"{name}: {config.name} is no generative stage: leave it out")
+            if not hasattr(module, "attach"):
+                raise UserError(f"{name}: {config.name} takes no further losses: leave it out")
             module.attach(name, built(given))
 
 
@@ -181,13 +191,13 @@ def _callbacks(
         callbacks.append(kept(run=folder, ema=ema, start=start, total=config.images))
     if hasattr(getattr(module, "process", None), "measure"):
         # Before the last checkpoint, which holds what it measures.
-        callbacks.append(Measure(ema, loader(samples, 64)))
+        callbacks.append(Measure(ema, loader(samples, math.gcd(64, samples.alike))))
     # Its loggers begin before anything reports to them.
     loggers = Logging(folder, _loggers(config), OmegaConf.to_container(config), start)
     # Nothing depends on the places of these three, as long as checkpoints come after them.
     history = History(folder, config.name, start, config.images, loggers)
     callbacks += [loggers, Seeding(config.seed), history]
-    if config.grids and hasattr(module, "sampler") and image_size(module.writes):
+    if config.grids and image_size(getattr(module, "writes", "")):
         marks = [config.images * (i + 1) // config.grids for i in range(config.grids)]
         batch, label = grid_samples(config, samples)
         callbacks.append(SampleGrids(folder, ema, start, batch, label, marks, loggers))

@@ -1,15 +1,21 @@
 """The data of a run: checked before a device is taken, then given to training and sample grids."""
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
 
 from cascade.batch import Batch
+from cascade.codecs import Pixels
 from cascade.config.compose import built
+from cascade.data.few import Few
 from cascade.data.loading import Loader, Samples, loader
+from cascade.data.recaptions.reading import recaptions_of
 from cascade.data.tars.splits import ALL, TRAIN, NothingHeldOut, canonical
 from cascade.encoders.clip import FrozenCLIP
+from cascade.errors import UserError
 from cascade.stage import Stage
 from cascade.trainable import Trainable
 from cascade.training.callbacks.interruption import ignore_signals
@@ -50,18 +56,46 @@ def training_samples(
         captions = config.data.get("captions") or {"txt": 1.0}
         fields = [field for field, rate in captions.items() if rate > 0]
         crop, several = config.data.pictures.get("crop"), config.data.get("several")
-        check(module, stores, clip, crop, fields, several)
-    samples = as_begun(checkpoint, lambda **options: built({**config.data, **options}))
+        recaptions = recaptions_of(config.data.get("recaptions"), fields)
+        check(module, stores, clip, crop, fields, several, recaptions)
+        _check_buckets(config, module)
+    samples = as_begun(checkpoint, lambda **options: _samples(config, options))
     samples.check(config.batch)
     if isinstance(module, Stage):
         verify(samples.preview, samples.embeddings, module.encoders, clip)
     return samples
 
 
+def _samples(config: DictConfig, options: dict[str, Any]) -> Samples:
+    samples = built({**config.data, **options})
+    if few := config.get("few"):
+        return Few(samples, few.kept and built(few.kept), few.weight)
+    return samples
+
+
+def _check_buckets(config: DictConfig, stage: Stage) -> None:
+    """Check that the stage is told what the data gives it, in the same shapes.
+
+    Raises:
+        UserError: of buckets, only some parts are set.
+    """
+    given = config.data.get("buckets")
+    known = config.stage.codec.get("buckets") if isinstance(stage.codec, Pixels) else None
+    if given != known:
+        raise UserError(
+            f"data.buckets={given}, but stage.codec.buckets={known}: set both, as buckets=plain "
+            "does"
+        )
+    if stage.conditioner.extents and not given:
+        told = ", ".join(sorted(stage.conditioner.extents))
+        raise UserError(f"{config.name} is told {told}, which needs buckets: add buckets=sdxl")
+
+
 def first_batches(samples: Samples, images: int) -> Iterable[Batch]:
     """Load the first `images` samples, at most an epoch, in batches; nothing is read before."""
     count = int(min(images, samples.samples_per_epoch))
-    return loader(samples, 256, batches=-(-count // 256))
+    batch = math.gcd(256, samples.alike)
+    return loader(samples, batch, batches=-(-count // batch))
 
 
 def grid_samples(config: DictConfig, trained: Samples, count: int = 16) -> tuple[Batch, str]:
@@ -75,8 +109,10 @@ def grid_samples(config: DictConfig, trained: Samples, count: int = 16) -> tuple
     # Whole pictures: BSR degrades in training only.
     pictures = {**config.data.pictures, "degrade": None}
     options = {"split": config.grid_split, "shuffle": False, "pictures": pictures}
-    # Without a cache, as each is read once. A stream that is not shuffled ends by itself.
-    data = {key: value for key, value in {**config.data, **options}.items() if key != "cache"}
+    # Without a cache, as each is read once; squares, as a grid has pictures of one shape. A stream
+    # that is not shuffled ends by itself.
+    left_out = ("cache", "buckets")
+    data = {k: v for k, v in {**config.data, **options}.items() if k not in left_out}
     unseen = canonical(config.grid_split) not in (TRAIN, ALL)
     try:
         samples = built(data)

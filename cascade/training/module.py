@@ -18,7 +18,7 @@ class Training(L.LightningModule):
     State dicts, averages and optimizer states therefore look as if the module itself were trained.
 
     Args:
-        module: a `Stage` or a `CLIPTraining`.
+        module: a `Stage`, a `CLIPTraining` or an `AutoencoderTraining`.
     """
 
     def __init__(self, module: Trainable):

@@ -34,8 +34,8 @@ class Provenance(L.Callback):
 
     def __init__(self, module: Trainable, samples: Samples, start: str | None = None):
         self.start = start
-        teachers = [further.teacher for further in module.further.values()]
-        frozen = [*getattr(module, "encoders", ()), *teachers]
+        teachers = [t for one in module.further.values() if (t := getattr(one, "teacher", None))]
+        frozen = [*module.frozen, *teachers]
         named = {encoder.name: encoder for encoder in frozen}
         self.encoders = list(named.values())  # one of each name, which is the key in checkpoints
         self.hashes = {encoder.name: encoder.hash for encoder in self.encoders}
@@ -60,8 +60,8 @@ class Provenance(L.Callback):
             )
         if then.get("embeddings", self.embeddings) != self.embeddings:
             raise UserError(
-                "the embeddings were made by other weights than those that this run began with: "
-                "restore the old ones, or choose another run=..."
+                "the embeddings or captions were made by other weights than those that this run "
+                "began with: restore the old ones, or choose another run=..."
             )
         # Paired by order, because an encoder that was moved has another name.
         for encoder, hash in zip(self.encoders, then["encoders"].values()):

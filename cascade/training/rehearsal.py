@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from cascade.batch import Batch
+from cascade.batch import FRAMING, Batch
 from cascade.config.compose import built, composed
 from cascade.errors import UserError
+from cascade.latents.autoencoder import Posterior
+from cascade.latents.codec import Latent
 from cascade.nets.cost import Rehearsal
 from cascade.trainable import Trainable
 
@@ -33,6 +35,8 @@ def rehearsal_of(config: DictConfig) -> Rehearsal:
     for part in (getattr(module, "process", None), getattr(module, "corruption", None)):
         if schedule := getattr(part, "schedule", None):
             schedule(torch.tensor([0.5]))  # caches its table as numbers, not as fake tensors
+    if isinstance(codec := getattr(module, "codec", None), Latent):
+        codec.autoencoder = _Blank(codec)  # frozen, as text encoders, which are not counted
     rehearsal = Rehearsal(module, batches(config, module))
     try:
         _ = rehearsal.forward
@@ -40,6 +44,19 @@ def rehearsal_of(config: DictConfig) -> Rehearsal:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"net does not fit stage {config.name}: {reason}") from error
     return rehearsal
+
+
+class _Blank:
+    """An autoencoder without files, which gives latents of zeros."""
+
+    def __init__(self, codec: Latent):
+        self.shape = codec.shape({})
+
+    def to(self, device: torch.device) -> "_Blank":
+        return self
+
+    def posterior(self, x: torch.Tensor) -> Posterior:
+        return Posterior(x.new_zeros(len(x), *self.shape))
 
 
 def batches(config: DictConfig, module: Trainable) -> Callable[[int], Batch]:
@@ -64,6 +81,7 @@ def batches(config: DictConfig, module: Trainable) -> Callable[[int], Batch]:
             "text_mask": torch.ones(count, length, dtype=torch.bool),
             "clip_text": torch.zeros(count, clip.dim),
             "clip_image": torch.zeros(count, clip.dim),
+            **{key: torch.zeros(count, 2) for key in FRAMING},
             **{key: torch.zeros(count, *view.shape) for key, view in views.items()},
         }
 

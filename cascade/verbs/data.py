@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cascade.data.embeddings import EMBEDDINGS, MANIFEST, TEXT
+from cascade.data.recaptions.reading import COMMAND, recaptions_of
 from cascade.data.scenes.generate import write_captions, write_scenes
 from cascade.data.tars.corpus import MEND
 from cascade.data.tars.dataset import index_folder, total
@@ -97,8 +98,12 @@ def precompute_rows(args: argparse.Namespace) -> Sequence[Path]:
 
         out = place(args.text_out) if args.text_out else data / TEXT
         encoder = text_encoder(args, named.get(args.text, {}) | raw).to(device())
-        about = about_captions(encoder, captions, args.several, out)
+        recaptions = recaptions_of(args.recaptions, captions)
+        if args.recaptions and recaptions is None:
+            raise UserError(f"{args.recaptions} holds no captions: {COMMAND} first")
+        about = about_captions(encoder, captions, args.several, out, recaptions)
         rows = partial(caption_rows, encoder=encoder, captions=captions, several=args.several)
+        rows = partial(rows, recaptions=recaptions)
         with shown("text", "shards") as progress:
             precompute(data, out, about, partial(rows, workers=args.workers), progress)
         outputs.append(out / MANIFEST)

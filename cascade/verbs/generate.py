@@ -15,7 +15,7 @@ from cascade.files.stores.cache import folder
 from cascade.files.stores.places import Remote, place, upload
 from cascade.runs.checker import Checker
 from cascade.runs.control import controls_of
-from cascade.runs.model import captions_asked, check_asked, device, load_cascade
+from cascade.runs.model import captions_asked, check_asked, compile_networks, device, load_cascade
 from cascade.runs.progress import shown
 
 
@@ -43,6 +43,8 @@ def main(args: argparse.Namespace) -> None:
     check_writable(job.out, "choose another --out")
     cascade = load_cascade(Path(args.model), args.set)
     check_asked(cascade, asked)
+    if args.compile:
+        compile_networks(cascade)
     job = replace(job, controls=controls_of(cascade, args.control))
     if image_size(cascade.stages[-1].writes) is None:
         raise UserError(f"{args.model} paints no pictures: add its decoder to cascade.yaml")

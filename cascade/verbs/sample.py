@@ -14,8 +14,10 @@ from cascade.runs.control import controls_of
 from cascade.runs.model import (
     captions_asked,
     check_asked,
+    compile_networks,
     device,
     distilled,
+    frame_asked,
     load_cascade,
     paint,
 )
@@ -38,11 +40,17 @@ def main(args: argparse.Namespace) -> None:
         checker.check(asked["caption"])
     cascade = load_cascade(Path(args.model), args.set)
     check_asked(cascade, asked)
+    if args.compile:
+        compile_networks(cascade)
     controls = controls_of(cascade, args.control)
     asked = {key: [one for one in of for _ in range(args.n)] for key, of in asked.items()}
     captions = [text for text in texts for _ in range(args.n)]
     for one in controls:
         asked |= one.rows(len(captions))
+    if args.aspect:
+        if controls:
+            raise UserError("--aspect and --control: pictures of conditions are square; give one")
+        asked |= frame_asked(cascade, args.aspect, len(captions))
     batch = paint(cascade, asked["caption"], args.seed, args.batch, asked)
     pictures = to_uint8(batch[cascade.stages[-1].writes])
     if checker:
@@ -57,4 +65,6 @@ def main(args: argparse.Namespace) -> None:
     for key, process in distilled(cascade).items():
         taught = process.steps * process.by
         print(f"{key}: sampled in {process.steps} steps by a stage distilled from {taught}")
-    print(f"{len(pictures)} pictures of {pictures.shape[1]} px: {out}")
+    height, width = pictures.shape[1:3]
+    size = f"{width} px" if width == height else f"{width} x {height} px"
+    print(f"{len(pictures)} pictures of {size}: {out}")

@@ -1,9 +1,10 @@
 """A server on loopback that speaks as much of S3 as reading needs, after a fixed latency.
 
-    python -m cascade.eval.benchmarks.bucket FOLDER LATENCY
+    python -m cascade.eval.benchmarks.bucket FOLDER LATENCY RATE
 
-It serves the files of FOLDER as s3://bucket/files/, lists 10,000 made-up tars under
-s3://bucket/many/, and prints its port. It ends with its standard input.
+Each connection gets RATE megabytes per second, as those of large stores are limited; 0: all that
+the machine sends. It serves the files of FOLDER as s3://bucket/files/, lists 10,000 made-up tars
+under s3://bucket/many/, and prints its port. It ends with its standard input.
 """
 
 import os
@@ -20,12 +21,14 @@ from urllib.parse import parse_qs, urlsplit
 MANY, SIZE = 10_000, 500_000_000  # tars that are listed, and the size of each
 WHEN = 1e9  # their time, in seconds
 _PAGE = 1000  # keys of one answer
+_CHUNK = 2**17  # bytes that are sent at once where the rate is limited
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder: Path
     latency: float
+    rate: float  # bytes per second
 
     def do_GET(self) -> None:
         time.sleep(self.latency)
@@ -58,11 +61,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(206 if found else 200, end - start, stat.st_mtime, span)
         self.wfile.flush()
         if self.command == "GET":
+            into, begun, first = self.connection.fileno(), time.monotonic(), start
+            most = _CHUNK if self.rate else end
             with path.open("rb") as file:
                 while start < end:
-                    start += os.sendfile(
-                        self.connection.fileno(), file.fileno(), start, end - start
-                    )
+                    start += os.sendfile(into, file.fileno(), start, min(end - start, most))
+                    if self.rate:
+                        due = begun + (start - first) / self.rate
+                        time.sleep(max(0.0, due - time.monotonic()))
 
     def _list(self, prefix: str, **given: str) -> None:
         if prefix == "many/":
@@ -89,7 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    _Handler.folder, _Handler.latency = Path(sys.argv[1]), float(sys.argv[2])
+    _Handler.folder = Path(sys.argv[1])
+    _Handler.latency, _Handler.rate = float(sys.argv[2]), 1e6 * float(sys.argv[3])
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_port, flush=True)

@@ -2,10 +2,11 @@
 
     python -m cascade.eval.benchmarks.busy [--rounds 7]
 
-Processes train the same small decoder: with two threads as OpenMP has them wait (they look again
-and again, and then sleep), with two that sleep at once, and with one. They take turns, alone,
-beside a process that spins, and beside one that is niced. All share two processors; rates are
-medians. Processes of others distort the result: the caption says how busy they were.
+Processes train the same small decoder: with two threads that Linux moves as it likes, with two that
+each stay on a processor (as `cascade train` has them, `cascade.training.threads`), with two that
+sleep at once where they wait, and with one. They take turns, alone, beside a process that spins,
+and beside one that is niced. All share two processors; rates are medians. Processes of others
+distort the result: the caption says how busy they were.
 """
 
 import argparse
@@ -28,7 +29,8 @@ TRAINING = ["stage=decoder_text", "text=clip_tiny", "net=unet_tiny", "size=16"]
 WARM = 3  # steps before the first trial
 NICED = 15
 WAYS = {  # to have threads, by the variables that say so
-    "two threads": {"OMP_NUM_THREADS": "2"},
+    "two threads": {"OMP_NUM_THREADS": "2", "OMP_PROC_BIND": "false"},
+    "two apart": {"OMP_NUM_THREADS": "2"},
     "two that sleep": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
@@ -71,19 +73,21 @@ def serve(batch: int) -> None:
     from cascade.config.compose import built
     from cascade.eval.benchmarks import gpu
     from cascade.training.rehearsal import batches, rehearsed
+    from cascade.training.threads import apart
 
     config, _ = rehearsed(TRAINING)
     module = built(config.stage)
     step = gpu.training(module, batches(config, module)(batch))
     for _ in range(WARM):
         step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        begin, used, steps = time.perf_counter(), time.process_time(), 0
-        while (took := time.perf_counter() - begin) < float(line):
-            step()
-            steps += 1
-        print(steps * batch / took, (time.process_time() - used) / took, flush=True)
+    with apart():
+        print("ready", flush=True)
+        for line in sys.stdin:
+            begin, used, steps = time.perf_counter(), time.process_time(), 0
+            while (took := time.perf_counter() - begin) < float(line):
+                step()
+                steps += 1
+            print(steps * batch / took, (time.process_time() - used) / took, flush=True)
 
 
 @contextmanager

@@ -1,16 +1,18 @@
 """Shards in an object store, against the same shards on this disk and against webdataset's pipes.
 
-    python -m cascade.eval.benchmarks.store [--shards 4] [--samples 512] [--latency 0.02]
+    python -m cascade.eval.benchmarks.store [--shards 4] [--samples 2048] [--rate 0]
 
-A server on loopback (`bucket`) answers each request after the latency. Rates are of wall time, on
-the processors that this process may use; server, helper and reader share them. A second ratio is of
-the CPU time of all of them together, which other work on the machine affects less. The ways take
-turns, each from an empty cache, and the best round of each counts.
+A server on loopback (`bucket`) answers each request after a latency of 20 ms, and sends on each
+connection as fast as it can, or at a given rate, as stores limit connections. Rates are of wall
+time, on the processors that this process may use; server, helper and reader share them. A second
+ratio is of the CPU time of all of them together, which other work on the machine affects less. The
+ways take turns, each from an empty cache, and the best round of each counts.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from cascade.data.transforms import Pictures
 from cascade.eval.benchmarks import clock
 from cascade.eval.benchmarks.bucket import MANY, SIZE
 from cascade.eval.benchmarks.data import write_shard
+from cascade.files.processors import lines_of
 from cascade.files.stores.cache import PIECE, folder
 
 Times = dict[str, tuple[float, float]]  # wall and CPU seconds, by name
@@ -44,9 +47,10 @@ REQUESTS = 16  # at a time, of the plain client that measures the server
 
 
 @contextmanager
-def bucket(files: Path, latency: float) -> Iterator[int]:
+def bucket(files: Path, latency: float, rate: float) -> Iterator[int]:
     """Run the server; yields its port, at which obstore looks for s3://bucket."""
-    command = [sys.executable, "-m", "cascade.eval.benchmarks.bucket", str(files), str(latency)]
+    command = [sys.executable, "-m", "cascade.eval.benchmarks.bucket", str(files)]
+    command += [str(latency), str(rate)]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     port = int(server.stdout.readline())
     os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_SKIP_SIGNATURE": "true"}
@@ -90,11 +94,14 @@ def read(path: str) -> Callable[[], object]:
     """Return a run that reads every picture and caption of the shards, and decodes nothing."""
 
     def run() -> None:
-        shards = Shards(path, Pictures(()), block=2)
+        shards, end = Shards(path, Pictures(()), block=2), 0
         for n in range(len(shards)):
-            shards[n]  # its caption
+            if n >= end:
+                (_, end), tars = shards.order.ahead(n)
+                shards.corpus.fetch_ahead(tars)
             tar, place = next(shards.order.places(n))
-            shards.corpus[tar].read(place, "picture")
+            for member in ("picture", "txt"):
+                shards.corpus[tar].read(place, member)
 
     return run
 
@@ -126,6 +133,16 @@ def cpu_seconds() -> float:
             if int(fields[1]) == os.getpid():
                 alive += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
     return own.user + own.system + own.children_user + own.children_system + alive
+
+
+def helper_megabytes() -> float:
+    """Return the peak memory of the process that speaks to the store, for all of a node."""
+    peaks = [0]
+    for process in Path("/proc").glob("[0-9]*"):
+        if any("cascade.files.stores.server" in line for line in lines_of(f"{process}/cmdline")):
+            status = "\n".join(lines_of(f"{process}/status"))
+            peaks += map(int, re.findall(r"VmHWM:\s+(\d+) kB", status))
+    return max(peaks) / 1000
 
 
 def timed(runs: clock.Runs, rounds: int) -> Times:
@@ -167,8 +184,9 @@ def start_seconds(index: Path, samples: int = 10_000) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Shards in a store, a disk and pipes.")
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=512, help="of each shard, of about 50 KB")
+    parser.add_argument("--samples", type=int, default=2048, help="of each shard, of about 50 KB")
     parser.add_argument("--latency", type=float, default=0.02, help="seconds of each request")
+    parser.add_argument("--rate", type=float, default=0.0, help="MB/s of each connection; 0: any")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -177,7 +195,7 @@ def main() -> None:
     try:
         for name in ("files", "index"):
             (work / name).mkdir()
-        with bucket(work / "files", args.latency) as port:
+        with bucket(work / "files", args.latency, args.rate) as port:
             print_table(work, port, args)
     finally:
         shutil.rmtree(work)
@@ -214,8 +232,10 @@ def print_table(work: Path, port: int, args: argparse.Namespace) -> None:
         row(f"undecoded, MB/s, and {what}", megabytes, bytes_, other, target)
     seconds = f"{start_seconds(work / 'index'):.2f}"
     table.add_row(f"start with {MANY:,} shards, s", seconds, "", "", "", "< 10")
+    table.add_row("memory of the helper, MB", f"{helper_megabytes():.0f}", "", "", "", "< 300")
     used = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} processors"
-    table.title = f"{1000 * args.latency:.0f} ms of latency, {used}"
+    limit = f", {args.rate:g} MB/s for each connection" if args.rate else ""
+    table.title = f"{1000 * args.latency:.0f} ms of latency{limit}, {used}"
     Console().print(table)
 
 

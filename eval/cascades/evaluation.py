@@ -31,6 +31,7 @@ from cascade.eval.cascades.protocol import (
     looking,
     picture_metrics,
 )
+from cascade.eval.cascades.reconstruction import reconstruction
 from cascade.eval.cascades.styles import measure_styles, pairs_of
 from cascade.eval.metrics.features import CLIPFeatures
 from cascade.eval.scenes.geneval import level_of, prompts, score_tasks, write_lines
@@ -180,6 +181,7 @@ def _split(
     look = looking(samples, of.features)
     truth, sheet = look(samples.truth), _evenly(samples.truth, samples.captions)
     last = of.cascade.stages[-1].writes
+    lost = {} if guidance is None else reconstruction(of.cascade, samples)
     if guidance is None or not (of.bound or of.control or of.edits or of.typographic):
         # The largest pictures were looked at, and no stage is given them.
         samples = replace(samples, truth={k: v for k, v in samples.truth.items() if k != last})
@@ -196,6 +198,7 @@ def _split(
         drawn = {key: painted[key] for key in ("clip_image",) if key in painted}
         del painted  # looked at: from here on their features are enough
         out |= _by_stage(of, samples, drawn, looks, truth)
+        out |= {"reconstruction": lost} if lost else {}
         out["real_halves"] = _halves(real, of.features)
         out["guidance"] = _guidance(of, samples, drawn, looks, real, guidance)
         if steps:

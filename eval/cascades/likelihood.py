@@ -9,6 +9,7 @@ from cascade.diffusion.distillation import Distilled
 from cascade.diffusion.gaussian import Process
 from cascade.diffusion.likelihood import bound
 from cascade.draws import Draws
+from cascade.latents.codec import Latent
 from cascade.pipeline import Cascade
 from cascade.stage import Stage
 
@@ -41,14 +42,15 @@ def bounds(
 ) -> dict[str, float]:
     """The mean bound of each stage that writes pictures, given what earlier stages should write.
 
-    Distilled stages have none, since they know few noise levels.
+    Distilled stages have none, since they know few noise levels, and neither do latent ones, since
+    a bound on latents is none on pictures.
     """
     found = {}
     for stage in cascade.stages:
         process = getattr(stage, "process", None)
         if not (image_size(stage.writes) and isinstance(process, Process)):
             continue
-        if isinstance(process, Distilled):
+        if isinstance(process, Distilled) or isinstance(stage.codec, Latent):
             continue
         bits = []
         for start in range(0, len(captions), BATCH):

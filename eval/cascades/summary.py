@@ -172,6 +172,15 @@ def _attribution(report: Report, table: Metrics) -> None:
 
 
 def _stages(report: Report, metrics: Metrics) -> None:
+    if "reconstruction" in metrics:
+        report.paragraph("True pictures, encoded and decoded by the autoencoder of a latent stage.")
+        found = metrics["reconstruction"].items()
+        rows = [
+            [key, row["count"], within(row["psnr"], row["interval"])]
+            + [rate(row.get(kind), "whole") for kind in KINDS]
+            for key, row in found
+        ]
+        report.table(["size", "n", "PSNR, dB", "one object", "two objects"], rows)
     if "superresolution" in metrics:
         row = metrics["superresolution"]
         flat = {k: v for k, v in row.items() if not isinstance(v, dict)}

@@ -9,6 +9,7 @@ pixels, and finer detail is not seen.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from PIL import Image
 from scipy import ndimage
 
 from cascade.data.scenes.captions import RELATIONS, Object, Scene
-from cascade.data.scenes.drawing import BACKGROUNDS, COLORS, SHAPES, WRITTEN, Shape
+from cascade.data.scenes.drawing import BACKGROUNDS, COLORS, NOVEL, SHAPES, WRITTEN, Shape
 from cascade.data.scenes.generate import SIZES
 
 SIDE = 64
@@ -103,11 +104,21 @@ def _gaussian(sigma: float) -> Float[np.ndarray, "64 64"]:
 
 
 GAUSSIAN = {sigma: _gaussian(sigma) for sigma in BLURS}
-KNOWN = [_template(name, shape) for name, shape in SHAPES.items()]
-MORPHED = [_template(None, _mean(*pair)) for pair in combinations(SHAPES.values(), 2)]
 
 
-def recognize(picture: UInt8[np.ndarray, "h w 3"], written: bool = False) -> Recognition:
+@cache
+def _templates(novel: frozenset[str]) -> tuple[list[Template], list[Template]]:
+    """Those of the shapes of all levels and of some novel ones, and the means of each two."""
+    shapes = SHAPES | {name: NOVEL[name] for name in sorted(novel)}
+    known = [_template(name, shape) for name, shape in shapes.items()]
+    return known, [_template(None, _mean(*pair)) for pair in combinations(shapes.values(), 2)]
+
+
+def recognize(
+    picture: UInt8[np.ndarray, "h w 3"],
+    written: bool = False,
+    novel: frozenset[str] = frozenset(),
+) -> Recognition:
     """Finds the background and the objects of a picture, and the residual they leave.
 
     A region that is not clearly a known shape in a known colour is no object and adds to the
@@ -115,6 +126,7 @@ def recognize(picture: UInt8[np.ndarray, "h w 3"], written: bool = False) -> Rec
 
     Args:
         written: a word may be written in the picture, and is not looked at.
+        novel: names of novel shapes that may be in it.
 
     Raises:
         ValueError: the picture is smaller than 64 px, where shapes cannot be distinguished.
@@ -132,11 +144,13 @@ def recognize(picture: UInt8[np.ndarray, "h w 3"], written: bool = False) -> Rec
     background = _nearest(ground, BACKGROUNDS, GROUND_RADIUS)
     if background is None:
         return Recognition(None, (), float("inf"))
-    objects, rest = [], pixels - ground
+    objects, rest, templates = [], pixels - ground, _templates(novel)
     for region, window, own in _regions(pixels, ground):
         color = np.median(pixels[_core(region)], axis=0)
         name = _nearest(color, COLORS, COLOR_RADIUS)
-        if name and (best := _match(_coverage(pixels[window], ground, color) * own, window)):
+        if name and (
+            best := _match(_coverage(pixels[window], ground, color) * own, window, *templates)
+        ):
             d = best.diameter / SIDE
             x, y = best.x / SIDE, best.y / SIDE
             objects.append(Object(name, best.template.name, _size(d), x, y, d))
@@ -187,7 +201,9 @@ def _coverage(part: Float[np.ndarray, "h w 3"], ground: Color, color: Color) -> 
     return (part - ground) @ axis / ((color - ground) @ axis)
 
 
-def _match(coverage: Part, window: Window) -> Match | None:
+def _match(
+    coverage: Part, window: Window, known: Sequence[Template], morphed: Sequence[Template]
+) -> Match | None:
     """The known shape that best matches a region; None if no known shape clearly does.
 
     A template is placed and scaled to the region's centroid and area, which a blur does not change.
@@ -204,11 +220,11 @@ def _match(coverage: Part, window: Window) -> Match | None:
         misfit, blur = min(zip(misfits, blurs))
         return Match(float(misfit), blur, template, *place)
 
-    best = min((fit(template, BLURS) for template in KNOWN), key=lambda match: match.misfit)
+    best = min((fit(template, BLURS) for template in known), key=lambda match: match.misfit)
     low, high = (SIDE * d for d in DIAMETERS)
     if best.misfit > MISFIT or not low <= best.diameter <= high:
         return None
-    rivals = (fit(template, [best.blur]) for template in MORPHED)
+    rivals = (fit(template, [best.blur]) for template in morphed)
     return None if any(rival.misfit < best.misfit for rival in rivals) else best
 
 
@@ -249,7 +265,8 @@ def judge(scene: Scene, picture: UInt8[np.ndarray, "h w 3"]) -> dict[str, bool]:
     Every criterion is false if the recognized objects do not explain the picture. A word that is
     written in the scene is not looked for.
     """
-    recognized = recognize(picture, written=scene.word is not None)
+    novel = frozenset(o.shape for o in scene.objects if o.shape in NOVEL)
+    recognized = recognize(picture, scene.word is not None, novel)
     if not recognized.clean:
         return dict.fromkeys(("objects", "binding", "relations", "counts", "whole"), False)
     found, asked = recognized.objects, scene.objects

@@ -165,8 +165,8 @@ def _prefixes(protocol: Mapping[str, Any]) -> list[str]:
     """Return, for each stage, what determines its samples: itself and the stages before it."""
     stages, weights, prefix, found = protocol["stages"], protocol["weights"], [], []
     for name, choices in stages.items():
-        controls = [of for one, of in weights.items() if one.startswith(f"{name}.controls.")]
-        prefix.append([choices, weights[name], weights.get(f"{name}.weaker"), *controls])
+        further = [of for one, of in weights.items() if one.startswith(f"{name}.")]
+        prefix.append([choices, weights[name], *further])
         found.append(json.dumps(prefix))
     return found
 

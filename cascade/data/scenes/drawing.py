@@ -76,6 +76,15 @@ SHAPES: Mapping[str, Shape] = {
 }
 
 
+def blicket(x, y):
+    """A thick L: a bar on the left and one below."""
+    left = np.maximum(abs(x + 0.29) - 0.21, abs(y) - 0.5)
+    return np.minimum(left, np.maximum(abs(x) - 0.5, abs(y - 0.29) - 0.21))
+
+
+# Of no level, so that no model knows them: to be learned from a few pictures.
+NOVEL: Mapping[str, Shape] = {"blicket": blicket}
+
 # The letters of the shapes' names, in rows of cells from the top.
 LETTERS: Mapping[str, str] = {
     "a": "010 101 111 101 101",

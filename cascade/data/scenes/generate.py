@@ -24,7 +24,7 @@ from PIL import Image
 from cascade.data.scenes import captions
 from cascade.data.scenes.asking import paraphrases, wording
 from cascade.data.scenes.captions import RELATIONS, Object, Scene
-from cascade.data.scenes.drawing import BACKGROUNDS, COLORS, SHAPES, blank, paint, write
+from cascade.data.scenes.drawing import BACKGROUNDS, COLORS, NOVEL, SHAPES, blank, paint, write
 from cascade.draws import generator
 from cascade.errors import UserError
 from cascade.files.atomic import write_atomically, write_text
@@ -192,10 +192,11 @@ def _free(
 
 
 def render(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Render a scene, `size` pixels wide."""
+    """Render a scene, `size` pixels wide, of shapes that levels have or novel ones."""
+    shapes = {**SHAPES, **NOVEL}
     picture = blank(scene.background, size)
     for o in scene.objects if scene.shown else ():
-        paint(picture, SHAPES[o.shape], COLORS[o.color], o.x, o.y, o.diameter)
+        paint(picture, shapes[o.shape], COLORS[o.color], o.x, o.y, o.diameter)
     if scene.word:
         write(picture, scene.word, COLORS[scene.objects[0].color])
     return picture

@@ -8,9 +8,12 @@ import hashlib
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from functools import cached_property
+
+import numpy as np
+from jaxtyping import Int32
 
 from cascade.data.tars import index as indexes
 from cascade.data.tars.dataset import DATASET, Dataset, read_dataset, renew, tars_in, total
@@ -200,6 +203,20 @@ class Corpus:
             return summary
         moved[tar.name] = now
         return replace(summary, mtime_ns=now.mtime_ns, version=now.version)
+
+    def sides(self) -> Iterator[Int32[np.ndarray, "n 2"]]:
+        """Yield the height and width of each tar's upright pictures; 0 if a header is broken.
+
+        This reads the index of every tar.
+
+        Raises:
+            UserError: the tars have no index, or one without sides.
+        """
+        for n, tar in enumerate(self.paths):
+            if (found := self[n].sides) is None:
+                again = self._remedy(tar)
+                raise UserError(f"{tar}: buckets need an index with the sides of pictures: {again}")
+            yield found
 
     @property
     def is_remote(self) -> bool:

@@ -106,7 +106,7 @@ def _before(folder: Place) -> Dataset:
 def _indexed(tar: Place, keys: str, out: Place) -> indexes.Index:
     with suppress(UserError):
         index = load(tar, out)
-        if index.keys == keys and index.digest:
+        if index.keys == keys and index.digest and index.sides is not None:
             now = indexes.check_unchanged(tar, index)
             if now.mtime_ns != index.mtime_ns or now.version != index.version:
                 index = replace(index, mtime_ns=now.mtime_ns, version=now.version)

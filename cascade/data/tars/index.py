@@ -2,8 +2,9 @@
 
 The result can be stored next to the tar, in `{shard}.index` (safetensors, with a checksum); it
 does not depend on which captions are used. A stored index also has what takes reading all bytes: a
-digest of the tar, which identifies it after it was moved or renamed, and a hash of each picture, by
-which pictures are held out (`cascade.data.tars.splits`).
+digest of the tar, which identifies it after it was moved or renamed, a hash of each picture, by
+which pictures are held out (`cascade.data.tars.splits`), and the sides of each picture, by which it
+belongs to an aspect-ratio bucket (`cascade.buckets`).
 """
 
 import hashlib
@@ -11,22 +12,25 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int32, Int64, UInt8
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save_file
 
+from cascade.data.items import stated_orientation
 from cascade.data.tars import keys as rules
 from cascade.data.tars.keys import CAPTIONS, FIRST_DOT
 from cascade.data.tars.splits import ALL, HELD_OUT, content_number, is_held_out
-from cascade.data.tars.tar import contents
+from cascade.data.tars.tar import SWALLOWED, contains_members, contents
 from cascade.errors import UserError, explained
 from cascade.files.stores import places
 from cascade.files.stores.places import Place, Remote, Stat
 from cascade.files.stores.reading import as_file, opened
+from cascade.formats.rgb import BadSample, sides
 
 MEMBERS = ("picture", *CAPTIONS)
 CUT = "cut short"
@@ -35,6 +39,7 @@ CUT = "cut short"
 LIMITS = {"picture": 2**26, "txt": 2**20, "json": 2**20}  # bytes
 
 _ARRAYS = ("names", "ends", "spans")
+_FURTHER = ("numbers", "sides")  # which not all indexes have
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class Index:
         keys: where a key ends in a name (`cascade.data.tars.keys`).
         digest: of all its bytes; "" if it was not read.
         numbers: the hash of each picture (`content_number`); None if it was not read.
+        sides: height and width of each upright picture, 0 if its header is broken; None if they
+            were not read.
     """
 
     tar: Place
@@ -95,6 +102,7 @@ class Index:
     digest: str = ""
     numbers: Int64[np.ndarray, " n"] | None = None
     version: str = ""
+    sides: Int32[np.ndarray, "n 2"] | None = None
 
     def key(self, row: int) -> str:
         start = self.ends[row - 1] if row else 0
@@ -192,25 +200,38 @@ def scan(tar: Place, keys: str = FIRST_DOT) -> Index:
 
 
 def read_through(index: Index) -> Index:
-    """Return the index with the tar's digest and the pictures' hashes, which reads the whole tar.
+    """Return the index with what takes reading the whole tar: its digest, hashes and sides.
+
+    Members inside others count as left out: a sample may lie whole inside a JSON that nobody reads.
 
     Raises:
         UserError: the tar cannot be read.
     """
-    numbers, most = np.zeros(len(index.ends), np.int64), LIMITS["picture"]
+    numbers = np.zeros(len(index.ends), np.int64)
+    shapes = np.zeros((len(index.ends), 2), np.int32)
+    left_out, such_as = index.left_out.copy(), dict(index.such_as)
     with explained(f"cannot read {index.tar}"):
         ranges = opened(index.tar)
         digest = hashlib.file_digest(as_file(ranges), "sha256").hexdigest()
-        for row, (offset, size) in enumerate(index.spans[:, 0].tolist()):
-            numbers[row] = content_number(ranges.pread(min(size, most), offset))
-    return replace(index, digest=digest, numbers=numbers)
+        for row, spans in enumerate(index.spans.tolist()):
+            read = {}
+            for member, (offset, size) in zip(MEMBERS, spans, strict=True):
+                data = read[member] = ranges.pread(min(size, LIMITS[member]), offset)
+                if contains_members(data):
+                    left_out[SWALLOWED] += 1
+                    such_as.setdefault(SWALLOWED, f"in the {member} of {index.key(row)}")
+            numbers[row] = content_number(read["picture"])
+            with suppress(BadSample):
+                shapes[row] = sides(read["picture"], stated_orientation(read["json"]))
+    about = {"left_out": left_out, "such_as": such_as}
+    return replace(index, digest=digest, numbers=numbers, sides=shapes, **about)
 
 
 def save(index: Index, folder: Place | None = None) -> None:
     """Write an index into a folder; None: next to its tar."""
     arrays = {name: getattr(index, name) for name in _ARRAYS}
-    if index.numbers is not None:
-        arrays["numbers"] = index.numbers
+    further = {name: getattr(index, name) for name in _FURTHER}
+    arrays |= {name: array for name, array in further.items() if array is not None}
     about = {
         "bytes": str(index.bytes),
         "mtime_ns": str(index.mtime_ns),
@@ -231,7 +252,7 @@ def _path(tar: Place, folder: Place | None) -> Place:
 
 
 def load(tar: Place, folder: Place | None = None) -> Index:
-    """Read the index of a tar; those of older versions have no digest and no hashes.
+    """Read the index of a tar; those of older versions have no digest, no hashes or no sides.
 
     Args:
         folder: where it is; None: next to the tar.
@@ -256,7 +277,7 @@ def load(tar: Place, folder: Place | None = None) -> Index:
             such_as=json.loads(about.get("such_as", "{}")),
             keys=about.get("keys", FIRST_DOT),
             digest=about.get("digest", ""),
-            numbers=arrays.get("numbers"),
+            **{name: arrays.get(name) for name in _FURTHER},
             version=about.get("version", ""),
         )
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
@@ -300,6 +321,6 @@ def _as_noted(tar: Place, now: Stat, then: Index | Summary) -> bool:
 
 def _checksum(arrays: dict[str, np.ndarray], about: dict[str, str]) -> str:
     value = zlib.crc32(json.dumps(about, sort_keys=True).encode())
-    for name in sorted(arrays, key=[*_ARRAYS, "numbers"].index):
+    for name in sorted(arrays, key=[*_ARRAYS, *_FURTHER].index):
         value = zlib.crc32(np.ascontiguousarray(arrays[name]).data, value)
     return f"{value:08x}"

@@ -5,6 +5,9 @@ from collections.abc import Set
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Int32
+
 from cascade.data.tars import index as indexes
 from cascade.data.tars.index import Index
 from cascade.data.tars.keys import key_and_extension
@@ -41,6 +44,11 @@ class OpenTar:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def sides(self) -> Int32[np.ndarray, "n 2"] | None:
+        """Height and width of each picture, upright; 0 if its header is broken; None if unread."""
+        return None if self._index.sides is None else self._index.sides[self._rows]
 
     def key(self, place: int) -> str:
         return self._index.key(int(self._rows[place]))

@@ -185,8 +185,8 @@ def _write(
     ):
         for start in range(0, len(numbers), _AHEAD):
             some = numbers[start : start + _AHEAD]
-            made = pool.map(partial(_made, short=short), map(rows.get, some))
-            for number, picture in zip(some, made):
+            pictures = pool.map(partial(made, short=short), map(rows.get, some))
+            for number, picture in zip(some, pictures):
                 if isinstance(picture, str):
                     refused[picture].append(rows[number].name)
                 else:
@@ -196,7 +196,7 @@ def _write(
     places.write_text(stats, json.dumps(counts) + "\n")
 
 
-def _made(row: Row, short: int | None) -> Fitted | str:
+def made(row: Row, short: int | None = None) -> Fitted | str:
     """Return the picture of a row, or the reason that it is unusable."""
     if row.size > LIMITS["picture"]:
         return "huge picture"

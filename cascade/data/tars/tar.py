@@ -12,6 +12,8 @@ from io import BufferedReader
 from posixpath import dirname, join, normpath
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
 from cascade.errors import UserError, explained
 from cascade.files.stores import places
 from cascade.files.stores.places import Place, Stat, place
@@ -26,8 +28,9 @@ STREAMED_LINK = "link, which a stream cannot follow"
 HARD_LINK = f"hard {STREAMED_LINK}"  # to a file, whereas other links may lead to a folder
 SPARSE = "sparse file"
 WRONG_SIZE = "wrong size in its header"
+SWALLOWED = f"inside another file, which has a {WRONG_SIZE}"
 BLOCK = 512  # bytes: a member begins with one, and is filled up to a whole number of them
-_MAGIC, _AT = b"ustar", 257  # of a header
+_MAGIC, _AT = np.frombuffer(b"ustar", np.uint8), 257  # of a header
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _PADDING = 2**20  # the most zeros after the end of a tar: more than any usual record size
@@ -225,12 +228,15 @@ def is_whole(blocks: bytes, size: int) -> bool:
     """Return whether a member's blocks agree with the size in its header.
 
     If that is too small, bytes follow where zeros fill the last block; if it is too large, the
-    member may contain the headers of others.
+    member may contain others.
     """
-    at = blocks.find(_MAGIC)
-    while at >= 0 and at % BLOCK != _AT:
-        at = blocks.find(_MAGIC, at + 1)
-    return at < 0 and not any(blocks[size:])
+    return not contains_members(blocks) and not any(blocks[size:])
+
+
+def contains_members(blocks: bytes) -> bool:
+    """Return whether there is a header in a member's blocks."""
+    rows = np.frombuffer(blocks, np.uint8, len(blocks) // BLOCK * BLOCK).reshape(-1, BLOCK)
+    return bool((rows[:, _AT : _AT + len(_MAGIC)] == _MAGIC).all(1).any())
 
 
 def _parents(name: str) -> Iterator[str]:

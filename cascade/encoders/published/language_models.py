@@ -91,10 +91,10 @@ def files_of(folder: Path) -> ModelFiles:
         raise UserError(f"{folder} holds an adapter: merge it into its model, and give that")
     if not (folder / TOKENIZER).is_file():
         raise NotHere(f"{folder} has no {TOKENIZER}: put it there (another form is not read)")
-    return ModelFiles(folder, config, _weights(folder))
+    return ModelFiles(folder, config, weights_in(folder))
 
 
-def _weights(folder: Path) -> list[Path]:
+def weights_in(folder: Path) -> list[Path]:
     names = [WEIGHTS]
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
         named = read_json(folder / INDEX).get("weight_map")

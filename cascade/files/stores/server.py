@@ -24,7 +24,7 @@ from cascade.files.locks import Claims
 from cascade.files.stores.cache import PIECE, Cache, key_of
 from cascade.files.stores.objects import Failure, Stores, Version
 
-DEMANDED, AHEAD = 12, 12  # requests at a time: for who waits, and ahead
+DEMANDED, AHEAD = 16, 16  # requests at a time: for who waits, and ahead
 FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0  # seconds between retries, doubled each time
 OFF = 60.0  # seconds without writing to a cache whose disk refused
 SHARE = 0.9  # of the cache that may be fetched ahead

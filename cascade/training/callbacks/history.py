@@ -22,8 +22,8 @@ SLOW = 0.05  # fraction of the time spent waiting for data above which the bar m
 class History(L.Callback):
     """Writes a row of metrics every few steps.
 
-    `waiting` is the fraction of the time that the first rank waited for data. Each loss that was
-    attached to the module has a column of its own, empty where it is switched off.
+    `waiting` is the fraction of the time that the first rank waited for data. Each of the module's
+    `columns` has its own, empty where that loss is switched off.
 
     Args:
         run: the run's directory.
@@ -47,7 +47,7 @@ class History(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.step, self.mark = trainer.global_step, time.monotonic()
-        self.terms = {name: [] for name in module.trained.further}
+        self.terms = {name: [] for name in module.trained.columns}
         self.columns = (*self.COLUMNS, *self.terms)
         self.waited = trainer.train_dataloader.waited
         if not trainer.is_global_zero:

@@ -6,6 +6,7 @@ ranks reduce their flags, in the only collective between two steps, so that a si
 stops all at the same step, and the first rank's clock decides when all save.
 """
 
+import mmap
 import os
 import signal
 import threading
@@ -26,6 +27,8 @@ from cascade.training.callbacks.saving import Checkpoints
 # If ranks receive different signals, the greatest number wins, which is SIGTERM's.
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 SIGTERM_DELAY = 120  # seconds
+# One byte, which forked data workers share: whether the training of their rank has ended.
+_ended = mmap.mmap(-1, 1)
 
 
 @contextmanager
@@ -45,6 +48,7 @@ def stoppable(run: Path) -> Iterator[None]:
         raise SystemExit  # which no `except Exception` in between catches
 
     before = {number: signal.signal(number, stop) for number in SIGNALS} if _handles() else {}
+    _ended[0] = 0
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as end:  # Lightning turns one into the other
@@ -56,6 +60,7 @@ def stoppable(run: Path) -> Iterator[None]:
             event(run, "interrupted", signal=received[0], step=None)
         raise TryAgain(f"{received[0]} outside of all steps: the same command resumes") from None
     finally:
+        _ended[0] = 1
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -171,8 +176,15 @@ def ignore_signals(worker: int) -> None:
     """Keep a data worker alive (as `worker_init_fn`) until its rank has stopped.
 
     Slurm and terminals signal all processes of a job, and a rank whose workers die fails before it
-    has saved. SIGTERM is only delayed: it is also how a rank ends workers that do not exit.
+    has saved. SIGTERM is only delayed: it is also how a rank ends workers that do not exit, as those
+    that a second signal kept it from telling. Once its training has ended, they exit at once.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SIGTERM_DELAY))
+    signal.signal(signal.SIGTERM, _end_worker)
+
+
+def _end_worker(*_: object) -> None:
+    if _ended[0]:
+        os._exit(0)
+    signal.alarm(SIGTERM_DELAY)

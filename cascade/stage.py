@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cascade.adapters.base import Adapter
+from cascade.adapters.adapter import Adapter
 from cascade.batch import Batch, hint_key, weight_key
 from cascade.conditioning import Cond, Conditioner
 from cascade.data.degradations import Corruption

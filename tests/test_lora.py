@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cascade.adapters.base import base_hash
+from cascade.adapters.adapter import base_hash
 from cascade.adapters.lora import CONFIG, WEIGHTS, LoRA, changes, fuse
 from cascade.batch import Batch
 from cascade.cli import main

@@ -193,7 +193,7 @@ READERS = {
         eval/pictures/coco
     """,
     "safe_open": """
-        cascade/adapters/base
+        cascade/adapters/adapter
         cascade/encoders/weights
         cascade/interop/files
     """,

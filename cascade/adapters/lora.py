@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from cascade.adapters.base import CHANGED, base_hash, check_base, read
+from cascade.adapters.adapter import CHANGED, base_hash, check_base, read
 from cascade.encoders.weights import read_json
 from cascade.errors import UserError
 from cascade.files.atomic import write_atomically, write_text

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cascade.adapters.base import base_hash, check_base, read
+from cascade.adapters.adapter import base_hash, check_base, read
 from cascade.conditioning import Sequence as Captions
 from cascade.encoders.clip import FrozenCLIP
 from cascade.encoders.identity import identity

@@ -33,7 +33,8 @@ class Few:
         self.samples_per_epoch, self.alike = own.samples_per_epoch, own.alike
         if kept and (own.alike or kept.alike):
             raise UserError(
-                "data.buckets: a batch of a thing and its class has squares: leave it out"
+                "with pictures of a class, all pictures are squares: leave data.buckets out, or "
+                "set preserve=0"
             )
 
     def items(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cascade.adapters import base
+from cascade.adapters.adapter import base_hash
 from cascade.batch import Batch, hint_key, weight_key
 from cascade.config.compose import built
 from cascade.data.transforms import Condition, scaled
@@ -137,7 +137,8 @@ def joined(stage: Stage, names: Sequence[str], run: Run) -> Stage:
         other = Run(run.path.parent / name).load().to(stage.device)
         if not other.control:
             raise UserError(f"controls={name}: it was trained without control=...")
-        if (theirs := base_hash(other)) != (own := base_hash(stage)):
+        theirs, own = base_hash(other.state_dict()), base_hash(stage.state_dict())
+        if theirs != own:
             raise UserError(
                 f"controls={name}: it steers another network ({theirs}) than that of "
                 f"{run.path.name} ({own}); train it with start={run.path}"
@@ -146,8 +147,3 @@ def joined(stage: Stage, names: Sequence[str], run: Run) -> Stage:
             raise UserError(f"controls={name}: the stage reads {twice[0]} already; leave it out")
         control |= dict(other.control)
     return stage.altered(control=nn.ModuleDict(control))
-
-
-def base_hash(stage: Stage) -> str:
-    """The hash of a stage's weights without its ControlNets."""
-    return base.base_hash(stage.state_dict())

@@ -15,10 +15,8 @@ from cascade.errors import UserError
 from cascade.files.stores import places
 from cascade.files.stores.places import Place, place
 
-CAPTIONS, FIELD = (
-    "captions",
-    "long_caption",
-)  # default folder next to shards, and field, as in conf/
+CAPTIONS = "captions"  # the usual folder, beside the shards
+FIELD = "long_caption"  # the usual field, as in conf/data/recaptioned.yaml
 COMMAND = "run `cascade data caption`"
 PICTURE, LEFT_OUT = "picture", "left_out"
 

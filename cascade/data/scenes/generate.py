@@ -191,12 +191,14 @@ def _free(
             return xy[fits.argmax()]
 
 
+_DRAWN = {**SHAPES, **NOVEL}
+
+
 def render(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Render a scene, `size` pixels wide, of shapes that levels have or novel ones."""
-    shapes = {**SHAPES, **NOVEL}
     picture = blank(scene.background, size)
     for o in scene.objects if scene.shown else ():
-        paint(picture, shapes[o.shape], COLORS[o.color], o.x, o.y, o.diameter)
+        paint(picture, _DRAWN[o.shape], COLORS[o.color], o.x, o.y, o.diameter)
     if scene.word:
         write(picture, scene.word, COLORS[scene.objects[0].color])
     return picture

@@ -25,7 +25,7 @@ from cascade.data.items import stated_orientation
 from cascade.data.tars import keys as rules
 from cascade.data.tars.keys import CAPTIONS, FIRST_DOT
 from cascade.data.tars.splits import ALL, HELD_OUT, content_number, is_held_out
-from cascade.data.tars.tar import SWALLOWED, contains_members, contents
+from cascade.data.tars.tar import SWALLOWED, contains_members, contents, filled
 from cascade.errors import UserError, explained
 from cascade.files.stores import places
 from cascade.files.stores.places import Place, Remote, Stat
@@ -216,8 +216,10 @@ def read_through(index: Index) -> Index:
         for row, spans in enumerate(index.spans.tolist()):
             read = {}
             for member, (offset, size) in zip(MEMBERS, spans, strict=True):
-                data = read[member] = ranges.pread(min(size, LIMITS[member]), offset)
-                if contains_members(data):
+                size = min(size, LIMITS[member])
+                blocks = ranges.pread(filled(size), offset)
+                read[member] = blocks[:size]
+                if contains_members(blocks):
                     left_out[SWALLOWED] += 1
                     such_as.setdefault(SWALLOWED, f"in the {member} of {index.key(row)}")
             numbers[row] = content_number(read["picture"])

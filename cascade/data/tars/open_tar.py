@@ -12,7 +12,7 @@ from cascade.data.tars import index as indexes
 from cascade.data.tars.index import Index
 from cascade.data.tars.keys import key_and_extension
 from cascade.data.tars.splits import ALL
-from cascade.data.tars.tar import BLOCK, WRONG_SIZE, contents, is_whole
+from cascade.data.tars.tar import WRONG_SIZE, contents, filled, is_whole
 from cascade.data.transforms import BadSample
 from cascade.errors import explained
 from cascade.files.stores.cache import Cache
@@ -71,7 +71,7 @@ class OpenTar:
         if not 0 <= size <= indexes.LIMITS.get(member, indexes.LIMITS["picture"]):
             raise BadSample("huge file")
         try:
-            blocks = self._bytes(place, offset, _filled(size)) if size else b""
+            blocks = self._bytes(place, offset, filled(size)) if size else b""
         except OSError as error:
             raise BadSample("cannot be read") from error
         data = blocks[:size]
@@ -96,18 +96,13 @@ class OpenTar:
         if place != self._near[0]:
             spans = self._index.spans[self._rows[place]]
             there = spans[spans[:, 1] > 0]
-            start, end = int(there[:, 0].min()), max(at + _filled(n) for at, n in there.tolist())
+            start, end = int(there[:, 0].min()), max(at + filled(n) for at, n in there.tolist())
             near = start >= 0 and 0 < end - start <= NEAR
             self._near = place, start, self._ranges.pread(end - start, start) if near else b""
         _, start, data = self._near
         if 0 <= offset - start <= len(data) - size:
             return data[offset - start : offset - start + size]
         return self._ranges.pread(size, offset)
-
-
-def _filled(size: int) -> int:
-    """Return the size of a member's blocks."""
-    return -(-size // BLOCK) * BLOCK
 
 
 class Placed(NamedTuple):

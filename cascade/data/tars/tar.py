@@ -224,6 +224,11 @@ def _target(place: str, link: tarfile.TarInfo) -> str:
     return normpath(join(dirname(place), link.linkname))
 
 
+def filled(size: int) -> int:
+    """Return the size of a member's blocks."""
+    return -(-size // BLOCK) * BLOCK
+
+
 def is_whole(blocks: bytes, size: int) -> bool:
     """Return whether a member's blocks agree with the size in its header.
 

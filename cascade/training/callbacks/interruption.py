@@ -176,8 +176,9 @@ def ignore_signals(worker: int) -> None:
     """Keep a data worker alive (as `worker_init_fn`) until its rank has stopped.
 
     Slurm and terminals signal all processes of a job, and a rank whose workers die fails before it
-    has saved. SIGTERM is only delayed: it is also how a rank ends workers that do not exit, as those
-    that a second signal kept it from telling. Once its training has ended, they exit at once.
+    has saved. SIGTERM is only delayed, since it is also how a rank ends workers that do not exit,
+    such as those that a second signal kept it from telling. Once the rank's training has ended, it
+    ends them at once.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -41,7 +41,8 @@ def image_key(size: int) -> str:
     return f"image_{size}"
 
 
-# What a picture in a bucket was before it was resized, and what is left of it (SDXL, section 2.2).
+# Keys of the size of a picture's file, the corner of its crop, and its size in the bucket, each
+# [b, 2] (SDXL, section 2.2).
 FRAMING = ("original_size", "crop_corner", "target_size")
 
 

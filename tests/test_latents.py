@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from cascade.latents.codec import Latent
 from cascade.latents.frozen import FrozenAutoencoder, save_autoencoder
 from cascade.latents.tiles import spans, tiled
 from cascade.pipeline import Cascade
-from cascade.runs.model import load_cascade, paint
+from cascade.runs.model import frame_asked, load_cascade, paint
 from cascade.runs.run import Run
 from cascade.training.rehearsal import rehearsed
 
@@ -56,6 +57,13 @@ def pictures(count, side=16, seed=0):
 
 def codec(folder, **more):
     return Latent(16, 4, 4, FrozenAutoencoder(str(folder)), **more)
+
+
+def test_latents_are_painted_as_squares_alone(home):
+    link = {"writes": "image_16", "encoded": dict, "sample": dict}
+    cascade = Cascade([SimpleNamespace(codec=codec(home / "autoencoder"), **link)])
+    with pytest.raises(UserError, match="the stage that writes image_16 was trained on squares"):
+        frame_asked(cascade, "3:2", 1)
 
 
 def test_latents_have_zero_mean_and_unit_variance_after_fit(home):

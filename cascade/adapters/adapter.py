@@ -10,7 +10,8 @@ from torch import Tensor
 from cascade.encoders.weights import reading, tensors_hash
 from cascade.errors import UserError
 
-# What adapters make of a stage's names, and the prefixes of what is added to a stage.
+# What parametrizations and extended tables insert into names of parameters, and the prefixes of
+# modules that are added to a stage.
 CHANGED, INSIDE = ".parametrizations.weight.", ".table."
 _ADDED = ("control.", "adapter.", "further.", "weaker.")
 
@@ -31,7 +32,10 @@ class Adapter(Protocol):
 
 
 def base_hash(state: Mapping[str, Tensor]) -> str:
-    """The hash of a stage's weights without what is added to them; "" if they are on meta."""
+    """Hash a stage's weights, without adapters, ControlNets, further losses or a weaker stage.
+
+    Returns "" for weights on the meta device, which have no values.
+    """
     plain = {
         name.replace(f"{CHANGED}original", ".weight").replace(INSIDE, "."): value
         for name, value in state.items()

@@ -1,10 +1,9 @@
 """LoRA: low-rank changes of a stage's linear layers and convolutions (2106.09685).
 
-Files are those of `peft`, `adapter_config.json` and `adapter_model.safetensors`, so that peft reads
-what is trained here, and what it trained for the same network is read here. Its layers do not fit:
-they change what a layer returns, and the U-Nets also use a convolution's weight itself
-(`convolve_enlarged`). So it is the weight that is changed here, which a merged change equals to the
-bit.
+The files are peft's, `adapter_config.json` and `adapter_model.safetensors`: peft loads adapters
+that were trained here, and Cascade loads adapters that peft trained for the same network. peft's
+layers are not used. They change a layer's output, whereas the U-Nets also read the weight of a
+convolution directly (`convolve_enlarged`). These change the weight itself, as merging does.
 """
 
 import json

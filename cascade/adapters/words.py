@@ -1,7 +1,8 @@
-"""Textual inversion: a new word, one learned row beside a frozen table of tokens (2208.01618).
+"""Textual inversion (2208.01618): learns the embedding of a new word; the token table stays frozen.
 
-A stage reads captions by a text transformer of its own, or by a frozen CLIP, or both: the word has
-a row for each table, by the batch key that is computed from it (`tokens`, `text`).
+A stage reads captions with a text transformer of its own, with a frozen CLIP, or with both. The
+word has one row for each of their tables, by the batch key that the table serves (`tokens` or
+`text`).
 """
 
 import copy

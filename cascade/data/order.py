@@ -223,7 +223,7 @@ class BucketOrder(Order):
 
 
 def _kept(made: dict[int, T], number: int, make: Callable[[], T], most: int) -> T:
-    """Return what was made for a number; of others, at most `most` - 1 are kept."""
+    """Return `made[number]`, which `make` makes if need be; `made` keeps the `most` newest."""
     if number not in made:
         found = make()
         while len(made) >= most:

@@ -289,7 +289,7 @@ def made_of(
     workers: int = 0,
     batch: int = BATCH,
 ) -> Iterator[list[tuple[str, Any]]]:
-    """Yield the key of each sample of a tar, and what was made of it, some at a time.
+    """Yield lists of (key, what `make` made) for the samples of a tar.
 
     Args:
         members: one of which a sample must have, besides its picture: "txt", "json".

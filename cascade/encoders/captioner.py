@@ -64,7 +64,7 @@ class Captioner:
         return self
 
     def load(self, *prompts: str | None) -> None:
-        """Load everything and answer once, so that what is wrong is known before work begins.
+        """Load the model and caption a blank picture, so that errors come before the work begins.
 
         Args:
             prompts: that it will be asked as well.

@@ -186,8 +186,8 @@ class FrozenCLIP(OfCaptions):
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Encodes captions: `clip_text` [b, d], `text` [b, n, w], `text_mask` and `tokens` [b, n].
 
-        `text` holds the states after the last norm; n is the length of the longest caption. There
-        is a gradient for words that are being learned alone.
+        `text` holds the states after the last norm; n is the length of the longest caption. Only
+        words that are being learned get a gradient.
         """
         tokens = tokenize(captions, self.length, self.words).to(self.device)
         embeddings, states = self._tower(tokens)

@@ -1,10 +1,10 @@
 """The patch-adversarial loss of autoencoders (VQGAN, 2012.09841, section 3.1).
 
-A discriminator judges patches of pictures, true or reconstructed (PatchGAN, 1611.07004). Both sides
-learn in one step: what the discriminator's own loss gives it and what the autoencoder's gives that
-come from one backward pass, each with the other's weights held constant. One optimizer with two
-groups of parameters is then as good as two, and is checkpointed as one. (`gradient_clip` bounds the
-norm of both gradients together.)
+A discriminator judges patches of pictures, true or reconstructed (PatchGAN, 1611.07004). One
+backward pass trains both sides: the discriminator's loss has gradients for the discriminator alone,
+and the autoencoder's for the autoencoder alone. So one optimizer with two groups of parameters
+serves both, and one checkpoint holds its state. (`gradient_clip` bounds the norm of both gradients
+together.)
 """
 
 from typing import NamedTuple

@@ -33,6 +33,8 @@ class Latent(nn.Module):
         UserError: `factor` does not divide the side.
     """
 
+    buckets = None  # squares alone
+
     def __init__(
         self,
         size: int,
@@ -50,6 +52,7 @@ class Latent(nn.Module):
         self.size, self.channels, self.side = size, channels, size // factor
         self.writes, self.drawn, self.seed = image_key(size), drawn, seed
         self.factor, self.autoencoder = factor, autoencoder
+        self.shapes = [(size, size)]
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 

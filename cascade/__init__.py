@@ -23,6 +23,7 @@ A batch is a dictionary; a stage reads some of its keys and writes one. This is 
 | `control/NAME_SIZE` | float [b, 3, h, w] in [-1, 1], edges or another condition  | data, caller |
 | `control/NAME_weight` | float [b], how much that ControlNet counts; 1 if missing  | caller       |
 | `loss_weight`    | float [b], what each sample's loss counts; 1 if missing       | data         |
+| `preserved`      | bool [b], whether a sample is to stay as the stage painted it  | data         |
 | `x_T`            | float [b, ...], the noise that leads to a picture             | an edit      |
 | `known/KEY`      | float [b, 3, h, w], a picture to edit, as KEY is sampled      | an edit      |
 | `unknown/KEY`    | bool [b, 1, h, w], what of it to paint                        | an edit      |

@@ -15,18 +15,20 @@ from pathlib import Path
 from cascade.config.allowlist import trust
 from cascade.errors import Failed, Superseded, TryAgain, UserError
 from cascade.files import processors
-from cascade.options import (
-    caption_options,
-    checker_option,
-    compile_option,
-    control_option,
-    data_options,
+from cascade.options.data import data_options
+from cascade.options.models import (
     edit_options,
     evaluate_options,
     generate_options,
     personalize_options,
-    sampling_options,
     serve_options,
+)
+from cascade.options.shared import (
+    caption_options,
+    checker_option,
+    compile_option,
+    control_option,
+    sampling_options,
 )
 from cascade.runs import done
 from cascade.slurm.code import check

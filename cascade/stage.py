@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,6 @@ from cascade.batch import Batch, hint_key, weight_key
 from cascade.conditioning import Cond, Conditioner
 from cascade.data.degradations import Corruption
 from cascade.data.loading import on
-from cascade.diffusion.distillation import Carry
 from cascade.diffusion.sampling import Watch
 from cascade.draws import Draws
 from cascade.encoders import phrases
@@ -34,6 +33,7 @@ from cascade.nets.control import ControlNet, Steered, Steering
 from cascade.nets.dtensors import whole
 from cascade.nets.layers import altered
 from cascade.nets.prior import Places
+from cascade.roles import Asked, Objective, Sampler, Teacher
 from cascade.trainable import FURTHER, Trainable
 
 WEIGHTS = "weights.safetensors"
@@ -47,45 +47,6 @@ def warmup_cosine(images: int, warmup: int, total: int) -> float:
 def warmup_constant(images: int, warmup: int) -> float:
     """Learning-rate factor after `images` images: linear warm-up, then 1 (Imagen)."""
     return min(1.0, (images + 1) / max(1, warmup))
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """A stage's loss: that of a diffusion (`Process`), or of predicting the next token."""
-
-    def loss(self, net: Any, x0: Tensor, cond: Cond, noise: Draws) -> Float[Tensor, " b"]: ...
-
-
-# Returns what carries some rows of an encoded batch from one noise level to another, for a student.
-Teacher = Callable[[Batch, "Stage"], Carry]
-
-
-@runtime_checkable
-class Sampler(Protocol):
-    """Draws x0; with a scale other than 1, guided away from a weaker (network, condition)."""
-
-    scale: float
-
-    def __call__(
-        self,
-        process: Objective,
-        net: Any,
-        shape: tuple[int, ...],
-        cond: Cond,
-        weaker: tuple[Any, Cond] | None,
-        noise: Draws,
-        progress: Watch | None = None,
-    ) -> Tensor: ...
-
-
-class Asked(NamedTuple):
-    """The arguments of a `Sampler`, after the process, that a batch determines."""
-
-    net: Any
-    shape: tuple[int, ...]
-    cond: Cond
-    weaker: tuple[Any, Cond] | None
-    noise: Draws
 
 
 class Stage(Trainable):
@@ -110,7 +71,7 @@ class Stage(Trainable):
         weaker: for sampling only: a stage trained on the same data and with the same process, which
             guidance extrapolates away from (autoguidance, 2406.02507). None: guidance uses this
             stage's own network without its conditions.
-        teacher: for distillation only.
+        teacher: shows a student what to learn, or a stage that is personalized what to keep.
         adapter: an addition that alone is trained, and that `export` writes instead of weights.
     """
 
@@ -197,14 +158,18 @@ class Stage(Trainable):
         """
         x0, batch = self._task(batch)
         cond = self.conditioner(batch, self.draws("drop", batch))
-        taught = () if self.teacher is None else (self.teacher(batch, self),)
+        lesson = None if self.teacher is None else self.teacher(batch, self)
+        taught = () if lesson is None else (lesson.process,)
         net = self.noisy(batch, partial(self.draws, "augmentation", batch))
         attached: dict[str, Any] = dict(self.further.items())
         if attached:
             net = Watched(net, [block for one in attached.values() for block in one.watched])
         loss = self.process.loss(net, x0, cond, self.draws("noise", batch), *taught)
         if cond.sketch is not None:
-            loss = loss + (cond.sketch - x0).square().flatten(1).mean(1)
+            wanted = x0
+            if lesson is not None and lesson.sketch is not None:
+                wanted = x0.index_put((lesson.rows,), lesson.sketch)
+            loss = loss + (cond.sketch - wanted).square().flatten(1).mean(1)
         for name, further in attached.items():
             term = further(self, batch, x0, net.call)
             self.terms[name] = term.detach().mean() if further.active(self.done) else None

@@ -16,10 +16,15 @@ from cascade.data.loading import loader
 from cascade.data.scenes.generate import render, sample_scene, write_scenes
 from cascade.data.shards import Shards
 from cascade.data.transforms import Pictures
-from cascade.draws import generator
+from cascade.diffusion import noise as schedules
+from cascade.diffusion import prediction
+from cascade.diffusion.gaussian import Diffusion
+from cascade.diffusion.learned_variance import LearnedVariance
+from cascade.draws import Draws, generator
 from cascade.runs.model import load_cascade
 from cascade.runs.run import Run
 from cascade.stage import WEIGHTS, Stage
+from cascade.training.preservation import preserve
 from tests.models import write_model, write_run
 from tests.small import SR
 
@@ -153,6 +158,51 @@ def test_the_loss_is_the_sum_of_both_halves_means(base, shards):
     torch.testing.assert_close(stage.training_step(batch, 0), expected)
     del batch["loss_weight"]
     torch.testing.assert_close(stage.training_step(batch, 0), each.mean())
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder"])
+def test_what_is_preserved_has_no_gradient_until_the_stage_changes(base, shards, name):
+    run = Run(base / "base" / name)
+    stage = run.load()
+    batch = next(iter(loader(Few(*shards, 3.0), 8, batches=1)))
+    batch = stage.encoded({**batch, "clip_image": torch.randn(8, 12)})
+    plain = stage.loss(batch)
+    preserve(stage, run)
+    each = stage.loss(batch)
+    assert torch.equal(each[0::2], plain[0::2])
+    assert (each[1::2] == 0).all()
+    assert (plain[1::2] > 0).all()
+    with torch.no_grad():
+        for parameter in stage.net.parameters():
+            parameter.mul_(1.01)
+    moved = stage.loss(batch)[1::2]
+    assert (moved > 0).all()
+    gradients = torch.autograd.grad(moved.mean(), list(stage.net.parameters()), allow_unused=True)
+    with torch.no_grad():  # the gradient leads back
+        for parameter, gradient in zip(stage.net.parameters(), gradients):
+            if gradient is not None:
+                parameter.sub_(1e-4 * gradient)
+    assert stage.loss(batch)[1::2].mean() < moved.mean()
+
+
+def test_a_learned_variance_is_taught_its_mean_alone():
+    process = LearnedVariance(Diffusion(schedules.cosine, prediction.v), 1000)
+    x0, given = torch.randn(4, 3, 4, 4), torch.randn(4, 6, 4, 4)
+
+    def net(x, logsnr, cond):
+        return given
+
+    def loss(teacher=None):
+        return process.loss(net, x0, None, Draws(0, "noise", range(4)), teacher)
+
+    def itself(x, logsnr, F_star):
+        return given[:, :3]
+
+    def shifted(x, logsnr, F_star):
+        return given[:, :3] + 2.0
+
+    assert torch.allclose(loss(shifted) - loss(itself), torch.full((4,), 4.0))
+    assert torch.equal(loss(lambda x, logsnr, F_star: F_star), loss())
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ class Few:
     """A few pictures, so that one may be in a batch more than once; perhaps with those of a class.
 
     With a class, samples of even numbers are of the thing and those of odd ones of its class, half
-    of a batch each. Their `loss_weight` makes of a batch's mean the sum of the two halves' means,
-    the second one times `weight` (prior preservation, equation 2 of the paper). These are
-    `Samples`.
+    of a batch each: these are `preserved`. Their `loss_weight` makes of a batch's mean the sum of
+    the two halves' means, the second one times `weight` (prior preservation, equation 2 of the
+    paper). These are `Samples`.
 
     Args:
         own: of the thing.
@@ -49,7 +49,8 @@ class Few:
         half, of_class = divmod(n, 2)
         item = (self.kept if of_class else self.own)[half]
         weight = 2.0 * (self.weight if of_class else 1.0)
-        return {**item, "sample": n, "loss_weight": torch.tensor(weight)}
+        kept = {"preserved": torch.tensor(bool(of_class)), "loss_weight": torch.tensor(weight)}
+        return {**item, **kept, "sample": n}
 
     def preview(self, count: int, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Yield items of the thing, with whole pictures of `sizes`."""

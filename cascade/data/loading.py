@@ -85,6 +85,13 @@ def on(batch: Batch, device: torch.device | str) -> Batch:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
+def chosen(batch: Batch, rows: Tensor) -> Batch:
+    """Some rows [b] of a batch: of its tensors, its captions, and what is of all rows."""
+    some: Batch = {k: v[rows] for k, v in batch.items() if isinstance(v, Tensor)}
+    some["caption"] = [one for one, row in zip(batch["caption"], rows) if row]
+    return some | ({"empty": batch["empty"]} if "empty" in batch else {})
+
+
 def put_rows(whole: dict[str, Tensor], part: Mapping[str, Tensor], start: int, count: int) -> None:
     """Copy the rows of `part` into tensors of `count` rows, from row `start` on.
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cascade.diffusion.gaussian import Denoised, Net, Process
+from cascade.diffusion.gaussian import Denoised, Net, Process, Targets
 from cascade.diffusion.noise import Noise, Schedule, alpha_sigma, table, table_index
 
 
@@ -53,9 +53,14 @@ class AnalyticVariance(nn.Module):
         return self.process.schedule
 
     def loss(
-        self, net: Net, x0: Float[Tensor, "b *d"], cond: Any, noise: Noise
+        self,
+        net: Net,
+        x0: Float[Tensor, "b *d"],
+        cond: Any,
+        noise: Noise,
+        teacher: Targets | None = None,
     ) -> Float[Tensor, " b"]:
-        return self.process.loss(net, x0, cond, noise)
+        return self.process.loss(net, x0, cond, noise, teacher)
 
     def denoise(
         self, net: Net, x_t: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""], cond: Any

@@ -30,6 +30,12 @@ def call(
     return net(x, logsnr.clamp(-LIMIT, LIMIT).to(x), cond).to(x.dtype)
 
 
+# Replaces the targets F* of some samples, given the network's input and its noise level.
+Targets = Callable[
+    [Float[Tensor, "b *d"], Float[Tensor, " b"], Float[Tensor, "b *d"]], Float[Tensor, "b *d"]
+]
+
+
 class Denoised(NamedTuple):
     """A denoiser's estimate of x0 given x_t: its mean, and a variance if one is known.
 
@@ -55,7 +61,12 @@ class Process(Protocol):
     schedule: Schedule
 
     def loss(
-        self, net: Net, x0: Float[Tensor, "b *d"], cond: Any, noise: Noise
+        self,
+        net: Net,
+        x0: Float[Tensor, "b *d"],
+        cond: Any,
+        noise: Noise,
+        teacher: Targets | None = None,
     ) -> Float[Tensor, " b"]: ...
 
     def denoise(
@@ -83,15 +94,22 @@ class Diffusion:
     most: float | None = None
 
     def loss(
-        self, net: Net, x0: Float[Tensor, "b *d"], cond: Any, noise: Noise
+        self,
+        net: Net,
+        x0: Float[Tensor, "b *d"],
+        cond: Any,
+        noise: Noise,
+        teacher: Targets | None = None,
     ) -> Float[Tensor, " b"]:
         """The loss of each sample, a mean over its dimensions.
 
         Args:
             noise: called twice: for one number per sample, which gives u, then for eps.
+            teacher: replaces targets; None: they are those of x0.
         """
         logsnr = self.schedule(uniform(noise, (len(x0),)))
         x, F_star = self.task(x0, noise(tuple(x0.shape)).to(x0), logsnr)
+        F_star = F_star if teacher is None else teacher(x, logsnr, F_star)
         return self.weighted(call(net, x, logsnr, cond) - F_star, logsnr)
 
     def task(

@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from cascade.diffusion.gaussian import Denoised, Diffusion, Net, call, per_sample
+from cascade.diffusion.gaussian import Denoised, Diffusion, Net, Targets, call, per_sample
 from cascade.diffusion.likelihood import term
 from cascade.diffusion.noise import Noise, Schedule, uniform
 from cascade.diffusion.posterior import Step, ladder
@@ -35,7 +35,12 @@ class LearnedVariance:
         return self.mean.schedule
 
     def loss(
-        self, net: Net, x0: Float[Tensor, "b *d"], cond: Any, noise: Noise
+        self,
+        net: Net,
+        x0: Float[Tensor, "b *d"],
+        cond: Any,
+        noise: Noise,
+        teacher: Targets | None = None,
     ) -> Float[Tensor, " b"]:
         """The loss of the mean, plus T / 1000 times one term of the bound in bits per dimension.
 
@@ -44,6 +49,7 @@ class LearnedVariance:
 
         Args:
             noise: called twice: for one number per sample, which gives the level, then for eps.
+            teacher: replaces targets of the mean; None: they are those of x0.
         """
         u = uniform(noise, (len(x0),))
         levels, down = ladder(self.schedule, self.steps, u.device)
@@ -56,7 +62,8 @@ class LearnedVariance:
         denoised = Denoised(x0 + c_out * error.detach(), range=range)
         step = Step(*(per_sample(part[index], x0) for part in down))
         bits = term(x0, denoised, step, first=per_sample(index.double(), x0) == 0)
-        return self.mean.weighted(error, logsnr) + self.steps / 1000 * bits
+        taught = error if teacher is None else F - teacher(x, logsnr, F_star)
+        return self.mean.weighted(taught, logsnr) + self.steps / 1000 * bits
 
     def denoise(
         self, net: Net, x_t: Float[Tensor, "b *d"], logsnr: Float[Tensor, ""], cond: Any

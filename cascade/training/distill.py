@@ -11,9 +11,10 @@ from torch import Tensor
 from cascade.batch import Batch
 from cascade.config.compose import composed
 from cascade.config.overrides import assigned
-from cascade.diffusion.distillation import Carry
+from cascade.data.loading import chosen
 from cascade.diffusion.gaussian import Denoised
 from cascade.errors import UserError
+from cascade.roles import Lesson
 from cascade.runs.cascade_file import stage_choices, stage_runs
 from cascade.runs.choices import SamplingChoices
 from cascade.runs.run import CASCADE, Run
@@ -39,23 +40,21 @@ class Teaching:
 
     stage: Stage
 
-    def __call__(self, batch: Batch, student: Stage) -> Carry:
-        """Returns what carries some rows of an encoded batch from one noise level to another."""
+    def __call__(self, batch: Batch, student: Stage) -> Lesson:
+        """Shows what carries some rows of an encoded batch from one noise level to another."""
         stage = self.stage.to(student.device)
         sampler: Any = stage.sampler
 
         @torch.no_grad()
         def carry(rows: Tensor, x: Tensor, logsnrs: Tensor) -> Tensor:
-            some: Batch = {k: v[rows] for k, v in batch.items() if isinstance(v, Tensor)}
-            some["caption"] = [one for one, row in zip(batch["caption"], rows) if row]
-            some |= {"empty": batch["empty"]} if "empty" in batch else {}
+            some = chosen(batch, rows)
             cond = stage.conditioner(some, student.draws("drop", some))
             net = stage.noisy(some, lambda: student.draws("augmentation", some))
             weaker = stage.weaker_on(some, some, net) if sampler.scale != 1 else None
             denoise = sampler.denoiser(stage.process, net, cond, weaker)
             return sampler.solver(denoise, x, logsnrs, None)
 
-        return carry
+        return Lesson(carry)
 
 
 def student(config: DictConfig) -> DictConfig:

@@ -52,6 +52,7 @@ from cascade.training.inputs import TrainingData, first_batches, grid_samples, t
 from cascade.training.loggers.logger import Logger, check_installed
 from cascade.training.loggers.tensorboard import TensorBoard
 from cascade.training.module import Training
+from cascade.training.preservation import preserve
 from cascade.training.provenance import Provenance
 from cascade.training.threads import apart
 
@@ -139,6 +140,8 @@ def _begin(config: DictConfig, module: Trainable, samples: Samples, fresh: bool)
     start, teacher = config.get("start"), config.get("teacher")
     if teacher:
         teach(module, teacher, begin=fresh and not start)
+    if start and (config.get("few") or {}).get("taught"):
+        preserve(module, Run(Path(start)))
     if fresh and start:
         module.restore(Path(start), of=f"{config.run}, which was to begin with them")
         return weights_hash(Run(Path(start)).weights)

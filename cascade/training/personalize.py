@@ -91,7 +91,11 @@ class Personal:
         whole |= {key: config[key] for key in _KEPT}
         whole |= {"run": str(self.out / name), "start": str(run.path), "name": name}
         whole |= {"data": shards(own), "adapter": config["adapter"], "spike": None}
-        whole["few"] = {"kept": kept and shards(kept), "weight": config["preserve"]}
+        whole["few"] = {
+            "kept": kept and shards(kept),
+            "weight": config["preserve"],
+            "taught": bool(kept),
+        }
         whole["optim"] = stage["optimizer"] = config["optim"]
         whole["learning_rate"] = stage["learning_rate"] = config["learning_rate"]
         whole["micro_batch"] = config["micro_batch"] or whole.get("micro_batch")

@@ -86,7 +86,7 @@ def on(batch: Batch, device: torch.device | str) -> Batch:
 
 
 def chosen(batch: Batch, rows: Tensor) -> Batch:
-    """Some rows [b] of a batch: of its tensors, its captions, and what is of all rows."""
+    """Select some rows (bool [b]) of a batch's tensors and captions; `empty` holds for any."""
     some: Batch = {k: v[rows] for k, v in batch.items() if isinstance(v, Tensor)}
     some["caption"] = [one for one, row in zip(batch["caption"], rows) if row]
     return some | ({"empty": batch["empty"]} if "empty" in batch else {})

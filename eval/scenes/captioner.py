@@ -42,9 +42,9 @@ def scenes(level: str, split: str, seed: int = 0) -> Iterator[Scene]:
 def blip(level: str, width: int, layers: int) -> tuple[Any, Any]:
     """Return a BLIP of random weights for pictures of 64 px, and its processor.
 
-    Its tokens are the words of the long captions of a level. Its embeddings of positions begin as
-    smooth functions of the place, twenty times as large as BLIP's: with those, it learned from
-    32,000 pictures what is in a scene, but not where.
+    Its tokens are the words of the long captions of a level. Its position embeddings begin as
+    smooth functions of the place, twenty times as large as BLIP's own: with BLIP's, it learned
+    from 32,000 pictures what a scene shows, but not where.
 
     Args:
         width: of both towers.

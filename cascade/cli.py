@@ -48,6 +48,7 @@ _NEEDS = {
         **dict.fromkeys(("cache", "shard"), ("pictures",)),
         **dict.fromkeys(("captions", "checkpoint", "quick_gelu"), ("clip",)),
         "bootstrap": ("reference", "inception"),
+        "out": ("model", "pictures"),
     },
     "sweep": {"price": ("dry_run",)},
     "vary": dict.fromkeys(("steps", "refine", "scale"), ("eta",)),

@@ -2,7 +2,8 @@
 
 Each group of the chain waits for those that it needs:
 
-    scenes -> CLIP -> embeddings -> prior, decoder, super-resolution -> evaluation
+    scenes -> super-resolution, autoencoder, judge -> evaluation
+    scenes -> CLIP -> embeddings -> prior, decoder -> evaluation
 
 Every task has a subdirectory of the cascade's directory. Finished tasks are skipped, so the same
 command, repeated after a failure, runs only what is missing.
@@ -10,7 +11,7 @@ command, repeated after a failure, runs only what is missing.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cascade.config.checks import accumulation, check_split
 from cascade.config.compose import built, composed
 from cascade.data.embeddings import MANIFEST
 from cascade.data.tars.tar import tars_of
+from cascade.errors import UserError
 from cascade.files.atomic import check_writable
 from cascade.files.stores.places import on_disk
 from cascade.runs import cascade_file
@@ -31,6 +33,7 @@ from cascade.slurm.plan import Launcher, Task, TaskGroup, launch
 
 LAUNCHER = "launcher"
 _SCENES = 1000  # per shard, as `write_scenes` writes them
+_REFERRED = ("clip", "text", "autoencoder")
 
 
 def split(overrides: Sequence[str], keys: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -102,7 +105,7 @@ def chain(config: DictConfig, launcher: Launcher) -> list[TaskGroup]:
 def trainings(
     config: DictConfig, root: Path, asked: Mapping[str, Sequence[str]], launcher: Launcher
 ) -> list[TaskGroup]:
-    """Return trainings by name, preceded by the scenes, CLIPs and embeddings that they need.
+    """Return trainings by name, each after the scenes, trainings and embeddings that it reads.
 
     Args:
         config: supplies `data`, `scenes`, `seed`, `precompute` and `resources`.
@@ -110,35 +113,64 @@ def trainings(
         asked: the overrides of each training.
     """
     data, resources = Path(config.data.path), OmegaConf.to_container(config.resources)
-    groups: dict[str, TaskGroup] = {}
-
-    def add(name: str, tasks: Sequence[Task], after: Sequence[str], alone: bool = True) -> None:
-        before = [one for one in after if one in groups]
-        groups[name] = TaskGroup(name, tasks, before, alone, resources.get(name, {}))
-
     trained = {
         name: training_task(own, launcher, resources.get(name)) for name, own in asked.items()
     }
-    # CLIPs have no codec. They come first: generative stages may read their embeddings.
-    clips = [name for name, (_, own) in trained.items() if "codec" not in own.stage]
+    folders = {task.folder: name for name, (task, _) in trained.items()}
     # One training's configuration for each store of embeddings; all that read a store agree.
     stores = {n: own for _, own in trained.values() for n in own.data.get("embeddings") or {}}
-    if config.scenes:
-        add("scenes", [_scenes(config, root, data)], [])
-    for name in clips:
-        add(name, [trained[name][0]], ["scenes"], alone=False)
+    after = {name: _read_by(own, folders) for name, (_, own) in trained.items()}
+    tasks = {name: [task] for name, (task, _) in trained.items()}
     if stores:
-        tasks = [_precompute(stores, root, data, i) for i in range(config.precompute)]
-        add("precompute", tasks, ["scenes", *map(_clip, stores.values())])
-    for name in [name for name in trained if name not in clips]:
-        task, own = trained[name]
-        add(name, [task], ["scenes", _clip(own), "precompute"], alone=False)
-    return list(groups.values())
+        clips = [Path(own.clip.path).absolute() for own in stores.values()]
+        after["precompute"] = [name for folder, name in folders.items() if folder in clips]
+        tasks["precompute"] = [_precompute(stores, root, data, i) for i in range(config.precompute)]
+    if config.scenes:
+        tasks["scenes"] = [_scenes(config, root, data)]
+        after = {"scenes": [], **{name: ["scenes", *others] for name, others in after.items()}}
+    alone = {"scenes", "precompute"}
+    return [
+        TaskGroup(name, tasks[name], after[name], name in alone, resources.get(name, {}))
+        for name in _in_order(after)
+    ]
 
 
-def _clip(config: DictConfig) -> str:
-    """Return the name of a training's CLIP, which is a group's name if it is trained here."""
-    return Path(config.clip.path).name
+def _read_by(config: DictConfig, folders: Mapping[Path, str]) -> list[str]:
+    """Return the names of what a training reads: trainings by their `folders`, and "precompute"."""
+    plain = OmegaConf.to_container(config)
+    # The groups that others refer to name a path whether or not this training reads it.
+    read = {key: one for key, one in plain.items() if key not in ("run", *_REFERRED)}
+    paths = [Path(text).absolute() for text in _texts(read)]
+    found = [
+        name for folder, name in folders.items() if any(p.is_relative_to(folder) for p in paths)
+    ]
+    return [*found, "precompute"] if config.data.get("embeddings") else found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value.values()])
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+
+
+def _in_order(after: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the names so that each comes after those that it waits for, else in their order.
+
+    Raises:
+        UserError: some wait for one another.
+    """
+    left, done = dict(after), []
+    while left:
+        ready = [name for name, others in left.items() if not left.keys() & others]
+        if not ready:
+            raise UserError(f"{' and '.join(left)} read one another's directories: change a path")
+        done.append(ready[0])
+        del left[ready[0]]
+    return done
 
 
 def _task(folder: Path, command: Sequence[object], done: bool) -> Task:
@@ -197,9 +229,9 @@ def _embedded(data: Path, folder: Path) -> bool:
 
 
 def _evaluation(config: DictConfig, root: Path, data: Path, ended: bool) -> Task:
-    split, count = next(iter(config.evaluate.counts.items()))
-    command = ["evaluate", "--model", root, "--data", data, "--judge", config.judge]
-    command += ["--split", split, "--count", count, "--seed", config.seed]
-    command += ["--guidance", ",".join(map(str, config.evaluate.guidance))]
-    command += ["--edits", config.evaluate.edits] if config.evaluate.get("edits") else []
-    return _task(root / "evaluation", command, ended and cascade_file.measured(root))
+    asked = {"model": str(root), "data": str(data), "judge": config.judge, "seed": config.seed}
+    asked |= OmegaConf.to_container(config.evaluate)
+    folder = (root / "evaluation").absolute()
+    done = ended and cascade_file.measured(root)
+    command = ("evaluate", "--config", str(folder / FROZEN))
+    return Task(folder, command, OmegaConf.to_yaml(asked), done)

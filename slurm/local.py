@@ -24,11 +24,12 @@ from cascade.files import processors
 from cascade.runs.done import DONE, FAILURE, begin, finished
 from cascade.slurm import queue
 from cascade.slurm.code import digest_of, trusting
-from cascade.slurm.plan import LOG, Submission, Task
+from cascade.slurm.plan import LOG, Submission, Task, TaskGroup
 from cascade.slurm.queue import LOCK, Job
-from cascade.slurm.state import screen, states, table
+from cascade.slurm.state import screen, states, table, tail
 
 _CHECKPOINTED = 75
+_SPEAKS = 30.0  # seconds between two lines of a running task, where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,16 @@ class Local:
         def shown() -> Table:
             return table(states(folders, {}, submission.root))
 
-        # Updated in place on a terminal; elsewhere printed once, at the end.
-        progress = Live(get_renderable=shown, console=screen(stderr=True), refresh_per_second=1)
+        # Updated in place on a terminal; elsewhere printed once, at the end, after lines of tasks.
+        console, spoken = screen(stderr=True), time.monotonic()
+        progress = Live(get_renderable=shown, console=console, refresh_per_second=1)
         with progress, _sigterm_as_interrupt():
             try:
                 while work.step():
                     time.sleep(0.1)
+                    if not console.is_terminal and time.monotonic() > spoken + _SPEAKS:
+                        spoken = time.monotonic()
+                        work.speak()
             finally:
                 work.stop()
         if work.failed:
@@ -92,6 +97,9 @@ class _Work:
     def __init__(self, launcher: Local, submission: Submission):
         self.launcher, self.submission = launcher, submission
         self.groups = {group.name: group for group in submission.groups}
+        self.before: dict[str, set[str]] = {}  # all that a group waits for
+        for name, group in self.groups.items():
+            self.before[name] = {*group.after}.union(*(self.before[one] for one in group.after))
         self.left = {name: list(submission.left[name]) for name in self.groups}
         self.running: dict[int, tuple[Task, subprocess.Popen]] = {}  # by slot
         self.finished: set[Path] = set()
@@ -109,30 +117,52 @@ class _Work:
                 del self.running[slot]
                 self._end(task, process.returncode)
         for slot in set(range(self.launcher.at_once)) - self.running.keys():
-            if not (task := self._next()):
+            if not (ready := self._next()):
                 break
-            self._begin(slot, task)
+            self._begin(slot, *ready)
         return bool(self.running)
 
-    def _next(self) -> Task | None:
-        """Return the ready task nearest to the end of the chain, so that results come early."""
-        for name, group in reversed(self.groups.items()):
+    def _next(self) -> tuple[TaskGroup, Task] | None:
+        """Return the ready task that is next.
+
+        First one that completes what an earlier task of a sweep began, so that results come early;
+        then one that most groups wait for, so that none waits for long; else the first.
+        """
+
+        def place(group: TaskGroup) -> tuple[bool, int]:
+            awaited = sum(group.name in before for before in self.before.values())
+            return group.each_after is None, -awaited
+
+        for group in sorted(self.groups.values(), key=place):
+            name = group.name
             if all(self._is_done(*self.groups[earlier].tasks) for earlier in group.after):
                 for task in self.left[name]:
                     if not group.each_after or self._is_done(self.submission.awaited(group, task)):
                         self.left[name].remove(task)
-                        return task
+                        return group, task
         return None
+
+    def at_once(self, group: TaskGroup) -> int:
+        """Return how many tasks can run while one of a group does, itself included.
+
+        It follows from the plan alone: the number of its threads may change a task's last bits.
+        """
+        others = [
+            one
+            for name, one in self.groups.items()
+            if name not in self.before[group.name] and group.name not in self.before[name]
+        ]
+        return min(self.launcher.at_once, sum(len(one.tasks) for one in others))
 
     def _is_done(self, *tasks: Task) -> bool:
         return all(task.done or task.folder in self.finished for task in tasks)
 
-    def _begin(self, slot: int, task: Task) -> None:
+    def _begin(self, slot: int, group: TaskGroup, task: Task) -> None:
         attempt = begin(task.folder)
         paths = [str(self.submission.code), os.environ.get("PYTHONPATH")]
         path = os.pathsep.join(filter(None, paths))
         # With an outer job's SLURM_* variables each process would consider itself a rank of srun.
-        env = queue.outside_jobs() | processors.shared(os.environ, self.launcher.at_once)
+        env = queue.outside_jobs() | processors.shared(os.environ, self.at_once(group))
         env |= {"PYTHONPATH": path}
         env |= {"PYTHONSAFEPATH": "1", "CASCADE_FAILURE": str(task.folder / FAILURE)}
         env |= {"CASCADE_FOLDER": str(task.folder), "CASCADE_ATTEMPT": str(attempt)}
@@ -175,6 +205,13 @@ class _Work:
         root = self.submission.root
         inside = task.folder != root and task.folder.is_relative_to(root)
         return str(task.folder.relative_to(root)) if inside else task.folder.name
+
+    def speak(self) -> None:
+        """Print the last line of each running task's log."""
+        for task, _ in self.running.values():
+            name, line = self._name(task), (tail(task.folder / LOG) or [""])[-1]
+            if line:  # lines of progress name what they are of
+                print(line if f" {name}: " in line else f"{name}: {line}", flush=True)
 
     def stop(self) -> None:
         """Ask running processes to checkpoint and exit; on a second interrupt, kill them."""

@@ -119,7 +119,7 @@ def _planned(folder: Path) -> int | None:
     return None
 
 
-def _tail(path: Path) -> list[str]:
+def tail(path: Path) -> list[str]:
     """Return the last complete lines of a file."""
     try:
         with path.open("rb") as file:
@@ -130,18 +130,18 @@ def _tail(path: Path) -> list[str]:
 
 
 def _last_row(path: Path) -> dict[str, str]:
-    tail = _tail(path)
+    last = tail(path)
     try:
         with path.open() as file:
             names = next(csv.reader(file))
     except (OSError, StopIteration):
         return {}
-    row = dict(zip(names, tail[-1].split(","))) if tail else {}
+    row = dict(zip(names, last[-1].split(","))) if last else {}
     return row if row.keys() == set(names) and row["images"].isdigit() else {}
 
 
 def _last_event(folder: Path) -> dict:
-    for line in reversed(_tail(Run(folder).events)):
+    for line in reversed(tail(Run(folder).events)):
         try:
             return json.loads(line)
         except ValueError:

@@ -232,7 +232,7 @@ def test_a_checkpoint_is_for_a_name(of, tmp_path, capsys):
 def test_every_option_of_evaluate_is_of_pictures_or_of_a_model_or_said_to_be_of_both():
     """A new option has to be put into the table of what needs what, or it may be ignored."""
     options = set(vars(parser().parse_args(["evaluate", "--model", "x"])))
-    both = {"code", "trust", "verb", "module", "model", "pictures", "out"}
+    both = {"code", "trust", "verb", "module", "model", "pictures", "config"}
     assert options - both == set(cli._NEEDS["evaluate"])
 
 

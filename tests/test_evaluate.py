@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cascade.diffusion.likelihood import bound
 from cascade.draws import generator
 from cascade.encoders.clip import save_clip
 from cascade.errors import UserError
+from cascade.eval.cascades import evaluation, held_out
 from cascade.eval.cascades.evaluation import check, evaluate
 from cascade.eval.cascades.held_out import held_out_split
 from cascade.eval.cascades.protocol import HeldOut
@@ -224,3 +226,21 @@ def test_the_report_says_whose_captions_they_are(measured, tmp_path):
         page = (tmp_path / "report.html").read_text()
         assert page.count(words) == 2
         assert "held-out" not in page
+
+
+def test_the_largest_true_pictures_are_let_go_before_any_is_painted(measured, monkeypatch):
+    split, largest = held_out.held_out_split, []
+
+    def kept(*given):
+        samples = split(*given)
+        largest.append(weakref.ref(samples.truth["image_64"]))
+        return samples
+
+    def paint(*given):
+        assert largest[0]() is None
+        raise InterruptedError
+
+    monkeypatch.setattr(held_out, "held_out_split", kept)
+    monkeypatch.setattr(evaluation.Judged, "paint", paint)
+    with pytest.raises(InterruptedError):
+        evaluate(measured, measured / "shards", measured / "judge", {"val": 2}, [1.0], 0)

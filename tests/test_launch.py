@@ -1,6 +1,7 @@
 """Sending runs off: what is frozen, the batch script, chains, processes here, the table."""
 
 import fcntl
+import inspect
 import json
 import os
 import re
@@ -14,13 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 import cascade.conf
 from cascade.cli import main
 from cascade.config.compose import built, composed
 from cascade.errors import Failed, TryAgain, UserError
+from cascade.eval.cascades.evaluation import evaluate
+from cascade.files import processors
 from cascade.runs.done import finished
-from cascade.slurm import queue, state
+from cascade.slurm import local, queue, state
 from cascade.slurm.batch import Slurm
 from cascade.slurm.chain import chain, training_task
 from cascade.slurm.code import copied
@@ -297,6 +301,17 @@ def test_a_whole_configuration_takes_no_overrides(tmp_path, capsys):
     assert "takes no overrides" in capsys.readouterr().err
 
 
+def test_an_evaluation_is_asked_for_by_a_file(tmp_path, capsys):
+    given = {"model": str(tmp_path / "model"), "data": "nowhere", "judge": "none"}
+    given |= {"counts": {"val": 2}, "guidance": [1], "seed": 0}
+    for more, says in (({}, "none is no directory"), ({"speed": 1}, "unexpected keyword")):
+        (tmp_path / "frozen.yaml").write_text(yaml.safe_dump(given | more))
+        assert main(["evaluate", "--config", str(tmp_path / "frozen.yaml")]) == 2
+        assert says in capsys.readouterr().err
+    assert main(["evaluate", "--config", str(tmp_path / "frozen.yaml"), "--out", "x"]) == 2
+    assert "--out has no effect" in capsys.readouterr().err
+
+
 def test_a_job_says_why_it_failed_where_its_launcher_looks(tmp_path, monkeypatch):
     monkeypatch.setenv("CASCADE_FAILURE", str(tmp_path / "failure.txt"))
     assert main(["train", "--config", str(tmp_path / "frozen.yaml")]) == 2
@@ -324,10 +339,10 @@ def test_unclip_is_a_chain_from_its_clip_to_its_evaluation(tmp_path):
         "judge": [],
         "precompute": ["clip"],
         "prior": ["clip", "precompute"],
-        "decoder": ["clip", "precompute"],
-        "sr256": ["clip", "precompute"],
-        "sr1024": ["clip", "precompute"],
-        "evaluation": ["clip", "judge", "precompute", "prior", "decoder", "sr256", "sr1024"],
+        "decoder": ["precompute"],
+        "sr256": [],
+        "sr1024": [],
+        "evaluation": ["clip", "judge", "sr256", "sr1024", "precompute", "prior", "decoder"],
     }
     alone = {name for name, link in links.items() if link.alone}
     assert alone == {"precompute", "evaluation"}
@@ -337,7 +352,29 @@ def test_unclip_is_a_chain_from_its_clip_to_its_evaluation(tmp_path):
     more = ["run=c", "data.path=shards", "each=['++clip.checkpoint=a.pt','++clip.quick_gelu=true']"]
     named = links_of("unclip", tmp_path, *more)["precompute"].tasks[0].command
     assert [*named[-4:]] == ["--checkpoint", "a.pt", "--quick-gelu", "true"]
-    assert "--judge c/judge --split val" in " ".join(links["evaluation"].tasks[0].command)
+    asked = yaml.safe_load(links["evaluation"].tasks[0].config)
+    assert (asked["judge"], asked["counts"]) == ("c/judge", {"val": 5000})
+    demo = composed("demo", []).evaluate
+    asked = yaml.safe_load(links_of("demo", tmp_path)["evaluation"].tasks[0].config)
+    assert {key: asked[key] for key in ("counts", "guidance", "targets")} == {
+        key: OmegaConf.to_container(demo[key]) for key in ("counts", "guidance", "targets")
+    }
+
+
+def test_a_training_waits_for_each_that_it_reads(tmp_path):
+    """A decoder of latents for its autoencoder, a student for its teacher."""
+    links = links_of("latent", tmp_path)
+    assert links["decoder"].after == ["scenes", "autoencoder", "precompute"]
+    order = [*links]
+    assert order.index("autoencoder") < order.index("decoder")
+    run = tmp_path / "c"
+    taught = f"+stages.fast=[stage=sr256,++teacher={run}/sr256]"
+    links = links_of("unclip", tmp_path, "data.path=shards", taught)
+    assert links["fast"].after == ["sr256"]
+    circle = [f"++stages.sr256=[stage=sr256,++teacher={run}/sr1024]"]
+    circle += [f"++stages.sr1024=[stage=sr256,++teacher={run}/sr256]"]
+    with pytest.raises(UserError, match="sr256 and sr1024 read one another"):
+        links_of("unclip", tmp_path, "data.path=shards", *circle)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "cascade").glob("*.yaml"))])
@@ -349,7 +386,9 @@ def test_every_cascade_is_a_chain(name, tmp_path):
     assert config.judge != f"{config.run}/judge" or "judge" in config.stages
     for link in links.values():
         for task in link.tasks:
-            if task.config:
+            if link.name == "evaluation":
+                inspect.signature(evaluate).bind(**yaml.safe_load(task.config))
+            elif task.config:
                 with torch.device("meta"):
                     built(yaml.safe_load(task.config)["stage"])
 
@@ -507,6 +546,43 @@ def test_several_run_at_a_time_and_no_more(tmp_path):
     run_here(tmp_path, [TaskGroup("sweep", tasks(tmp_path, *"abcd"))], text)
     assert (tmp_path / "together").exists()
     assert not (tmp_path / "too-many").exists()
+
+
+def test_what_most_wait_for_begins_first_and_what_is_alone_has_all_processors(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(processors, "available", lambda _: 6.0)
+    links = [
+        TaskGroup("small", tasks(tmp_path, "small")),
+        TaskGroup("clip", tasks(tmp_path, "clip")),
+        TaskGroup("embeddings", tasks(tmp_path, "embeddings"), after=["clip"]),
+        TaskGroup("prior", tasks(tmp_path, "prior"), after=["embeddings"]),
+        TaskGroup("report", tasks(tmp_path, "report"), after=["small", "prior"]),
+    ]
+    run_here(tmp_path, links, f"echo ${{PWD##*/}} $OMP_NUM_THREADS >> {tmp_path}/order", at_once=3)
+    order = dict(line.split() for line in (tmp_path / "order").read_text().splitlines())
+    assert order == {"clip": "3", "small": "2", "embeddings": "3", "prior": "3", "report": "6"}
+    (tmp_path / "order").unlink()
+    run_here(tmp_path, links, f"echo ${{PWD##*/}} >> {tmp_path}/order", at_once=1)
+    assert (tmp_path / "order").read_text().split()[:2] == ["clip", "embeddings"]
+
+
+def test_without_a_terminal_running_tasks_report_how_far_they_are(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(local, "_SPEAKS", 0.0)
+    text = "echo '12:00:00 a: 5/9 images'; echo other; while ! [ -e ../seen ]; do sleep 0.05; done"
+    said = []
+    monkeypatch.setattr(local, "print", lambda line, **_: said.append(line), raising=False)
+
+    def seen(seconds, sleep=time.sleep):
+        sleep(seconds)
+        if "a: other" in said:
+            (tmp_path / "seen").touch()
+
+    monkeypatch.setattr(local.time, "sleep", seen)
+    run_here(tmp_path, [TaskGroup("sweep", tasks(tmp_path, "a"))], text)
+    assert said[0] == "a: started"
+    assert said[-1] == "a: finished"
 
 
 def test_a_checkpoint_of_a_process_here_is_no_failure(tmp_path):

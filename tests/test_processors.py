@@ -79,8 +79,8 @@ def test_processes_of_this_machine_share_its_processors(given, each, tmp_path, m
     for name, value in {**given, **processors.settings(given)}.items():
         monkeypatch.setenv(name, value)
     python = stand_in(tmp_path / "bin", 'echo "$OMP_NUM_THREADS" >>../said')
-    launch(Local(3, 0, python), tmp_path, [TaskGroup("sweep", tasks(tmp_path, "a", "b"))])
-    assert (tmp_path / "said").read_text() == 2 * f"{each}\n"
+    launch(Local(3, 0, python), tmp_path, [TaskGroup("sweep", tasks(tmp_path, "a", "b", "c"))])
+    assert (tmp_path / "said").read_text() == 3 * f"{each}\n"
 
 
 def test_a_task_of_slurm_is_told_before_torch_is_imported(tmp_path):

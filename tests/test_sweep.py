@@ -73,9 +73,9 @@ def test_a_sweep_is_a_chain_from_what_its_points_share_to_its_report(tmp_path):
         "judge": ["scenes"],
         "precompute": ["scenes", "clip_96"],
         "prior": ["scenes", "clip_96", "precompute"],
-        "decoder": ["scenes", "clip_96", "precompute"],
-        "decoder_weaker": ["scenes", "clip_96", "precompute"],
-        "sr64": ["scenes", "precompute"],
+        "decoder": ["scenes", "precompute"],
+        "decoder_weaker": ["scenes", "precompute"],
+        "sr64": ["scenes"],
         "evaluation": [name for name in links if name not in ("evaluation", "report")],
         "report": ["evaluation"],
     }

@@ -1,11 +1,15 @@
 """`cascade evaluate`: measures a cascade, or pictures on disk; writes numbers and a report."""
 
 import argparse
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 
+from cascade.config.compose import loaded
 from cascade.encoders.clip import FrozenCLIP
 from cascade.errors import UserError
 from cascade.eval.metrics import features
@@ -21,17 +25,27 @@ RESIZES = {"clean": CLEAN, "pytorch": PYTORCH_FID, "tensorflow": TENSORFLOW}
 
 def main(args: argparse.Namespace) -> Sequence[Path]:
     """Returns the files that an evaluation of a cascade leaves; none for pictures."""
+    if args.config:
+        return _asked(Path(args.config))
     return evaluate_pictures(args) if args.pictures else evaluate_cascade(args)
+
+
+def _asked(file: Path) -> Sequence[Path]:
+    """`--config`: measures a cascade as a file says, by the arguments of `evaluation.evaluate`."""
+    from cascade.eval.cascades.evaluation import evaluate
+
+    given: Any = OmegaConf.to_container(loaded(file))
+    try:
+        inspect.signature(evaluate).bind(**given)
+    except TypeError as error:
+        raise UserError(f"{file}: {error}: submit the evaluation again") from error
+    return _evaluate(**given | {"guidance": [float(scale) for scale in given["guidance"]]})
 
 
 def evaluate_cascade(args: argparse.Namespace) -> Sequence[Path]:
     """`--model`: writes metrics.json and report.html."""
-    from cascade.eval.cascades.evaluation import evaluate
-
     if not (args.data and args.judge):
         raise UserError("--model is measured on --data SHARDS with a --judge CLIP: give both")
-    if not Path(args.judge).is_dir():
-        raise UserError(f"--judge {args.judge} is no directory: give that of a CLIP")
     try:
         scales = "1,2,4" if args.guidance is None else args.guidance
         guidance = [float(scale) for scale in scales.split(",") if scale]
@@ -46,27 +60,46 @@ def evaluate_cascade(args: argparse.Namespace) -> Sequence[Path]:
         raise UserError(f"--edits {edits}: give a number of pictures, or leave it out")
     if (control := args.control or 0) < 0:
         raise UserError(f"--control {control}: give a number of scenes, or leave it out")
-    model = Path(args.model)
-    out = Path(args.out) if args.out else model.parent if model.suffix == ".yaml" else model
-    check_writable(out, "choose another --out")
-    with lease(out):
-        evaluate(
-            model,
-            on_disk(args.data, "cascades are measured"),
-            Path(args.judge),
-            {args.split or "val": 320 if args.count is None else args.count},
-            guidance,
-            args.seed or 0,
-            choices=args.set,
-            out=out,
-            geneval=geneval,
-            bound=bound,
-            typographic=bool(args.typographic),
-            edits=edits,
-            control=control,
-        )
-    print(f"{out / 'metrics.json'}, {out / 'report.html'}")
-    return [out / "metrics.json", out / "report.html"]
+    return _evaluate(
+        args.model,
+        args.data,
+        args.judge,
+        {args.split or "val": 320 if args.count is None else args.count},
+        guidance,
+        args.seed or 0,
+        out=args.out,
+        choices=args.set,
+        geneval=geneval,
+        bound=bound,
+        typographic=bool(args.typographic),
+        edits=edits,
+        control=control,
+    )
+
+
+def _evaluate(
+    model: str,
+    data: str,
+    judge: str,
+    counts: Mapping[str, int],
+    guidance: Sequence[float],
+    seed: int,
+    out: str | None = None,
+    **asked: Any,
+) -> Sequence[Path]:
+    """Measures a cascade while no other process does; arguments as of `evaluation.evaluate`."""
+    from cascade.eval.cascades.evaluation import evaluate
+
+    if not Path(judge).is_dir():
+        raise UserError(f"--judge {judge} is no directory: give that of a CLIP")
+    place = Path(model)
+    folder = Path(out) if out else place.parent if place.suffix == ".yaml" else place
+    check_writable(folder, "choose another --out")
+    shards = on_disk(data, "cascades are measured")
+    with lease(folder):
+        evaluate(place, shards, Path(judge), counts, guidance, seed, out=folder, **asked)
+    print(f"{folder / 'metrics.json'}, {folder / 'report.html'}")
+    return [folder / "metrics.json", folder / "report.html"]
 
 
 def evaluate_pictures(args: argparse.Namespace) -> Sequence[Path]:

@@ -178,7 +178,7 @@ def _split(
         check_control(of.cascade, samples, of.conditions)
     if of.edits and not samples.scenes and guidance is not None:
         pairs_of(of.data, split, of.edits, of.seed)  # or refuse before anything is painted
-    look = looking(samples, of.features)
+    look = looking(replace(samples, truth={}), of.features)  # it outlives the largest pictures
     truth, sheet = look(samples.truth), _evenly(samples.truth, samples.captions)
     last = of.cascade.stages[-1].writes
     lost = {} if guidance is None else reconstruction(of.cascade, samples)

@@ -21,7 +21,6 @@ from cascade.batch import Batch, hint_key, weight_key
 from cascade.conditioning import Cond, Conditioner
 from cascade.data.degradations import Corruption
 from cascade.data.loading import on
-from cascade.diffusion.noise import spread
 from cascade.diffusion.sampling import Watch
 from cascade.draws import Draws
 from cascade.encoders import phrases
@@ -67,8 +66,6 @@ class Stage(Trainable):
         seed: seed of all draws in training.
         control: creates ControlNets for the network, by the names of their conditions. They alone
             are trained; the rest is frozen.
-        levels: noise levels at which each sample is trained in a step, evenly apart. Its conditions
-            are embedded once for all of them.
 
     Attributes:
         weaker: for sampling only: a stage trained on the same data and with the same process, which
@@ -92,7 +89,6 @@ class Stage(Trainable):
         encoders: Sequence[Encoder] = (),
         seed: int = 0,
         control: Mapping[str, Callable[[nn.Module], ControlNet]] | None = None,
-        levels: int = 1,
     ):
         super().__init__(optimizer, learning_rate, batch)
         self.codec: Any = codec
@@ -100,9 +96,7 @@ class Stage(Trainable):
         self.encoders: tuple[Any, ...] = tuple(encoders)
         self.conditioner, self.net = conditioner, net
         self.sampler, self.corruption = sampler, corruption
-        self.seed, self.levels = seed, levels
-        if levels < 1:
-            raise UserError(f"stage.levels={levels}: give at least 1")
+        self.seed = seed
         made = {name: make(net) for name, make in (control or {}).items()}
         if made:
             self.requires_grad_(False)
@@ -170,9 +164,7 @@ class Stage(Trainable):
         attached: dict[str, Any] = dict(self.further.items())
         if attached:
             net = Watched(net, [block for one in attached.values() for block in one.watched])
-        noises = spread(self.draws("noise", batch), len(x0), self.levels)
-        losses = [self.process.loss(net, x0, cond, noise, *taught) for noise in noises]
-        loss = torch.stack(losses).mean(0)
+        loss = self.process.loss(net, x0, cond, self.draws("noise", batch), *taught)
         if cond.sketch is not None:
             wanted = x0
             if lesson is not None and lesson.sketch is not None:

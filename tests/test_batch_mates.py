@@ -85,15 +85,9 @@ def test_a_stage_gives_each_caption_its_own(name):
     noise = {k: v for k, v in whole.items() if k != stage.writes}
     together, losses = stage.sample(noise, seed=3), stage.loss(whole)
     assert together.flatten(1).std(0).max() > 1e-3  # captions do differ
-    stage.levels = 2
-    both = stage.loss(whole)
-    assert (both - losses).abs().max() > 1e-3 or not hasattr(stage.process, "denoise")
     for some in SOME:
         part = fixed(stage, config, some)
-        torch.testing.assert_close(stage.loss(part), both[some], atol=1e-5, rtol=1e-5)
-        stage.levels = 1
         torch.testing.assert_close(stage.loss(part), losses[some], atol=1e-5, rtol=1e-5)
-        stage.levels = 2
         del part[stage.writes]
         found = stage.sample(part, seed=3)
         torch.testing.assert_close(found, together[some], atol=1e-5, rtol=0)

@@ -228,25 +228,3 @@ def test_clipped_v_is_the_weight_of_v_where_it_is_small():
     logsnr = f64([-math.inf, -20, 0, 1, math.log(4), 5, math.inf])
     v_weight = 1 / prediction.v(logsnr).c_out ** 2
     close(clipped_v(logsnr), [min(w, 5.0) for w in v_weight.tolist()])
-
-
-def test_several_levels_of_a_sample_are_evenly_apart_and_each_has_noise_of_its_own():
-    def draws():
-        generator = torch.Generator().manual_seed(0)
-        return lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    plain, more = draws(), draws()
-    [one] = noise.spread(plain, 64, 1)
-    assert one is plain
-    pairs = [(noise.uniform(of, (64,)), of((64, 3))) for of in noise.spread(more, 64, 4)]
-    close(pairs[0][0], torch.special.ndtr(plain((64,))).tolist())
-    for i, (u, _) in enumerate(pairs):
-        close((u - pairs[0][0]) % 1, [i / 4] * 64)
-    for _, eps in pairs:
-        assert torch.equal(eps, plain((64, 3)))
-
-
-def test_no_level_is_without_noise():
-    us = [noise.uniform(of, (1,)) for of in noise.spread(torch.zeros, 1, 2)]
-    assert us[0].item() == 0.5
-    assert 0 < us[1].item() < 1e-12

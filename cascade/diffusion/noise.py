@@ -7,7 +7,7 @@ levels. A published table of T steps is a schedule, too: its index i is u = (i +
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -28,32 +28,6 @@ def uniform(noise: Noise, shape: tuple[int, ...]) -> Float64[Tensor, "*d"]:
     0 or 1.
     """
     return torch.special.ndtr(noise(shape).double())
-
-
-def spread(noise: Noise, samples: int, levels: int) -> Iterator[Noise]:
-    """The noise of each of several levels of the same samples, for a process's loss.
-
-    The first numbers that a loss draws, one per sample, say its level u. Here those of the levels
-    are evenly apart, as VDM's are within a batch (2107.00630, appendix I.1). All others are drawn
-    for each level.
-    """
-    if levels == 1:
-        yield noise
-        return
-    u = uniform(noise, (samples,))
-    for level in range(levels):
-        turned = ((u + level / levels) % 1).clamp(min=1e-15)  # 0 would be no noise at all
-        yield _Begun(torch.special.ndtri(turned), noise)
-
-
-class _Begun:
-    """Noise whose first draw is given."""
-
-    def __init__(self, first: Tensor, noise: Noise):
-        self.first, self.noise = [first], noise
-
-    def __call__(self, shape: tuple[int, ...]) -> Tensor:
-        return self.first.pop() if self.first else self.noise(shape)
 
 
 def alpha_sigma(logsnr: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:

@@ -89,11 +89,11 @@ def chain(config: DictConfig, launcher: Launcher) -> list[TaskGroup]:
 
     Raises:
         UserError: a stage's configuration is wrong, its directory belongs to another run, or the
-            shards lack the split for the evaluation.
+            shards lack a split that is measured.
     """
     root, data = Path(config.run), on_disk(config.data.path, "whole cascades are measured")
-    if not config.scenes:
-        check_split(data, next(iter(config.evaluate.counts)))
+    for split in () if config.scenes else config.evaluate.counts:
+        check_split(data, split)
     asked = {name: cascade_file.overrides(config, name, root, data) for name in config.stages}
     groups = trainings(config, root, asked, launcher)
     ended = all(task.done for group in groups for task in group.tasks)

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 import cascade.conf
 from cascade.cli import main
 from cascade.config.compose import built, composed
+from cascade.data.scenes.generate import write_scenes
 from cascade.errors import Failed, TryAgain, UserError
 from cascade.eval.cascades.evaluation import evaluate
 from cascade.files import processors
@@ -391,6 +392,16 @@ def test_every_cascade_is_a_chain(name, tmp_path):
             elif task.config:
                 with torch.device("meta"):
                     built(yaml.safe_load(task.config)["stage"])
+
+
+def test_shards_without_a_split_to_measure_are_refused_before_anything_is_trained(tmp_path, capsys):
+    for split in ("train", "val"):
+        write_scenes(tmp_path / "shards", "plain", split, 1, 16, seed=0)
+    given = [f"data.path={tmp_path / 'shards'}", f"run={tmp_path / 'c'}", "scenes=null"]
+    for verb in (["launch", "cascade=demo"], ["demo"]):
+        assert main([*verb, *given]) == 2
+        assert "unseen" in capsys.readouterr().err
+        assert not (tmp_path / "c/clip").exists()
 
 
 def test_without_a_clip_nothing_is_embedded(tmp_path):

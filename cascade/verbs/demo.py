@@ -30,14 +30,15 @@ from cascade.verbs.data import embed, make_scenes
 def main(args: argparse.Namespace) -> None:
     begin = time.monotonic()
     config = composed("demo", chosen(args.overrides))
-    folder, data = Path(config.run), Path(config.shards)
+    folder, data = Path(config.run), Path(config.data.path)
     check_writable(folder, "choose another run=...")
     folder.mkdir(parents=True, exist_ok=True)
     if config.scenes:
         counts = OmegaConf.to_container(config.scenes.counts)
         make_scenes(data, config.scenes.level, counts, config.scenes.size, config.seed)
     else:
-        check_split(data, next(iter(config.evaluate.counts)))
+        for split in config.evaluate.counts:
+            check_split(data, split)
     for name in config.stages:
         train(composed("train", overrides(config, name, folder, data)))
         gc.collect()  # Lightning's trainer and module form a cycle that holds data and optimizer

@@ -12,6 +12,7 @@ command, repeated after a failure, runs only what is missing.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +159,16 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _in_order(after: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the names so that each comes after those that it waits for, else in their order.
+    """Return the names, each after those that it waits for.
 
     Raises:
         UserError: some wait for one another.
     """
-    left, done = dict(after), []
-    while left:
-        ready = [name for name, others in left.items() if not left.keys() & others]
-        if not ready:
-            raise UserError(f"{' and '.join(left)} read one another's directories: change a path")
-        done.append(ready[0])
-        del left[ready[0]]
-    return done
+    try:
+        return [*TopologicalSorter(after).static_order()]
+    except CycleError as error:
+        circle = " and ".join(error.args[1][:-1])
+        raise UserError(f"{circle} read one another's directories: change a path") from error
 
 
 def _task(folder: Path, command: Sequence[object], done: bool) -> Task:

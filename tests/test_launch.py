@@ -579,16 +579,18 @@ def test_what_most_wait_for_begins_first_and_what_is_alone_has_all_processors(
     assert (tmp_path / "order").read_text().split()[:2] == ["clip", "embeddings"]
 
 
-def test_without_a_terminal_running_tasks_report_how_far_they_are(tmp_path, monkeypatch, capfd):
+def test_without_a_terminal_running_tasks_report_how_far_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "_SPEAKS", 0.0)
-    text = "echo '12:00:00 a: 5/9 images'; echo other; while ! [ -e ../seen ]; do sleep 0.05; done"
-    said = []
+    lines, said = ["other", "12:00:00 a: 5/9 images"], []
+    wait = "while ! [ -e ../seen{} ]; do sleep 0.05; done"
+    text = "; ".join(f"echo '{line}'; {wait.format(i)}" for i, line in enumerate(lines))
     monkeypatch.setattr(local, "print", lambda line, **_: said.append(line), raising=False)
 
     def seen(seconds, sleep=time.sleep):
         sleep(seconds)
-        if "a: other" in said:
-            (tmp_path / "seen").touch()
+        for i, line in enumerate(["a: other", lines[1]]):  # which names itself
+            if line in said:
+                (tmp_path / f"seen{i}").touch()
 
     monkeypatch.setattr(local.time, "sleep", seen)
     run_here(tmp_path, [TaskGroup("sweep", tasks(tmp_path, "a"))], text)

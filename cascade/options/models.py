@@ -60,7 +60,7 @@ def evaluate_options(evaluate: argparse.ArgumentParser) -> None:
     what = evaluate.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="directory of a cascade (runs/demo)")
     what.add_argument("--pictures", help="folder or tar of pictures, from any system")
-    what.add_argument("--config", help="file that asks for all of it, as launched jobs read it")
+    what.add_argument("--config", help="file of a complete evaluation, as launched jobs read it")
     evaluate.add_argument("--data", help="with --model: folder of shards with held-out splits")
     evaluate.add_argument("--judge", help="with --model: directory of the CLIP that judges")
     picture_options(evaluate)

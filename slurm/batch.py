@@ -76,6 +76,11 @@ if [ "$latest" != "$attempt" ]; then
     exit 75
 elif [ $code != 0 ]; then
     rm -f "$folder/{done}"
+    # Else the SIGTERM with which srun ends the other ranks would look like a preemption.
+    if [ $code != 75 ] && [ -s "$CASCADE_FIRST" ] && [ -e "$folder/{events}" ]; then
+        printf '{{"time": %s, "event": "failed", "exit_code": %s}}\\n' "$(date +%s.%3N)" $code \\
+            >>"$folder/{events}"
+    fi
 elif ! grep -qs "\\"attempt\\": $attempt," "$folder/{done}"; then
     echo "cascade: exit code 0, but the task did not finish, as when its node is lost"
     code=137

@@ -57,8 +57,8 @@ def test_every_recipe_builds(experiment):
 )
 @pytest.mark.parametrize("budget", choices("budget"))
 def test_every_stage_of_every_demo_builds(cascade_, budget):
-    given = ["shards=none", "data.path=none"]
-    config = composed("demo", [f"cascade={cascade_}", f"budget={budget}", *given])
+    given = [f"cascade={cascade_}", f"budget={budget}", "data.path=none"]
+    config = composed("demo", given)
     for name, overrides in config.stages.items():
         on_meta([*overrides, *config.budgets.get(name, []), *config.each])
     assert set(config.cascade) <= set(config.stages)
@@ -67,7 +67,7 @@ def test_every_stage_of_every_demo_builds(cascade_, budget):
 @pytest.mark.parametrize("name", choices("cascade"))
 def test_every_cascade_can_be_launched_and_demonstrated(name):
     for verb, more in (("demo", []), ("launch", ["launcher=local"])):
-        config = composed(verb, [f"cascade={name}", "shards=none", "data.path=none", *more])
+        config = composed(verb, [f"cascade={name}", "data.path=none", *more])
         assert config.name == name
         assert config.stages
 
@@ -78,7 +78,8 @@ def test_a_stage_and_a_whole_cascade_are_not_mistaken_for_each_other(capsys):
     assert "is a single stage: run `cascade train experiment=" in capsys.readouterr().err
     assert main(["train", "experiment=scenes_cpu", "data.path=none"]) == 2
     assert "is a whole cascade: run `cascade demo cascade=scenes_cpu`" in capsys.readouterr().err
-    assert chosen(["experiment=scenes_cpu", "seed=1"]) == ["cascade=scenes_cpu", "seed=1"]
+    given = ["experiment=scenes_cpu", "seed=1", "shards=here"]
+    assert chosen(given) == ["cascade=scenes_cpu", "seed=1", "data.path=here"]
 
 
 @pytest.mark.parametrize("net", choices("net"))

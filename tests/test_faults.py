@@ -361,25 +361,6 @@ def test_under_slurm_sigterm_waits_to_be_killed_and_other_signals_do_not(tmp_pat
     assert slept == [7]
 
 
-def test_the_signal_that_follows_another_ranks_death_is_no_preemption(tmp_path):
-    """srun ends the other ranks with SIGTERM, while their own collective has failed already."""
-
-    def fail(cause):
-        try:
-            raise cause
-        except Exception:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def ended(cause):
-        with pytest.raises(TryAgain, match="SIGTERM"), stoppable(tmp_path):
-            fail(cause)
-        events = tmp_path / "events.jsonl"
-        return events.exists() and "interrupted" in events.read_text()
-
-    assert not ended(RuntimeError("connection closed by peer"))
-    assert ended(StopIteration())
-
-
 def rank_whose_workers_are_not_told(run):
     """As if a second signal had come while the first one's error told them."""
     with stoppable(run):

@@ -133,13 +133,20 @@ def test_a_failure_is_never_requeued_and_says_why(code, failure, says, programs,
     assert not (folder / "done").exists()
 
 
-@pytest.mark.parametrize(("first", "again"), [(137, True), (75, True), (1, False), (2, False)])
-def test_the_first_that_ends_decides(first, again, programs, tmp_path):
-    """srun returns 143 whenever it ended the other processes for the sake of one."""
-    python = stand_in(tmp_path / "python", f"exit {first}")
+@pytest.mark.parametrize(
+    ("first", "word"), [(137, "requeued"), (75, "preempted"), (1, ""), (2, "")]
+)
+def test_the_first_that_ends_decides(first, word, programs, tmp_path):
+    """srun returns 143 whenever it ended the others, by SIGTERM, for the sake of one."""
+    told = """echo '{"signal": "SIGTERM"}' >>events.jsonl"""
+    text = f"[ ! -e first ] || exit 75\ntouch first\n{told}\nexit {first}"
+    python = stand_in(tmp_path / "python", text)
     ranks = 'while [[ $1 = --* ]]; do shift; done\n"$@"\n"$@"'
-    attempt(tmp_path, 143, srun=ranks, python=python)
-    assert (programs / "asked").exists() == again
+    _, folder = attempt(tmp_path, 143, srun=ranks, python=python)
+    assert (programs / "asked").exists() == bool(word)
+    if word:
+        assert state.state(folder, Job("5_1", "PENDING", 1, "BeginTime")).word == word
+        assert all(json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines())
 
 
 SAVES = 'mkdir -p "$CASCADE_FOLDER/checkpoints/step-0000000$CASCADE_ATTEMPT"'

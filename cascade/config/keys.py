@@ -127,7 +127,6 @@ class Common:
 
 
 class Demo(Common):
-    shards: str
     caption: str
     stages: Mapping[str, Sequence[str]]
     budgets: Mapping[str, Sequence[str]]

@@ -70,8 +70,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def chosen(overrides: Sequence[str]) -> list[str]:
-    """The overrides, with `cascade=NAME` for the earlier spelling `experiment=NAME`."""
-    return [re.sub("^experiment=", "cascade=", override) for override in overrides]
+    """The overrides, with `cascade=`, `data.path=` for the earlier `experiment=`, `shards=`."""
+    later = {"experiment=": "cascade=", "shards=": "data.path="}
+    return [re.sub("^(experiment|shards)=", lambda m: later[m[0]], one) for one in overrides]
 
 
 def _command() -> str:

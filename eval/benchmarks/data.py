@@ -164,7 +164,7 @@ def waiting(folder: Path, samples: int = 320) -> tuple[float, float]:
 
     The batch time is averaged over a run: pictures are decoded in the first epoch and cached after.
     """
-    demo = composed("demo", ["shards=none"])
+    demo = composed("demo", [])
     config = composed("train", [*demo.stages.decoder, f"data.path={folder}"])
     write_scenes(folder, demo.scenes.level, "train", samples, demo.scenes.size, seed=0)
     index, dim = scan(folder / "train-00000.tar"), config.clip.model.dim

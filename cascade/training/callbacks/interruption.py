@@ -51,25 +51,16 @@ def stoppable(run: Path) -> Iterator[None]:
     _ended[0] = 0
     try:
         yield
-    except (SystemExit, KeyboardInterrupt) as end:  # Lightning turns one into the other
+    except (SystemExit, KeyboardInterrupt):  # Lightning turns one into the other
         if not received:
             raise
-        # If another rank died, a collective failed first, and srun's SIGTERM is no preemption.
-        failed = any(isinstance(error, RuntimeError) for error in _chain(end))
-        if is_first_rank() and run.is_dir() and not failed:
+        if is_first_rank() and run.is_dir():
             event(run, "interrupted", signal=received[0], step=None)
         raise TryAgain(f"{received[0]} outside of all steps: the same command resumes") from None
     finally:
         _ended[0] = 1
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an exception, and those that were being handled when it was raised."""
-    while error:
-        yield error
-        error = error.__context__
 
 
 def _handles() -> bool:

@@ -142,17 +142,17 @@ class _Work:
                         return group, task
         return None
 
-    def _together(self, group: TaskGroup) -> int:
+    def _concurrent(self, group: TaskGroup) -> int:
         """Return how many tasks can run while one of a group does, itself included.
 
         It follows from the plan alone: the number of its threads may change a task's last bits.
         """
-        beside = [
+        groups = [
             one
             for name, one in self.groups.items()
             if name not in self.before[group.name] and group.name not in self.before[name]
         ]
-        return min(self.launcher.at_once, sum(len(one.tasks) for one in beside))
+        return min(self.launcher.at_once, sum(len(one.tasks) for one in groups))
 
     def _is_done(self, *tasks: Task) -> bool:
         return all(task.done or task.folder in self.finished for task in tasks)
@@ -162,7 +162,7 @@ class _Work:
         paths = [str(self.submission.code), os.environ.get("PYTHONPATH")]
         path = os.pathsep.join(filter(None, paths))
         # With an outer job's SLURM_* variables each process would consider itself a rank of srun.
-        env = queue.outside_jobs() | processors.shared(os.environ, self._together(group))
+        env = queue.outside_jobs() | processors.shared(os.environ, self._concurrent(group))
         env |= {"PYTHONPATH": path}
         env |= {"PYTHONSAFEPATH": "1", "CASCADE_FAILURE": str(task.folder / FAILURE)}
         env |= {"CASCADE_FOLDER": str(task.folder), "CASCADE_ATTEMPT": str(attempt)}

@@ -336,6 +336,7 @@ def test_a_stage_alone_paints_the_same_pixels(name, tmp_path, draws):
 SR = ["experiment=karlo_sr256", *SR_32]
 NOT_PADDED = ["experiment=glide_base64", "size=16", *GLIDE[1:4], *GLIDE[5:]]
 NOT_PADDED += GLIDE[:1]
+SUMMED = [*NOT_PADDED, "+text.encoder.near=3"]
 
 
 @pytest.mark.parametrize(
@@ -351,6 +352,7 @@ NOT_PADDED += GLIDE[:1]
         (ALONE["adm"][0], "{scale: 2}", "sampler.scale=2.0"),
         ([*ALONE["karlo"][0], "corruption=noise"], "{level: 0.3}", "level=0.3"),
         (NOT_PADDED, "{scale: 1}", "embedders.caption.encoder.padded=false"),
+        (SUMMED, "{scale: 1}", "embedders.caption.encoder.near=3"),
     ],
 )
 def test_what_no_class_samples_is_refused(own, choice, message, tmp_path, capfd):

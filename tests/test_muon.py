@@ -8,7 +8,7 @@ from cascade.training.muon import Muon, orthogonal
 F64 = torch.float64
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 30), (2, 30, 4)])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 8, 12), (2, 4, 30), (2, 30, 4)])
 def test_singular_values_move_to_about_one_and_their_vectors_stay(shape):
     matrices = torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(0))
     u, s, vh = torch.linalg.svd(matrices, full_matrices=False)

@@ -93,20 +93,33 @@ def test_the_tokenizer_completes_a_batch():
     assert whole[:, 5:].max() == 0
 
 
-def transformer():
+def transformer(near=None):
     torch.manual_seed(0)
-    encoder = TextTransformer(width=32, layers=2, heads=4, length=12)
+    encoder = TextTransformer(width=32, layers=2, heads=4, length=12, near=near)
     for parameter in encoder.parameters():  # some weights start at zero
         torch.nn.init.normal_(parameter, std=0.3)
     return encoder
 
 
-def test_padding_changes_nothing():
-    encoder, captions = transformer(), ["a red square", "circle"]
+@pytest.mark.parametrize("near", [None, 5])
+def test_padding_changes_nothing(near):
+    encoder, captions = transformer(near), ["a red square", "circle"]
     states, mask = encoder(tokenize(captions, 12))
     shorter, short_mask = encoder(tokenize(captions, 5))
     assert mask.sum(1).tolist() == short_mask.sum(1).tolist() == [5, 3]
     torch.testing.assert_close(states[mask], shorter[short_mask])
+
+
+def test_words_are_summed_with_their_neighbours():
+    encoder = TextTransformer(width=32, layers=1, heads=4, length=12, near=3)  # blocks start as 1
+    tokens, weights = tokenize(["a red square"], 12), encoder.near.weight[:, 0].T
+    words = encoder.embed(tokens)[0, :5] + encoder.positions[:5]
+    states = [
+        word + sum(weights[k] * words[i + k - 1] for k in range(3) if 0 <= i + k - 1 < 5)
+        for i, word in enumerate(words)
+    ]
+    expected = encoder.norm(torch.stack(states))
+    torch.testing.assert_close(encoder(tokens)[0][0, :5], expected)
 
 
 def test_every_token_sees_every_other_but_no_padding():

@@ -129,7 +129,10 @@ def _resized(
     if any(edge % 1 for edge in box):
         return np.array(image.resize(shape[::-1], Image.Resampling.BICUBIC, box=box))
     left, top, right, bottom = map(int, box)
-    part = torch.from_numpy(np.array(image)[top:bottom, left:right]).permute(2, 0, 1)[None]
+    pixels = np.array(image)[top:bottom, left:right]
+    if pixels.shape[:2] == shape:
+        return pixels  # the filter would change nothing, and takes longer than decoding
+    part = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     resized = F.interpolate(part, shape, mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 

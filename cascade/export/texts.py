@@ -105,6 +105,7 @@ def text_transformer(caption: Any, where: str) -> Model:
         raise refused(where, "embedders.caption.encoder", None, "a transformer of the stage's own")
     word = encoder.embed.embedding_dim
     settings = (
+        ("encoder.near", encoder.near and encoder.near.kernel_size[0], None),
         ("encoder.padded", encoder.padding is not None, True),
         ("encoder.embed", None if word == encoder.width else word, None),
         ("norm", norm_of(caption), None),

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _TABLE = 16  # rows per column from which a matrix is a table of embeddings
+_LONG = 2  # columns per row from which products of Gram matrices take less time
 
 
 class Muon(torch.optim.AdamW):
@@ -84,11 +85,26 @@ def orthogonal(matrices: Float[Tensor, "k n m"]) -> Float[Tensor, "k n m"]:
     """Moves all singular values of each matrix to about 1 (0.7 to 1.2), keeping their vectors.
 
     Five steps of a quintic Newton-Schulz iteration, whose coefficients trade exactness for speed at
-    small singular values.
+    small singular values. Each multiplies x by a polynomial of its Gram matrix. For a long matrix
+    the polynomials are multiplied first: they and the Gram matrix commute, and are small.
     """
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    for _ in range(5):
+    if _LONG * x.shape[1] <= x.shape[2]:
         gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+        whole = p = _polynomial(gram)
+        for _ in range(4):
+            gram = p @ gram @ p
+            p = _polynomial(gram)
+            whole = p @ whole
+        x = whole @ x
+    else:
+        for _ in range(5):
+            x = _polynomial(x @ x.mT) @ x
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
+
+def _polynomial(gram: Float[Tensor, "k n n"]) -> Float[Tensor, "k n n"]:
+    p = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+    p.diagonal(dim1=1, dim2=2).add_(3.4445)
+    return p

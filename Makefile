@@ -10,7 +10,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=
 
 .PHONY: demo test test-slow moto soak lint setup lock clean help
 
-demo: setup  ## train a whole cascade from nothing, paint, measure, report (BUDGET=smoke: 5 minutes)
+demo: setup  ## train a whole cascade from nothing, paint, measure, report (BUDGET=smoke: 2 minutes)
 	$(BIN)/cascade demo budget=$(BUDGET)
 
 test: setup  ## the tests that take minutes

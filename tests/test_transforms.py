@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from cascade.data.transforms import BadSample, Pictures, decode, shrink
@@ -51,6 +52,17 @@ def test_the_centre_is_kept():
     image = Image.new("RGB", (96, 32), "red")
     image.paste("blue", (32, 0, 64, 32))
     assert (decode(coded(image, "PNG"), 32) == (0, 0, 255)).all()
+
+
+def test_a_square_of_the_size_asked_for_is_taken_as_it_is():
+    """As the filter, which is left out, would leave it."""
+    image = natural(32, 50)
+    square = np.array(image)[:, 9:41]
+    found = decode(coded(image, "PNG"), 32)
+    assert np.array_equal(found, square)
+    x = torch.from_numpy(square.copy()).permute(2, 0, 1)[None]
+    filtered = F.interpolate(x, (32, 32), mode="bicubic", antialias=True)
+    assert torch.equal(filtered[0].permute(1, 2, 0), torch.from_numpy(found.copy()))
 
 
 def test_the_orientation_of_the_camera_is_applied():

@@ -111,7 +111,8 @@ def test_padding_changes_nothing(near):
 
 
 def test_words_are_summed_with_their_neighbours():
-    encoder = TextTransformer(width=32, layers=1, heads=4, length=12, near=3)  # blocks start as 1
+    encoder = TextTransformer(width=32, layers=1, heads=4, length=12, near=3)
+    # Blocks start as the identity.
     tokens, weights = tokenize(["a red square"], 12), encoder.near.weight[:, 0].T
     words = encoder.embed(tokens)[0, :5] + encoder.positions[:5]
     states = [

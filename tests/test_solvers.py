@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from cascade.config.compose import built, composed
 from cascade.diffusion.gaussian import Denoised
 from cascade.diffusion.noise import alpha_sigma, cosine, cosine_table, linear_table
 from cascade.diffusion.posterior import step
@@ -119,6 +120,14 @@ def test_order_of_convergence(solver, order):
         exact = spread(logsnrs[-1]) / spread(logsnrs[0])
         errors.append((solver(best, x, logsnrs) - exact).abs().item())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
+
+
+def test_the_six_steps_of_few_reach_the_datas_spread():
+    """DDIM errs by 0.18 at the same levels, and by 0.07 in 16 steps."""
+    sampler = built(composed("sampler", ["sampler=few"]).sampler)
+    logsnrs = sampler.spacing(cosine, sampler.steps)
+    drawn = sampler.solver(best, spread(logsnrs[0])[None], logsnrs, None)
+    assert drawn.item() == pytest.approx(STD, abs=0.03)
 
 
 def test_inversion_leads_back_up_to_first_order():

@@ -345,6 +345,7 @@ SUMMED = [*NOT_PADDED, "+text.encoder.near=3"]
         (SR, "{sampler: ddim}", "sampler=ddim"),
         (SR, "{percentile: 0.9}", "percentile=0.9"),
         ([*SR, "sampler=heun"], "{}", "sampler.solver=heun"),
+        ([*SR, "sampler=few"], "{}", "sampler.solver=dpmpp_2m"),
         ([*SR, "sampler=ddim_dynamic"], "{}", "sampler.threshold=dynamic_threshold"),
         ([*SR, f"{SCHEDULE}cosine"], "{}", "process.schedule=cascade.diffusion.noise.cosine"),
         ([*SR, f"{SCHEDULE}linear_table"], "{}", "net.level.schedule=another table"),

@@ -148,10 +148,14 @@ def dpmpp_2m(
     x: Float[Tensor, "b *d"],
     logsnrs: Float[Tensor, " n"],
     noise: Noise | None = None,
+    share: float = 1.0,
 ) -> Float[Tensor, "b *d"]:
     """DPM-Solver++(2M) (2211.01095, algorithm 2): second order, one call per step.
 
     The first step, and any step from or to an infinite logsnr, is first order.
+
+    Args:
+        share: of the second-order correction; 0 is `ddim`.
     """
     previous = None  # the previous step's x0_hat and h
     for t, s in pairwise(logsnrs):
@@ -161,7 +165,7 @@ def dpmpp_2m(
         guess = x0
         if previous is not None and h.isfinite():
             x0_before, h_before = previous
-            guess = x0 + h / (2 * h_before) * (x0 - x0_before)
+            guess = x0 + share * h / (2 * h_before) * (x0 - x0_before)
         x = sigma_s / sigma_t * x - alpha_s * (-h).expm1() * guess
         previous = x0, h
     return x

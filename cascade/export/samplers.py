@@ -43,7 +43,8 @@ def sampled(part: Part, whole: bool) -> Any:
     for name, known in wanted.items():
         if (found := getattr(sampler, name, None)) not in known:
             names = " or ".join(one.__name__ for one in known)
-            raise refused(part.name, f"sampler.{name}", getattr(found, "__name__", found), names)
+            plain = found.func if isinstance(found, partial) else found
+            raise refused(part.name, f"sampler.{name}", getattr(plain, "__name__", plain), names)
     for name, plain in (("interval", None), *([("init", 1.0)] if whole else [])):
         if (found := getattr(sampler, name)) != plain:
             raise refused(part.name, f"sampler.{name}", found, str(plain))

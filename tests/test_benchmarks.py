@@ -101,7 +101,7 @@ def test_a_points_cells_are_measured_and_compared(tmp_path):
     assert runs == {"decoder": model / "decoder", "sr64": model / "sr64"}
     points.point(tmp_path / "less", model, choices, 3, "decoder")
     assert [*stage_runs(tmp_path / "less/cascade.yaml")] == ["decoder"]
-    with pytest.raises(UserError, match="--upto sr256: the stages are decoder, sr64"):
+    with pytest.raises(UserError, match="--last sr256: the stages are decoder, sr64"):
         points.point(tmp_path / "none", model, choices, 3, "sr256")
     cell = {"frechet": 2.0, "one": {"whole": 0.5}, "seconds": 9.0}
     other = {"frechet": 2.0, "one": {"whole": 0.4}, "seconds": 3.0}

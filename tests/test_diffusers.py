@@ -336,6 +336,7 @@ def test_a_stage_alone_paints_the_same_pixels(name, tmp_path, draws):
 SR = ["experiment=karlo_sr256", *SR_32]
 NOT_PADDED = ["experiment=glide_base64", "size=16", *GLIDE[1:4], *GLIDE[5:]]
 NOT_PADDED += GLIDE[:1]
+KARRAS = "+sampler.spacing={_target_: cascade.diffusion.spacing.karras, _partial_: true}"
 SUMMED = [*NOT_PADDED, "+text.encoder.near=3"]
 
 
@@ -346,6 +347,7 @@ SUMMED = [*NOT_PADDED, "+text.encoder.near=3"]
         (SR, "{percentile: 0.9}", "percentile=0.9"),
         ([*SR, "sampler=heun"], "{}", "sampler.solver=heun"),
         ([*SR, "sampler=few"], "{}", "sampler.solver=dpmpp_2m"),
+        ([*SR, "sampler=ddim", KARRAS], "{}", "sampler.spacing=karras"),
         ([*SR, "sampler=ddim_dynamic"], "{}", "sampler.threshold=dynamic_threshold"),
         ([*SR, f"{SCHEDULE}cosine"], "{}", "process.schedule=cascade.diffusion.noise.cosine"),
         ([*SR, f"{SCHEDULE}linear_table"], "{}", "net.level.schedule=another table"),

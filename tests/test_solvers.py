@@ -127,7 +127,6 @@ def test_a_share_of_the_correction_lies_between_ddim_and_second_order():
     x = spread(logsnrs[0])[None]
     none, half, whole = (dpmpp_2m(best, x, logsnrs, share=share) for share in (0.0, 0.5, 1.0))
     close(none, ddim(best, x, logsnrs))
-    close(whole, dpmpp_2m(best, x, logsnrs))
     assert (none - STD).abs() > (half - STD).abs() > (whole - STD).abs()
 
 

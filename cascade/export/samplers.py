@@ -43,8 +43,7 @@ def sampled(part: Part, whole: bool) -> Any:
     for name, known in wanted.items():
         if (found := getattr(sampler, name, None)) not in known:
             names = " or ".join(one.__name__ for one in known)
-            plain = found.func if isinstance(found, partial) else found
-            raise refused(part.name, f"sampler.{name}", getattr(plain, "__name__", plain), names)
+            raise refused(part.name, f"sampler.{name}", _name(found), names)
     for name, plain in (("interval", None), *([("init", 1.0)] if whole else [])):
         if (found := getattr(sampler, name)) != plain:
             raise refused(part.name, f"sampler.{name}", found, str(plain))
@@ -109,7 +108,7 @@ def timesteps(stage: Any, part: Part) -> list[int]:
     asked: Float64[Tensor, " n"] = stage.sampler.logsnrs(stage.process)[:-1]
     distances, indices = (asked[:, None] - levels).abs().min(1)
     if distances.max() > 1e-6:
-        found = getattr(stage.sampler.spacing, "__name__", stage.sampler.spacing)
+        found = _name(stage.sampler.spacing)
         raise refused(part.name, "sampler.spacing", found, f"levels of a table of {STEPS}")
     return indices.tolist()
 
@@ -133,8 +132,15 @@ def _limit(threshold: Any, where: str) -> float | None:
     """The limit of a static threshold; None: there is none. UserError for another kind."""
     if threshold is None:
         return None
-    plain = threshold.func if isinstance(threshold, partial) else threshold
-    if plain is not static_threshold:
-        name = getattr(plain, "__name__", str(plain))
-        raise refused(where, "sampler.threshold", name, "static_threshold or none")
+    if _called(threshold) is not static_threshold:
+        raise refused(where, "sampler.threshold", _name(threshold), "static_threshold or none")
     return threshold.keywords.get("limit", 1.0) if isinstance(threshold, partial) else 1.0
+
+
+def _called(function: Any) -> Any:
+    """The function that a `partial` calls; another is itself."""
+    return function.func if isinstance(function, partial) else function
+
+
+def _name(function: Any) -> str:
+    return getattr(_called(function), "__name__", str(function))

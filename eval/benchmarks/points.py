@@ -1,11 +1,11 @@
 """What measuring a point of a sweep takes, compared with an earlier build.
 
     python -m cascade.eval.benchmarks.points --model runs/demo --before OTHER/.venv/bin/cascade
-        --axis decoder.scale=1,2,4 --axis sr64.level=0,0.1,0.2 [--upto sr64] [--count 30]
+        --axis decoder.scale=1,2,4 --axis sr64.level=0,0.1,0.2 [--last sr64] [--count 30]
 
 Both builds measure the model of a demo at all cells of a grid of sampling choices, one build after
 the other, from the start of the process. The numbers of the cells are compared as well. The
-project's sweeps on scenes judge at 64 px, as `--upto sr64` does.
+project's sweeps on scenes judge at 64 px, as `--last sr64` does.
 """
 
 import argparse
@@ -44,27 +44,27 @@ def axes(asked: Sequence[str]) -> dict[str, dict[str, list[str]]]:
 
 
 def point(
-    folder: Path, model: Path, choices: Mapping[str, Any], count: int, upto: str | None = None
+    folder: Path, model: Path, choices: Mapping[str, Any], count: int, last: str | None = None
 ) -> Path:
     """Write a point of a sweep that samples from a demo's runs; returns the file of its grid.
 
     Args:
-        upto: the last stage; None: that of the demo.
+        last: the last stage that paints; None: that of the demo.
 
     Raises:
-        UserError: the demo has no stage `upto`.
+        UserError: the demo has no stage `last`.
     """
-    folder.mkdir(parents=True)
     file = model / CASCADE
     stages = {
         name: {**(of or {}), "run": str(run.absolute())}
         for (name, of), run in zip(stage_choices(file, ()).items(), stage_runs(file).values())
     }
     names = list(stages)
-    if upto and upto not in names:
-        raise UserError(f"--upto {upto}: the stages are {', '.join(names)}")
-    last = names.index(upto) + 1 if upto else len(names)
-    kept = {name: stages[name] for name in names[:last]}
+    if last and last not in names:
+        raise UserError(f"--last {last}: the stages are {', '.join(names)}")
+    end = names.index(last) + 1 if last else len(names)
+    kept = {name: stages[name] for name in names[:end]}
+    folder.mkdir(parents=True)
     (folder / CASCADE).write_text(OmegaConf.to_yaml({"stages": kept}))
     about = {"model": folder, "data": model / "shards", "judge": model / "judge"}
     asked = {key: str(path.absolute()) for key, path in about.items()}
@@ -98,11 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a demo")
     parser.add_argument("--before", type=Path, required=True, help="the other build's `cascade`")
     parser.add_argument("--axis", action="append", required=True, help="STAGE.OPTION=VALUE,...")
-    parser.add_argument("--upto", help="the last stage of the cascade; default: all")
+    parser.add_argument("--last", help="the last stage that paints; default: that of the demo")
     parser.add_argument("--count", type=int, default=30, help="captions of each kind")
     args = parser.parse_args(argv)
     choices = axes(args.axis)
-    of = (args.model, choices, args.count, args.upto)
+    of = (args.model, choices, args.count, args.last)
     with tempfile.TemporaryDirectory() as folder:
         (before, old), (now, new) = (
             measured(program, point(Path(folder) / name, *of))
